@@ -1,0 +1,34 @@
+"""`lr-ray eval`."""
+
+from typing import Annotated
+
+import typer
+
+from lr_ray.cli.options import Adapters, Classes, Config, Data, Json, Output, Overrides, print_json, read_config, reporter
+from lr_ray.cli.table import print_results
+
+
+def evaluate(
+    config: Config,
+    overrides: Overrides = None,
+    data: Data = None,
+    classes: Classes = None,
+    adapters: Adapters = None,
+    output: Output = None,
+    method: Annotated[
+        list[str] | None, typer.Option("--method", help="Measure these only. Repeatable.", show_default=False)
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Measure every method on the same few-shot tasks of unseen classes."""
+    chosen = [f"evaluation.methods=[{','.join(repr(name) for name in method)}]"] if method else []
+    experiment = read_config(
+        config, [*(overrides or []), *chosen], output=output, adapters=adapters, data=("test", data, classes)
+    )
+    from lr_ray.runtime.evaluation import evaluate_methods
+
+    rows = evaluate_methods(experiment, reporter(quiet=json))
+    if json:
+        print_json(rows)
+    else:
+        print_results(rows)

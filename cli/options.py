@@ -1,0 +1,66 @@
+"""Options that the commands share, and how they become a config."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from lr_ray.config import ExperimentConfig
+    from lr_ray.report.progress import Reporter
+
+Config = Annotated[Path, typer.Option("--config", "-c", help="YAML file of the experiment.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", help="Override a value: section.key=value. Repeatable.", show_default=False)
+]
+Output = Annotated[str | None, typer.Option("--output", "-o", help="Folder or URI of everything written.")]
+Adapters = Annotated[str | None, typer.Option("--adapters", help="Folder or URI of adapters in PEFT's format.")]
+Synthetic = Annotated[str | None, typer.Option("--synthetic", help="Folder or URI of the synthetic images.")]
+Data = Annotated[
+    str | None,
+    typer.Option("--data", help="Real images: glyphs, digits, a Parquet file or folder, or a folder of class folders."),
+]
+Classes = Annotated[
+    str | None, typer.Option("--classes", help="Classes of --data: names, patterns or ranges, separated by commas.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")]
+
+
+def read_config(
+    path: Path,
+    overrides: list[str] | None,
+    *,
+    output: str | None = None,
+    adapters: str | None = None,
+    synthetic: str | None = None,
+    data: tuple[str, str | None, str | None] | None = None,
+) -> "ExperimentConfig":
+    """The config with `--set` and the plain flags applied.
+
+    Args:
+        data: which section of `data` --data and --classes set, and their values.
+    """
+    from lr_ray.config import load_config
+
+    plain: dict[str, Any] = {"output": output, "adapters": adapters, "synthetic": synthetic}
+    if data is not None:
+        section, source, classes = data
+        plain |= {f"data.{section}.source": source, f"data.{section}.classes": classes}
+        if source is not None and classes is None:
+            plain[f"data.{section}"] = {"source": source}
+            del plain[f"data.{section}.source"]
+    flags = [f"{key}={json.dumps(value)}" for key, value in plain.items() if value is not None]
+    return load_config(path, [*(overrides or []), *flags])
+
+
+def reporter(*, quiet: bool) -> "Reporter":
+    """What says how far the work is."""
+    from lr_ray.report.progress import Reporter
+
+    return Reporter(quiet=quiet)
+
+
+def print_json(value: Any) -> None:
+    """On stdout."""
+    print(json.dumps(value, indent=2, ensure_ascii=False))

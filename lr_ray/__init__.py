@@ -1,0 +1,1 @@
+"""LR-Ray: recycle LoRAs of one Vision Transformer into a backbone that classifies new few-shot tasks."""

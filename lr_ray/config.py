@@ -1,0 +1,165 @@
+"""An experiment, from one YAML file and overrides."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, ValidationError
+
+from lr_ray.data.images import DataConfig
+from lr_ray.errors import ConfigError
+from lr_ray.fewshot.distill import TrainConfig
+from lr_ray.fewshot.episodes import EpisodeShape
+from lr_ray.inversion.invert import InversionConfig
+from lr_ray.section import Section
+from lr_ray.tuning.tune import TuneConfig
+from lr_ray.vit.backbone import BackboneConfig
+
+
+class DataSection(Section):
+    """Which real images each step may see."""
+
+    tune: DataConfig | None = None
+    """Tunes the adapters, and the oracle."""
+    validation: DataConfig | None = None
+    """Validates meta-training; default: no real images, synthetic ones of adapters held out from training."""
+    test: DataConfig | None = None
+    """Measures; its classes should be in none of the others."""
+
+
+class EvaluationConfig(Section):
+    """What is measured."""
+
+    methods: tuple[str, ...] = ("nn", "loras-avg", "recycle")
+    """Of raw-pixels, nn, loras-avg or loras-avg:SCALE, recycle, oracle."""
+    shapes: tuple[EpisodeShape, ...] = (EpisodeShape(n_shot=1), EpisodeShape(n_shot=5))
+    """Of the test episodes."""
+    episodes: int = Field(default=600, gt=0)
+    """Test episodes of every shape (the paper: 600)."""
+    batch_size: int = Field(default=100, gt=0)
+    """Images of one forward pass."""
+
+
+class RayConfig(Section):
+    """Where it runs and how much each piece takes."""
+
+    address: str = "local"
+    """`local` starts Ray on this machine; else the address of a running cluster, or `auto`."""
+    num_cpus: int | None = Field(default=None, gt=0)
+    """Processors that a local Ray may use; default all."""
+    num_gpus_per_actor: float = Field(default=0.0, ge=0)
+    """GPUs (or a share of one) held by each tuning, inversion and evaluation actor."""
+    cpus_per_actor: int = Field(default=1, gt=0)
+    """Processors held by each of them."""
+    max_actors: int | None = Field(default=None, gt=0)
+    """Most inversion actors at once; default: as many as the cluster holds."""
+    use_gpu_in_training: bool = False
+    """Give each training worker a GPU."""
+    cpus_per_trainer: int = Field(default=1, gt=0)
+    """Processors held by each training worker."""
+    max_failures: int = Field(default=3, ge=0)
+    """How often a piece of work is tried again when its worker is lost."""
+
+
+class ExperimentConfig(Section):
+    """From adapters to a measured meta-LoRA. Every artefact is saved with the resolved form of this."""
+
+    name: str
+    """Of the experiment."""
+    output: str | None = None
+    """Folder or URI of everything it writes; default `runs/NAME`."""
+    adapters: str | None = None
+    """Folder or URI of adapters in PEFT's format; default `OUTPUT/adapters`, where `lr-ray tune` puts them."""
+    synthetic: str | None = None
+    """Folder or URI of the synthetic images; default `OUTPUT/synthetic`."""
+    seed: int = 0
+    """Determines everything that is drawn."""
+    backbone: BackboneConfig = BackboneConfig()
+    data: DataSection = DataSection()
+    tuning: TuneConfig = TuneConfig()
+    inversion: InversionConfig = InversionConfig()
+    training: TrainConfig = TrainConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    ray: RayConfig = RayConfig()
+
+    @property
+    def output_root(self) -> str:
+        return self.output or f"runs/{self.name}"
+
+    @property
+    def adapters_root(self) -> str:
+        return self.adapters or f"{self.output_root.rstrip('/')}/adapters"
+
+    @property
+    def synthetic_root(self) -> str:
+        return self.synthetic or f"{self.output_root.rstrip('/')}/synthetic"
+
+    @property
+    def meta_lora_root(self) -> str:
+        return f"{self.output_root.rstrip('/')}/meta_lora"
+
+    @property
+    def oracle_root(self) -> str:
+        return f"{self.output_root.rstrip('/')}/oracle"
+
+    def resolved(self) -> dict[str, Any]:
+        """As JSON, defaults included."""
+        return self.model_dump(mode="json")
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
+    """Read a YAML file and apply `section.key=value` overrides, whose values are YAML.
+
+    Raises:
+        ConfigError: unreadable, an unknown key, or a value that is not allowed.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"config {path}: {error}; give a YAML file such as configs/demo.yaml") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"config {path}: a mapping is needed at the top, not {type(content).__name__}")
+    content.setdefault("name", Path(path).stem)
+    for override in overrides:
+        _apply(content, override)
+    try:
+        return ExperimentConfig.model_validate(content)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, str(path))) from error
+
+
+def _apply(content: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set {override!r}: expected section.key=value, such as inversion.num_steps=200")
+    *parents, last = key.split(".")
+    for parent in parents:
+        content = content.setdefault(parent, {})
+        if not isinstance(content, dict):
+            raise ConfigError(f"--set {override!r}: {parent} is a value, not a section")
+    try:
+        content[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override!r}: the value is not YAML: {error}") from error
+
+
+def _explain(error: ValidationError, source: str) -> str:
+    """The first problem in one line; for an unknown key, the keys that are allowed there."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        section: Any = ExperimentConfig
+        for part in first["loc"][:-1]:
+            field = section.model_fields.get(part) if isinstance(section, type) and issubclass(section, Section) else None
+            section = _section_of(field.annotation) if field else None
+        allowed = ", ".join(section.model_fields) if section else "other keys"
+        return f"config {source}: unknown key {where!r}; allowed there: {allowed}"
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    return f"config {source}: {where or 'values'} = {first['input']!r}: {first['msg']}{more}"
+
+
+def _section_of(annotation: Any) -> type[Section] | None:
+    """The section that a field holds, also behind `| None`."""
+    candidates = [annotation, *getattr(annotation, "__args__", ())]
+    return next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), None)

@@ -1,0 +1,117 @@
+"""Real labelled images, whatever they come from."""
+
+import fnmatch
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from pydantic import field_validator
+from torch import Tensor
+
+from lr_ray.errors import DataError
+from lr_ray.section import Section
+
+_MAX_PIXELS = 50_000_000
+
+
+class DataConfig(Section):
+    """Which images, of which classes."""
+
+    source: str
+    """`glyphs`, `digits`, a Parquet file or folder in the Hugging Face Image convention, or a folder of class folders."""
+    classes: tuple[str, ...] | None = None
+    """Class names, patterns (`latin/*`) or ranges of positions (`0:30`); default all."""
+
+    @field_validator("classes", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return tuple(value.split(",")) if isinstance(value, str) else value
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LabelledImages:
+    """Images with labels; an image is opened when it is asked for.
+
+    Attributes:
+        name: what a person calls the data, classes included if they are a selection.
+        class_names: C names.
+        labels: (M,) in [0, C).
+        describe: position of an image → where it came from, for messages.
+        open_image: position → the image.
+        digest: → SHA-256 of everything that determines the images and labels.
+    """
+
+    name: str
+    class_names: tuple[str, ...]
+    labels: np.ndarray
+    describe: Callable[[int], str]
+    open_image: Callable[[int], Image.Image]
+    digest: Callable[[], str]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def pixels(self, indices: Sequence[int] | np.ndarray, image_px: int) -> Tensor:
+        """(n, 3, image_px, image_px) uint8: RGB, short side resized (bicubic), centre cropped.
+
+        Raises:
+            DataError: an image that does not decode, or is too large to be one.
+        """
+
+        def load(index: int) -> Tensor:
+            try:
+                image = self.open_image(index)
+                if image.width * image.height > _MAX_PIXELS:
+                    raise DataError(f"image {self.describe(index)} has {image.width}×{image.height} pixels; at most {_MAX_PIXELS}")
+                return torch.from_numpy(np.array(fit_square(image.convert("RGB"), image_px))).permute(2, 0, 1)
+            except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError) as error:
+                raise DataError(
+                    f"image {self.describe(index)} does not decode ({type(error).__name__}: {error}); replace or remove it"
+                ) from error
+
+        with ThreadPoolExecutor(max_workers=2) as pool:
+            return torch.stack(list(pool.map(load, (int(i) for i in indices))))
+
+    def select(self, patterns: Sequence[str] | None) -> "LabelledImages":
+        """The images of the classes that match, labels renumbered in the classes' own order.
+
+        Raises:
+            DataError: a pattern that matches no class.
+        """
+        if patterns is None:
+            return self
+        chosen = sorted({index for pattern in patterns for index in self._match(pattern)})
+        positions = np.flatnonzero(np.isin(self.labels, chosen))
+        return LabelledImages(
+            name=f"{self.name}[{','.join(patterns)}]",
+            class_names=tuple(self.class_names[index] for index in chosen),
+            labels=np.searchsorted(chosen, self.labels[positions]),
+            describe=lambda index: self.describe(int(positions[index])),
+            open_image=lambda index: self.open_image(int(positions[index])),
+            digest=lambda: f"{self.digest()}[{','.join(map(str, chosen))}]",
+        )
+
+    def _match(self, pattern: str) -> list[int]:
+        if pattern in self.class_names:
+            return [self.class_names.index(pattern)]
+        start, colon, stop = pattern.partition(":")
+        if colon and all(part.isdigit() for part in (start, stop) if part):
+            found = list(range(len(self.class_names))[int(start or 0) : int(stop) if stop else None])
+        else:
+            found = [i for i, name in enumerate(self.class_names) if fnmatch.fnmatchcase(name, pattern)]
+        if not found:
+            some = ", ".join(self.class_names[:8])
+            raise DataError(f"classes: {pattern!r} matches none of the {len(self.class_names)} classes of {self.name} ({some}, …)")
+        return found
+
+
+def fit_square(image: Image.Image, side_px: int) -> Image.Image:
+    """Short side to `side_px` (bicubic, antialiased), then the central square."""
+    width, height = image.size
+    scale = side_px / min(width, height)
+    resized = image.resize((max(side_px, round(width * scale)), max(side_px, round(height * scale))), Image.Resampling.BICUBIC)
+    left, top = (resized.width - side_px) // 2, (resized.height - side_px) // 2
+    return resized.crop((left, top, left + side_px, top + side_px))

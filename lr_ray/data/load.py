@@ -1,0 +1,31 @@
+"""From a `DataConfig` to images."""
+
+from pathlib import Path
+
+from lr_ray.data.digits import load_digits
+from lr_ray.data.folder import load_folder
+from lr_ray.data.glyphs import load_glyphs
+from lr_ray.data.images import DataConfig, LabelledImages
+from lr_ray.data.parquet import load_parquet
+from lr_ray.errors import DataError
+
+_EMBEDDED = {"glyphs": load_glyphs, "digits": load_digits}
+
+
+def load_data(config: DataConfig) -> LabelledImages:
+    """The images of `config.source`, its classes selected.
+
+    Raises:
+        DataError: no such data, not readable as images, or no such class.
+    """
+    if config.source in _EMBEDDED:
+        return _EMBEDDED[config.source]().select(config.classes)
+    path = Path(config.source).expanduser()
+    if not path.exists():
+        raise DataError(
+            f"data {config.source!r}: no such file or folder, nor one of {', '.join(_EMBEDDED)}; "
+            "give a Parquet file or folder, or a folder of class folders"
+        )
+    if path.is_file() or any(path.rglob("*.parquet")):
+        return load_parquet(path).select(config.classes)
+    return load_folder(path).select(config.classes)

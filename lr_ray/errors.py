@@ -1,0 +1,56 @@
+"""Every error that LR-Ray raises for its user to act on.
+
+::
+
+    LrRayError
+    ├── ConfigError      a key, value or combination in a config, flag or argument
+    ├── BackboneError    a model that cannot serve as backbone or prior, or weights that do not fit it
+    ├── AdapterError     an adapter that is unreadable, damaged, or made for another backbone
+    ├── DataError        real images: unreadable, too few, unknown classes
+    ├── StorageError     reading or committing an artefact
+    ├── InversionError   an inversion that failed
+    ├── EpisodeError     an episode that cannot be drawn from the images at hand
+    └── ClusterError     Ray: starting, joining, losing workers
+
+A message is one line: what failed, the value received, what is allowed, the remedy. The command line prints it and
+exits with 1; every other exception is a fault of ours and keeps its traceback.
+"""
+
+
+class LrRayError(Exception):
+    """Base of all errors that a user can act on. Takes one message, so that every subclass survives pickling."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))
+
+
+class ConfigError(LrRayError):
+    """A key, value or combination in a config, flag or argument."""
+
+
+class BackboneError(LrRayError):
+    """A model that cannot serve as backbone or prior, or weights that do not fit it."""
+
+
+class AdapterError(LrRayError):
+    """An adapter that is unreadable, damaged, or made for another backbone."""
+
+
+class DataError(LrRayError):
+    """Real images that are unreadable, too few, or of unknown classes."""
+
+
+class StorageError(LrRayError):
+    """Reading or committing an artefact failed."""
+
+
+class InversionError(LrRayError):
+    """An inversion failed."""
+
+
+class EpisodeError(LrRayError):
+    """An episode cannot be drawn from the images at hand."""
+
+
+class ClusterError(LrRayError):
+    """Ray could not be started or joined, or lost more workers than it may."""

@@ -1,0 +1,31 @@
+"""Prototypes and logits: a class is the mean of its support features."""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Distance = Literal["euclidean", "squared", "cosine"]
+
+
+def class_centres(features: Tensor, *, n_way: int) -> Tensor:
+    """(..., N·S, D) support features, class by class → (..., N, D) prototypes, the means."""
+    return features.unflatten(-2, (n_way, -1)).mean(dim=-2)
+
+
+def prototype_logits(queries: Tensor, prototypes: Tensor, *, distance: Distance = "euclidean", scale: float = 1.0) -> Tensor:
+    """Class scores of the queries: minus the distance to each prototype (paper: Euclidean), or cosine, times `scale`.
+
+    Args:
+        queries: (..., M, D).
+        prototypes: (..., N, D).
+
+    Returns:
+        (..., M, N).
+    """
+    if distance == "cosine":
+        return scale * F.normalize(queries, dim=-1) @ F.normalize(prototypes, dim=-1).transpose(-2, -1)
+    if distance == "squared":
+        return -scale * torch.cdist(queries, prototypes).square()
+    return -scale * torch.cdist(queries, prototypes)

@@ -1,0 +1,81 @@
+"""The BatchNorm-statistics prior: synthetic images should excite a CNN as natural images did in its training."""
+
+import timm
+import torch
+from timm.data import resolve_model_data_config
+from torch import Tensor, nn
+
+from lr_ray.errors import BackboneError
+from lr_ray.vit.embedded import EMBEDDED_PRIOR, load_embedded
+
+
+class BatchNormPrior:
+    """R_BN of a frozen CNN, normalised so that one weight serves any network.
+
+    R_BN(X) = mean over BatchNorm layers l of ‖μ_l(X) − μ_l‖₂ / ‖μ_l‖₂ + ‖σ²_l(X) − σ²_l‖₂ / ‖σ²_l‖₂
+
+    The paper's is the plain sum of the numerators; in depthwise layers that runs into the thousands. Use as a context
+    manager: hooks are on the network only inside.
+    """
+
+    def __init__(self, network: nn.Module, *, mean: Tensor, std: Tensor) -> None:
+        """Args: network, with BatchNorm2d layers; mean, std, (3,) the normalisation of its own input."""
+        self._layers = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+        if not self._layers:
+            raise BackboneError(f"prior: {type(network).__name__} has no BatchNorm layers; use efficientnet-lite0 or resnet50")
+        self._network = network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        self._mean, self._std = mean[:, None, None], std[:, None, None]
+        self._terms: list[Tensor] = []
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def __enter__(self) -> "BatchNormPrior":
+        self._handles = [layer.register_forward_pre_hook(self._add_term) for layer in self._layers]
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) pixels in [0, 1] → scalar R_BN."""
+        self._terms.clear()
+        inputs = ((pixels - self._mean) / self._std).to(memory_format=torch.channels_last)
+        getattr(self._network, "forward_features", self._network)(inputs)
+        return torch.stack(self._terms).mean()
+
+    def _add_term(self, layer: nn.Module, inputs: tuple[Tensor]) -> None:
+        assert isinstance(layer, nn.BatchNorm2d)
+        assert layer.running_mean is not None
+        assert layer.running_var is not None
+        features = inputs[0]
+        mean = features.mean(dim=(0, 2, 3))
+        # E[x²] − E[x]² is two thirds of the cost of torch.var on a CPU, and exact enough next to stored statistics.
+        variance = features.square().mean(dim=(0, 2, 3)) - mean.square()
+        self._terms.append(
+            _relative_distance(mean, layer.running_mean) + _relative_distance(variance, layer.running_var)
+        )
+
+
+def _relative_distance(found: Tensor, stored: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(found - stored) / torch.linalg.vector_norm(stored).clamp_min(1e-6)
+
+
+def load_prior(name: str, *, device: torch.device | str = "cpu") -> BatchNormPrior:
+    """`efficientnet-lite0` from the embedded weights, or any timm CNN by its name (`resnet50`).
+
+    Raises:
+        BackboneError: unknown name, weights that cannot be had, or no BatchNorm in it.
+    """
+    if name == "efficientnet-lite0":
+        network = timm.create_model(EMBEDDED_PRIOR.architecture)
+        network.load_state_dict(load_embedded(EMBEDDED_PRIOR))
+    else:
+        try:
+            network = timm.create_model(name, pretrained=True)
+        except (OSError, RuntimeError) as error:
+            raise BackboneError(
+                f"prior {name!r}: {error}; inversion.prior is 'efficientnet-lite0', a timm CNN such as 'resnet50', or null"
+            ) from error
+    data = resolve_model_data_config(network)
+    mean, std = torch.tensor(data["mean"], device=device), torch.tensor(data["std"], device=device)
+    return BatchNormPrior(network.to(device), mean=mean, std=std)

@@ -1,0 +1,126 @@
+"""What people would rather see than read: synthetic images with their masks, training curves, accuracies."""
+
+import io
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from lr_ray.fewshot.episodes import ImagePool
+from lr_ray.vit.tokens import num_kept
+
+_INK, _MUTED, _ACCENT = "#1a1a2e", "#8d99ae", "#d1495b"
+_COLOURS = {"recycle": _ACCENT, "oracle": "#2a9d8f"}
+
+
+def masked(images: Tensor, patch_order: Tensor, *, keep_ratio: float) -> Tensor:
+    """Images whose less attended patches are faded to a light tint.
+
+    Args:
+        images: (B, 3, H, W) uint8.
+        patch_order: (B, P) most attended first, P a square.
+        keep_ratio: share of the patches left as they are.
+
+    Returns:
+        (B, 3, H, W) floats in [0, 1].
+    """
+    num_patches = patch_order.shape[1]
+    side = math.isqrt(num_patches)
+    keep = torch.zeros(len(images), num_patches)
+    keep.scatter_(1, patch_order[:, : num_kept(num_patches, keep_ratio)], 1.0)
+    mask = torch.nn.functional.interpolate(keep.view(-1, 1, side, side), size=images.shape[-2:], mode="nearest")
+    faded = 0.85 + 0.15 * images.float() / 255 * torch.tensor([0.6, 0.8, 1.0])[:, None, None]
+    return torch.where(mask.bool(), images.float() / 255, faded)
+
+
+def contact_sheet(pool: ImagePool, *, keep_ratio: float, max_adapters: int = 6, images_per_class: int = 2) -> bytes:
+    """PNG: a row an adapter, and for each of its classes a few images, each above its masked self."""
+    assert pool.patch_order is not None
+    adapters = np.unique(pool.adapter_of)[:max_adapters]
+    widest = max(int((pool.adapter_of == a).sum()) for a in adapters)
+    columns = widest * images_per_class
+    figure = Figure(figsize=(1.0 * columns, 2.45 * len(adapters) + 0.6), dpi=110, layout="constrained")
+    axes = np.atleast_2d(figure.subplots(2 * len(adapters), columns, squeeze=False))
+    for axis in axes.flat:
+        axis.axis("off")
+    for row, adapter in enumerate(adapters):
+        for slot, c in enumerate(np.flatnonzero(pool.adapter_of == adapter)):
+            members = torch.from_numpy(np.flatnonzero(pool.class_of == c)[:images_per_class])
+            images, orders = pool.images[members], pool.patch_order[members]
+            faded = masked(images, orders, keep_ratio=keep_ratio)
+            for column in range(len(members)):
+                top, bottom = (axes[2 * row + half, slot * images_per_class + column] for half in (0, 1))
+                top.imshow(images[column].permute(1, 2, 0).numpy(), interpolation="nearest")
+                bottom.imshow(faded[column].permute(1, 2, 0).numpy(), interpolation="nearest")
+                if column == 0:
+                    top.set_title(pool.class_names[c], fontsize=9, loc="left", color=_INK)
+    figure.suptitle(
+        f"Synthetic images, a row an adapter; below each image the {100 * keep_ratio:.0f} % of its patches that [CLS] attends to most",
+        fontsize=10,
+        color=_INK,
+    )
+    return _png(figure)
+
+
+def training_curves(histories: dict[str, Sequence[dict[str, float]]]) -> bytes:
+    """PNG: loss and accuracy on the training episodes, smoothed, and validation accuracy, by step."""
+    figure = Figure(figsize=(9, 3.2), dpi=110, layout="constrained")
+    loss_axis, accuracy_axis = figure.subplots(1, 2)
+    for name, history in histories.items():
+        colour = _COLOURS.get(name, _MUTED)
+        steps = [entry["step"] for entry in history]
+        loss_axis.plot(steps, _smoothed([entry["loss"] for entry in history]), color=colour, label=name)
+        accuracy_axis.plot(steps, _smoothed([entry["accuracy"] for entry in history]), color=colour, label=f"{name}, training")
+        validated = [entry for entry in history if "validation_accuracy" in entry]
+        if validated:
+            accuracy_axis.plot(
+                [entry["step"] for entry in validated],
+                [entry["validation_accuracy"] for entry in validated],
+                "o--",
+                color=colour,
+                markersize=4,
+                label=f"{name}, validation",
+            )
+    for axis, title in ((loss_axis, "loss of the training episodes"), (accuracy_axis, "accuracy")):
+        axis.set_title(title, fontsize=10, loc="left", color=_INK)
+        axis.set_xlabel("step")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False, fontsize=8)
+    return _png(figure)
+
+
+def accuracy_bars(rows: Sequence[dict[str, Any]]) -> bytes:
+    """PNG: accuracy of each method with its 95 % confidence interval, a panel a shape."""
+    shapes = list(dict.fromkeys((row["n_way"], row["n_shot"]) for row in rows))
+    figure = Figure(figsize=(4.6 * len(shapes), 0.42 * len(rows) / len(shapes) + 1.1), dpi=110, layout="constrained")
+    for axis, (n_way, n_shot) in zip(figure.subplots(1, len(shapes), squeeze=False).flat, shapes, strict=True):
+        chosen = [row for row in rows if (row["n_way"], row["n_shot"]) == (n_way, n_shot)][::-1]
+        names, values = [row["method"] for row in chosen], [row["accuracy"] for row in chosen]
+        colours = [_COLOURS.get(name, _MUTED) for name in names]
+        axis.barh(names, values, xerr=[row["ci95"] for row in chosen], color=colours, ecolor=_INK, height=0.65)
+        for position, row in enumerate(chosen):
+            axis.text(row["accuracy"] + row["ci95"] + 0.8, position, f"{row['accuracy']:.1f}", va="center", fontsize=8)
+        axis.axvline(100 / n_way, color=_INK, linestyle=":", linewidth=0.8)
+        axis.set_xlim(0, 108)
+        axis.set_title(f"{n_way}-way {n_shot}-shot accuracy, % (dotted: chance)", fontsize=10, loc="left", color=_INK)
+        axis.spines[["top", "right"]].set_visible(False)
+    return _png(figure)
+
+
+def _smoothed(values: Sequence[float]) -> np.ndarray:
+    """Mean over the last tenth of the curve's length at each point."""
+    window = max(1, len(values) // 10)
+    padded = np.concatenate([np.full(window - 1, values[0]), values]) if values else np.zeros(0)
+    return np.convolve(padded, np.ones(window) / window, mode="valid")
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    with matplotlib.rc_context({"font.family": "DejaVu Sans"}):
+        figure.savefig(buffer, format="png")
+    return buffer.getvalue()

@@ -1,0 +1,143 @@
+"""`lr-ray eval`: every method on the same episodes, each method in its own Ray task."""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from lr_ray.config import ExperimentConfig
+from lr_ray.data.load import load_data
+from lr_ray.errors import ConfigError, LrRayError
+from lr_ray.fewshot.episodes import draw_test_episodes
+from lr_ray.fewshot.evaluate import AccuracyReport, episode_accuracies
+from lr_ray.fewshot.methods import MethodInputs, find_method
+from lr_ray.report.progress import Reporter
+from lr_ray.runtime.session import map_tasks, ray_session
+from lr_ray.storage.adapters import list_adapters, read_adapter, read_adapters
+from lr_ray.storage.filesystem import exists, join, read_bytes, write_bytes
+from lr_ray.storage.manifest import digest_of
+from lr_ray.vit.backbone import load_backbone
+
+RESULTS_NAME = "results.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationTask:
+    """One method, measured on all shapes from features computed once."""
+
+    method: str
+    config: ExperimentConfig
+    digest: str
+
+
+def evaluate_methods(config: ExperimentConfig, reporter: Reporter) -> list[dict[str, Any]]:
+    """Measure the methods that `results.json` lacks; returns its rows, in the order of methods and shapes.
+
+    Raises:
+        ConfigError: no test data, or an unknown method.
+        EpisodeError: too few classes or images.
+    """
+    if config.data.test is None:
+        raise ConfigError("data.test is not set: name the real images of unseen classes, with --data or in the config")
+    data = load_data(config.data.test)
+    for shape in config.evaluation.shapes:
+        draw_test_episodes(data.labels, shape, num_episodes=1, seed=config.seed)
+    tasks = _plan(config, data.digest())
+    uri = join(config.output_root, RESULTS_NAME)
+    rows: list[dict[str, Any]] = json.loads(read_bytes(uri)) if exists(uri) else []
+    wanted = {task.digest for task in tasks}
+    rows = [row for row in rows if row["digest"] in wanted]
+    todo = [task for task in tasks if task.digest not in {row["digest"] for row in rows}]
+    reporter.say(f"eval: {len(tasks)} methods on {data.name}, {len(tasks) - len(todo)} measured already")
+    order = {task.digest: position for position, task in enumerate(tasks)}
+    failures: list[LrRayError] = []
+    if todo:
+        with ray_session(config.ray), reporter.track("eval", len(todo)) as advance:
+            for task, result in map_tasks(evaluate_one, todo, config.ray):
+                if isinstance(result, LrRayError):
+                    failures.append(result)
+                    continue
+                rows = sorted([*rows, *result], key=lambda row: order[row["digest"]])
+                write_bytes(uri, json.dumps(rows, indent=2, ensure_ascii=False).encode())
+                advance(f"{task.method} " + ", ".join(f"{row['accuracy']:.1f}" for row in result))
+    if failures:
+        raise failures[0]
+    return rows
+
+
+def _plan(config: ExperimentConfig, data_digest: str) -> list[EvaluationTask]:
+    backbone = load_backbone(config.backbone)
+    tasks = []
+    for method in config.evaluation.methods:
+        find_method(method)
+        base = method.partition(":")[0]
+        ingredients: dict[str, Any] = {}
+        if base == "loras-avg":
+            ingredients = {"adapters": [read_adapter(folder).spec.digest for folder in list_adapters(config.adapters_root)]}
+        elif base in ("recycle", "oracle"):
+            ingredients = {base: read_adapter(_trained_folder(config, base)).spec.digest}
+        inputs = {
+            "method": method,
+            "ingredients": ingredients,
+            "backbone": {"digest": backbone.digest, "image_px": backbone.image_px},
+            "data": data_digest,
+            "shapes": [shape.model_dump() for shape in config.evaluation.shapes],
+            "episodes": config.evaluation.episodes,
+            "seed": config.seed,
+        }
+        tasks.append(EvaluationTask(method=method, config=config, digest=digest_of(inputs)))
+    return tasks
+
+
+def _trained_folder(config: ExperimentConfig, method: str) -> str:
+    return config.meta_lora_root if method == "recycle" else config.oracle_root
+
+
+def evaluate_one(task: EvaluationTask) -> list[dict[str, Any]]:
+    """Features of all test images, then every shape's episodes; a row of `results.json` per shape."""
+    config = task.config
+    torch.set_num_threads(config.ray.cpus_per_actor)
+    backbone = load_backbone(config.backbone, device="cuda" if config.ray.num_gpus_per_actor else "cpu")
+    assert config.data.test is not None
+    data = load_data(config.data.test)
+    images = data.pixels(np.arange(len(data)), backbone.image_px)
+    inputs = MethodInputs(
+        backbone=backbone,
+        adapters=lambda: read_adapters(config.adapters_root),
+        meta_lora=lambda: read_adapter(config.meta_lora_root),
+        oracle=lambda: read_adapter(config.oracle_root),
+    )
+    method, argument = find_method(task.method)
+    start = time.perf_counter()
+    with method(inputs, argument) as embed, torch.inference_mode():
+        features = torch.cat([embed(part).cpu() for part in images.split(config.evaluation.batch_size)])
+    embedding_s = time.perf_counter() - start
+    return [_row(task, data.name, data.labels, features, shape, embedding_s) for shape in config.evaluation.shapes]
+
+
+def _row(
+    task: EvaluationTask, dataset: str, labels: np.ndarray, features: torch.Tensor, shape: Any, embedding_s: float
+) -> dict[str, Any]:
+    evaluation = task.config.evaluation
+    start = time.perf_counter()
+    episodes = draw_test_episodes(labels, shape, num_episodes=evaluation.episodes, seed=task.config.seed)
+    report = AccuracyReport(
+        method=task.method, dataset=dataset, shape=shape, accuracies=episode_accuracies(features, episodes, shape)
+    )
+    return {
+        "method": report.method,
+        "dataset": report.dataset,
+        "n_way": shape.n_way,
+        "n_shot": shape.n_shot,
+        "n_query": shape.n_query,
+        "episodes": len(report.accuracies),
+        "accuracy": round(100 * report.mean, 2),
+        "ci95": round(100 * report.ci95, 2),
+        "seconds": round(embedding_s + time.perf_counter() - start, 2),
+        "images_per_s": round(len(features) / embedding_s, 1),
+        "digest": task.digest,
+    }

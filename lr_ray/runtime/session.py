@@ -1,0 +1,88 @@
+"""Starting or joining Ray, and handing work to it."""
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from lr_ray.config import RayConfig
+from lr_ray.errors import ClusterError, LrRayError
+
+_ENVIRONMENT = {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # bind to 127.0.0.1; read when ray is imported
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@contextmanager
+def ray_session(config: RayConfig) -> Iterator[None]:
+    """Ray, started here or joined, for as long as the context lasts; one that runs already is used and left alone.
+
+    Raises:
+        ClusterError: it cannot be started or joined.
+    """
+    if config.address == "local":
+        for name, value in _ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    resources: dict[str, Any] = {"num_cpus": config.num_cpus} if config.address == "local" else {}
+    try:
+        ray.init(config.address, logging_level="error", log_to_driver=False, **resources)
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        raise ClusterError(
+            f"Ray at {config.address!r}: {error}; ray.address is 'local', 'auto' or the address of a running cluster"
+        ) from error
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.train").setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def map_tasks(
+    function: Callable[[Item], Result], items: Sequence[Item], config: RayConfig
+) -> Iterator[tuple[Item, Result | LrRayError]]:
+    """Run a function on each item in parallel Ray tasks; yields as they finish.
+
+    An item whose function raises an `LrRayError` yields that error, and the others go on; a task whose worker is lost
+    is run again up to `max_failures` times.
+
+    Raises:
+        ClusterError: a worker was lost more often than that.
+    """
+    import ray
+
+    remote = ray.remote(num_cpus=config.cpus_per_actor, num_gpus=config.num_gpus_per_actor, max_retries=config.max_failures)(
+        function
+    )
+    waiting = {remote.remote(item): item for item in items}
+    while waiting:
+        (finished, *_), _ = ray.wait(list(waiting), num_returns=1)
+        item = waiting.pop(finished)
+        try:
+            yield item, ray.get(finished)
+        except ray.exceptions.RayTaskError as error:
+            yield item, user_error(error)
+        except ray.exceptions.RaySystemError as error:
+            raise ClusterError(f"Ray lost a worker more than {config.max_failures} times: {error}; see ray.max_failures") from error
+
+
+def user_error(error: BaseException) -> LrRayError:
+    """The `LrRayError` that a Ray error was caused by; anything else is raised again, with its traceback."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, LrRayError):
+        cause = getattr(cause, "cause", None) or cause.__cause__
+    if cause is None:
+        raise error
+    return cause

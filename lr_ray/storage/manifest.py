@@ -1,0 +1,81 @@
+"""What an artefact is made of: resolved config, input digests, versions. Its manifest is written last, as the commit."""
+
+import hashlib
+import json
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from lr_ray.errors import StorageError
+from lr_ray.storage.filesystem import exists, join, read_bytes, write_bytes
+
+MANIFEST_NAME = "lr_ray.json"
+_PACKAGES = ("lr-ray", "torch", "timm", "ray", "numpy", "pyarrow", "safetensors")
+
+
+def digest_of(inputs: Any) -> str:
+    """SHA-256 of JSON-serialisable inputs, keys in order."""
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that a result depends on."""
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "unknown"
+    return found
+
+
+def read_manifest(folder: str) -> dict[str, Any] | None:
+    """The manifest of a finished artefact, or None.
+
+    Raises:
+        StorageError: it is there but damaged.
+    """
+    uri = join(folder, MANIFEST_NAME)
+    if not exists(uri):
+        return None
+    try:
+        manifest: dict[str, Any] = json.loads(read_bytes(uri))
+    except ValueError as error:
+        raise StorageError(f"manifest {uri} is damaged ({error}); delete it and run again") from error
+    return manifest
+
+
+def write_manifest(folder: str, inputs: dict[str, Any], facts: dict[str, Any]) -> None:
+    """Commit the artefact in `folder`: what it was made from, what is known of it, with which versions."""
+    manifest = {"digest": digest_of(inputs), "inputs": inputs, **facts, "versions": versions()}
+    write_bytes(join(folder, MANIFEST_NAME), json.dumps(manifest, indent=2, ensure_ascii=False).encode())
+
+
+def claim_folder(folder: str, inputs: dict[str, Any]) -> None:
+    """Take an output folder for results made from `inputs`, or take it up again.
+
+    Raises:
+        StorageError: it holds the results of other inputs; the message says which differ.
+    """
+    name = "claim.json"
+    uri = join(folder, name)
+    if not exists(uri):
+        write_bytes(uri, json.dumps(inputs, indent=2, ensure_ascii=False).encode())
+        return
+    found = json.loads(read_bytes(uri))
+    if differences := list(_differences(found, json.loads(json.dumps(inputs)), "")):
+        some = "; ".join(differences[:3]) + ("; …" if len(differences) > 3 else "")
+        raise StorageError(
+            f"{folder} holds another run's results ({some}); choose another --output, or delete that folder to start over"
+        )
+
+
+def _differences(old: Any, new: Any, path: str) -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(old.keys() | new.keys())
+        return [line for key in keys for line in _differences(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))]
+    return [] if old == new else [f"{path} was {_short(old)}, now {_short(new)}"]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 40 else text[:37] + "…"

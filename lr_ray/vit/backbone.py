@@ -1,0 +1,186 @@
+"""The frozen Vision Transformer: timm model, preprocessing constants, provenance."""
+
+import difflib
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import timm
+import torch
+from pydantic import Field
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.data import resolve_model_data_config
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor
+
+from lr_ray.errors import BackboneError
+from lr_ray.section import Section
+from lr_ray.vit.embedded import EMBEDDED_BACKBONE, digest_tensors, load_embedded
+
+Precision = Literal["auto", "fp32", "bf16"]
+
+
+class BackboneConfig(Section):
+    """Which Vision Transformer, at which image size."""
+
+    name: str = "embedded"
+    """A timm name such as `vit_base_patch16_clip_224.openai`, or `embedded`: DINOv2 ViT-S/14 without its last block."""
+    image_px: int | None = Field(default=None, gt=0)
+    """Side of the square images; any multiple of the patch size. Default: the model's own."""
+    weights: str | None = None
+    """A safetensors file in timm's names, instead of the weights that belong to `name`."""
+    pretrained: bool = True
+    """False: random weights, the same on every machine. For tests and speed measurements only."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Backbone:
+    """A frozen Vision Transformer with a class token.
+
+    Attributes:
+        name: as in the config.
+        model: timm model without head, in eval mode, parameters without gradient.
+        image_px: side of its images in pixels.
+        mean, std: (3,) the normalisation of its images, per channel of [0, 1] pixels.
+        digest: SHA-256 of its weights but the position embedding, which depends on `image_px`.
+        source: where the weights come from.
+    """
+
+    name: str
+    model: VisionTransformer
+    image_px: int
+    mean: Tensor
+    std: Tensor
+    digest: str
+    source: str
+
+    @property
+    def device(self) -> torch.device:
+        return self.mean.device
+
+    @property
+    def num_features(self) -> int:
+        return int(self.model.embed_dim)
+
+    @property
+    def num_patches(self) -> int:
+        return int(self.model.patch_embed.num_patches)
+
+    @property
+    def patch_px(self) -> int:
+        return int(self.model.patch_embed.patch_size[0])
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) images, uint8 or float in [0, 1] → normalised floats on the backbone's device."""
+        images = images.to(self.device)
+        pixels = images.float().div_(255) if images.dtype == torch.uint8 else images
+        return (pixels - self.mean[:, None, None]) / self.std[:, None, None]
+
+    def denormalize(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) normalised floats → pixels in [0, 1]."""
+        return images * self.std[:, None, None] + self.mean[:, None, None]
+
+
+def load_backbone(config: BackboneConfig, *, device: torch.device | str = "cpu") -> Backbone:
+    """Load the model, interpolate its position embedding to `config.image_px`, freeze it.
+
+    Raises:
+        BackboneError: unknown name, no class token, not a Vision Transformer, an image size that the patches do not
+            divide, or weights that cannot be had or do not fit.
+    """
+    if config.name == EMBEDDED_BACKBONE.architecture:
+        raise BackboneError(f"backbone {config.name!r} has no weights of its own; use 'embedded' or a tagged timm name")
+    architecture, arguments = config.name, {}
+    if config.name == "embedded":
+        architecture, arguments = EMBEDDED_BACKBONE.architecture, dict(EMBEDDED_BACKBONE.architecture_args)
+    image_px = _check_architecture(architecture, config)
+    arguments |= {"num_classes": 0, "img_size": image_px}
+    if not config.pretrained:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model, source = timm.create_model(architecture, **arguments), "random weights, seed 0"
+    else:
+        model, source = _load_pretrained(architecture, arguments, config)
+    model.eval().requires_grad_(False).to(device)
+    data = resolve_model_data_config(model)
+    weights = {name: value for name, value in model.state_dict().items() if name != "pos_embed"}
+    return Backbone(
+        name=config.name,
+        model=model,
+        image_px=image_px,
+        mean=torch.tensor(data["mean"], device=device),
+        std=torch.tensor(data["std"], device=device),
+        digest=digest_tensors(weights),
+        source=source,
+    )
+
+
+def _check_architecture(architecture: str, config: BackboneConfig) -> int:
+    """Raise unless the method works on the architecture; return the image size to use."""
+    try:
+        with torch.device("meta"):
+            model = timm.create_model(architecture, pretrained=False, num_classes=0)
+    except (RuntimeError, ValueError) as error:
+        if "Unknown model" not in str(error):
+            raise
+        close = difflib.get_close_matches(architecture, timm.list_models(pretrained=True) + ["embedded"], n=3, cutoff=0.5)
+        raise BackboneError(
+            f"backbone {config.name!r}: timm has no such model; {'did you mean ' + ' or '.join(close) + '? ' if close else ''}"
+            "`timm.list_models('vit*')` lists them"
+        ) from None
+    need = "LR-Ray needs a timm VisionTransformer with a class token, such as vit_base_patch16_clip_224.openai"
+    if not isinstance(model, VisionTransformer):
+        raise BackboneError(f"backbone {config.name!r} is a {type(model).__name__}; {need}")
+    if model.cls_token is None or model.global_pool != "token":
+        raise BackboneError(f"backbone {config.name!r} does not classify by a class token; {need}")
+    if not all(type(block) is Block and hasattr(block.attn, "qkv") for block in model.blocks):
+        raise BackboneError(f"backbone {config.name!r} has blocks other than timm's `Block` with fused qkv; {need}")
+    image_px = config.image_px or int(model.patch_embed.img_size[0])
+    patch_px = int(model.patch_embed.patch_size[0])
+    if image_px % patch_px:
+        lower = max(image_px // patch_px, 1) * patch_px
+        raise BackboneError(
+            f"image_px {image_px}: not a multiple of the {patch_px} px patches of {config.name!r}; "
+            f"nearest are {lower} and {lower + patch_px}"
+        )
+    return image_px
+
+
+def _load_pretrained(
+    architecture: str, arguments: dict[str, Any], config: BackboneConfig
+) -> tuple[VisionTransformer, str]:
+    if config.weights is not None:
+        path = Path(config.weights)
+        if path.suffix != ".safetensors":
+            raise BackboneError(f"backbone weights {path}: only .safetensors files are read, never pickles; convert it")
+        try:
+            tensors, source = load_file(path), str(path)
+        except (OSError, SafetensorError) as error:
+            raise BackboneError(f"backbone weights {path}: {error}") from error
+    elif config.name == "embedded":
+        tensors, source = load_embedded(EMBEDDED_BACKBONE), EMBEDDED_BACKBONE.source
+    else:
+        try:
+            return timm.create_model(architecture, pretrained=True, **arguments), f"timm {architecture}"
+        except (OSError, RuntimeError) as error:
+            raise BackboneError(
+                f"backbone {config.name!r}: its weights could not be loaded: {error}; "
+                "set backbone.weights to a safetensors file, or backbone.name to 'embedded'"
+            ) from error
+    try:
+        model = timm.create_model(
+            architecture, pretrained=True, pretrained_cfg_overlay={"state_dict": tensors, "custom_load": False}, **arguments
+        )
+    except RuntimeError as error:
+        raise BackboneError(f"backbone weights {source} do not fit {architecture}: {error}") from error
+    return model, source
+
+
+def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
+    """Mixed precision for forward passes: bf16 where the processor multiplies it natively, if `precision` is auto."""
+    if precision == "auto":
+        native = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+        precision = "bf16" if native else "fp32"
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()

@@ -1,0 +1,131 @@
+"""Sparse tokens: [CLS] attention ranks the patches, the others are really dropped."""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from lr_ray.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Encoding:
+    """What the backbone says of a batch.
+
+    Attributes:
+        features: (B, D) the normalised class token of the last block.
+        patch_order: (B, P) patch positions, most attended by [CLS] first, or None if no ranking was asked for.
+    """
+
+    features: Tensor
+    patch_order: Tensor | None
+
+
+def gather_patches(tokens: Tensor, keep_indices: Tensor, *, num_prefix_tokens: int) -> Tensor:
+    """Keep the prefix tokens and the selected patch tokens.
+
+    Args:
+        tokens: (B, num_prefix_tokens + P, D).
+        keep_indices: (B, K) patch positions in [0, P).
+        num_prefix_tokens: [CLS] and register tokens, always kept.
+
+    Returns:
+        (B, num_prefix_tokens + K, D).
+    """
+    prefix, patches = tokens[:, :num_prefix_tokens], tokens[:, num_prefix_tokens:]
+    index = keep_indices.unsqueeze(-1).expand(-1, -1, tokens.shape[-1])
+    return torch.cat([prefix, patches.gather(1, index)], dim=1)
+
+
+def num_kept(num_patches: int, keep_ratio: float) -> int:
+    """How many of `num_patches` a keep_ratio in (0, 1] leaves: rounded up, at least one."""
+    return max(1, math.ceil(num_patches * keep_ratio - 1e-9))
+
+
+def class_attention(attention: nn.Module, qkv: Tensor, *, num_prefix_tokens: int) -> Tensor:
+    """Attention paid by [CLS] to each patch, averaged over heads; only that row of the matrix is computed.
+
+    Args:
+        attention: timm's `Attention`.
+        qkv: (B, N, 3·D) output of its fused projection.
+        num_prefix_tokens: [CLS] and register tokens.
+
+    Returns:
+        (B, N - num_prefix_tokens), without gradient.
+    """
+    with torch.no_grad():
+        num_heads: int = attention.num_heads  # type: ignore[assignment]
+        query, key, _ = qkv.detach().float().chunk(3, dim=-1)
+        query = query[:, :1].unflatten(-1, (num_heads, -1)).transpose(1, 2)
+        key = key.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+        query, key = attention.q_norm(query), attention.k_norm(key)  # type: ignore[operator]
+        row = (query * attention.scale @ key.transpose(-2, -1)).softmax(dim=-1)  # (B, heads, 1, N)
+        return row.mean(dim=1)[:, 0, num_prefix_tokens:]
+
+
+def encode(
+    model: VisionTransformer,
+    images: Tensor,
+    *,
+    keep_indices: Tensor | None = None,
+    keep_ratios: Mapping[int, float] | None = None,
+    rank_patches: bool = False,
+) -> Encoding:
+    """Forward pass from normalised images to the class token, on as few tokens as asked for.
+
+    Only [CLS] is read after the last block, so that block's MLP runs on the prefix tokens alone: the same result as
+    timm's own forward, for 6 % less work at 12 blocks.
+
+    Args:
+        model: the backbone, adapters merged or attached.
+        images: (B, 3, H, W), normalised.
+        keep_indices: (B, K) patches that enter the first block, with their own position embeddings; default all.
+        keep_ratios: {block index: share of the patches kept between its attention and its MLP}, by [CLS] attention.
+        rank_patches: also rank all patches by the attention of [CLS] in the last block; those dropped earlier come
+            behind, the first dropped last.
+
+    Raises:
+        ConfigError: a block index that the model does not have.
+    """
+    keep_ratios = keep_ratios or {}
+    last = len(model.blocks) - 1
+    if unknown := [layer for layer in keep_ratios if not 0 <= layer <= last]:
+        raise ConfigError(f"keep_ratios: the backbone has blocks 0 to {last}, not {unknown[0]}; remove that key")
+    num_prefix: int = model.num_prefix_tokens
+    tokens = model.norm_pre(model._pos_embed(model.patch_embed(images)))
+    positions = torch.arange(tokens.shape[1] - num_prefix, device=images.device).expand(len(images), -1)
+    if keep_indices is not None:
+        positions = keep_indices.to(images.device)
+        tokens = gather_patches(tokens, positions, num_prefix_tokens=num_prefix)
+    dropped: list[Tensor] = []
+    for index, block in enumerate(model.blocks):
+        drops = index in keep_ratios or (rank_patches and index == last)
+        with _output_of(block.attn.qkv) if drops else nullcontext([]) as qkv:
+            tokens = tokens + block.drop_path1(block.ls1(block.attn(block.norm1(tokens))))
+        if drops:
+            attention = class_attention(block.attn, qkv[0], num_prefix_tokens=num_prefix)
+            order = attention.argsort(dim=1, descending=True, stable=True)
+            kept = order[:, : num_kept(order.shape[1], keep_ratios.get(index, 1.0))]
+            dropped.insert(0, positions.gather(1, order[:, kept.shape[1] :]))
+            positions = positions.gather(1, kept)
+            tokens = gather_patches(tokens, kept, num_prefix_tokens=num_prefix)
+        if index == last:
+            tokens = tokens[:, :num_prefix]
+        tokens = tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens))))
+    features = model.fc_norm(model.norm(tokens)[:, 0])
+    return Encoding(features=features, patch_order=torch.cat([positions, *dropped], dim=1) if rank_patches else None)
+
+
+@contextmanager
+def _output_of(module: nn.Module) -> Iterator[list[Tensor]]:
+    """A list that holds the module's output after its next forward pass."""
+    outputs: list[Tensor] = []
+    handle = module.register_forward_hook(lambda _module, _args, output: outputs.append(output))
+    try:
+        yield outputs
+    finally:
+        handle.remove()
