@@ -8,6 +8,7 @@ import yaml
 from pydantic import Field, ValidationError
 
 from lr_ray.data.images import DataConfig
+from lr_ray.data.load import EMBEDDED_DATA
 from lr_ray.errors import ConfigError
 from lr_ray.fewshot.distill import TrainConfig
 from lr_ray.fewshot.episodes import EpisodeShape
@@ -124,9 +125,28 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentCo
     for override in overrides:
         _apply(content, override)
     try:
-        return ExperimentConfig.model_validate(content)
+        config = ExperimentConfig.model_validate(content)
     except ValidationError as error:
         raise ConfigError(_explain(error, str(path))) from error
+    return _with_absolute_paths(config)
+
+
+def _with_absolute_paths(config: ExperimentConfig) -> ExperimentConfig:
+    """Local paths made absolute, since workers have other working directories."""
+
+    def absolute(path: str | None) -> str | None:
+        return path if path is None or "://" in path else str(Path(path).expanduser().absolute())
+
+    def located(data: DataConfig | None) -> DataConfig | None:
+        if data is None or data.source in EMBEDDED_DATA:
+            return data
+        return data.model_copy(update={"source": absolute(data.source)})
+
+    data = {name: located(getattr(config.data, name)) for name in DataSection.model_fields}
+    paths = {name: absolute(getattr(config, name)) for name in ("adapters", "synthetic")}
+    backbone = config.backbone.model_copy(update={"weights": absolute(config.backbone.weights)})
+    sections = {"data": config.data.model_copy(update=data), "backbone": backbone}
+    return config.model_copy(update={**sections, **paths, "output": absolute(config.output_root)})
 
 
 def _apply(content: dict[str, Any], override: str) -> None:

@@ -9,7 +9,7 @@ from lr_ray.data.images import DataConfig, LabelledImages
 from lr_ray.data.parquet import load_parquet
 from lr_ray.errors import DataError
 
-_EMBEDDED = {"glyphs": load_glyphs, "digits": load_digits}
+EMBEDDED_DATA = {"glyphs": load_glyphs, "digits": load_digits}
 
 
 def load_data(config: DataConfig) -> LabelledImages:
@@ -18,12 +18,12 @@ def load_data(config: DataConfig) -> LabelledImages:
     Raises:
         DataError: no such data, not readable as images, or no such class.
     """
-    if config.source in _EMBEDDED:
-        return _EMBEDDED[config.source]().select(config.classes)
+    if config.source in EMBEDDED_DATA:
+        return EMBEDDED_DATA[config.source]().select(config.classes)
     path = Path(config.source).expanduser()
     if not path.exists():
         raise DataError(
-            f"data {config.source!r}: no such file or folder, nor one of {', '.join(_EMBEDDED)}; "
+            f"data {config.source!r}: no such file or folder, nor one of {', '.join(EMBEDDED_DATA)}; "
             "give a Parquet file or folder, or a folder of class folders"
         )
     if path.is_file() or any(path.rglob("*.parquet")):

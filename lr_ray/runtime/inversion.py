@@ -1,7 +1,7 @@
 """`lr-ray invert`: one Ray actor per adapter in flight, each committing its own Parquet file."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -43,8 +43,8 @@ class InversionActor:
             self._prior = load_prior(config.inversion.prior, device=device)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """{"item": [InversionItem]} → {"uri", "num_images", "loss_ce", "error"}, one each."""
-        (item,) = batch["item"]
+        """One row of `InversionItem` fields → adapter_id, uri, num_images, loss_ce, error; one row."""
+        item = InversionItem(**{name: values[0] for name, values in batch.items()})
         try:
             num_images, loss_ce = self._invert(item)
             row: dict[str, Any] = {"num_images": [num_images], "loss_ce": [loss_ce], "error": [""]}
@@ -133,14 +133,13 @@ def _run(todo: list[InversionItem], config: ExperimentConfig) -> Iterator[dict[s
     if config.ray.num_gpus_per_actor:
         fits = min(fits, int(cluster.get("GPU", 0) / config.ray.num_gpus_per_actor))
     largest = max(1, min(len(todo), config.ray.max_actors or fits))
-    rows = ray.data.from_items([{"item": item} for item in todo], override_num_blocks=len(todo)).map_batches(
+    rows = ray.data.from_items([asdict(item) for item in todo], override_num_blocks=len(todo)).map_batches(
         InversionActor,
         fn_constructor_args=(config,),
         batch_size=1,
         num_cpus=config.ray.cpus_per_actor,
         num_gpus=config.ray.num_gpus_per_actor,
         compute=ActorPoolStrategy(min_size=1, max_size=largest, initial_size=min(largest, max(fits, 1))),
-        max_restarts=config.ray.max_failures,
     )
     try:
         yield from rows.iter_rows()

@@ -11,7 +11,6 @@ from lr_ray.errors import ClusterError, LrRayError
 
 _ENVIRONMENT = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # bind to 127.0.0.1; read when ray is imported
-    "RAY_BACKEND_LOG_LEVEL": "fatal",
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
@@ -42,8 +41,11 @@ def ray_session(config: RayConfig) -> Iterator[None]:
         raise ClusterError(
             f"Ray at {config.address!r}: {error}; ray.address is 'local', 'auto' or the address of a running cluster"
         ) from error
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    logging.getLogger("ray.train").setLevel(logging.ERROR)
+    import ray.data
+    import ray.train
+
+    for noisy in ("ray.data", "ray.train"):  # they set their levels when imported
+        logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
         yield
     finally:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from lr_ray.config import ExperimentConfig
 from lr_ray.data.images import LabelledImages
 from lr_ray.data.load import load_data
-from lr_ray.errors import ClusterError, ConfigError, EpisodeError
+from lr_ray.errors import ClusterError, ConfigError, EpisodeError, LrRayError
 from lr_ray.fewshot.distill import TrainConfig
 from lr_ray.fewshot.episodes import EpisodeShape, ImagePool
 from lr_ray.fewshot.metatrain import MetaTrainer, Validation, best_modules
@@ -165,7 +165,7 @@ def _fit(job: TrainingJob, reporter: Reporter) -> Path:
         ),
         run_config=RunConfig(
             name=f"{job.kind}-{digest_of(job.inputs)[:12]}",
-            storage_path=str(Path(job.folder, "training").resolve()) if "://" not in job.folder else join(job.folder, "training"),
+            storage_path=join(job.folder, "training"),
             failure_config=FailureConfig(max_failures=config.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=1),
         ),
@@ -187,6 +187,8 @@ def _fit(job: TrainingJob, reporter: Reporter) -> Path:
                 metrics = steps.get(timeout=1)
             except Empty:
                 continue
+            if isinstance(metrics, LrRayError):
+                raise metrics
             for _ in range(metrics["step"] - shown):
                 advance(", ".join(f"{key.replace('_', ' ')} {value:.3f}" for key, value in metrics.items() if key != "step"))
             shown = max(shown, metrics["step"])
@@ -204,13 +206,19 @@ def _fit(job: TrainingJob, reporter: Reporter) -> Path:
 
 
 def train_loop_per_worker(arguments: dict[str, Any]) -> None:
-    """Ray Train's worker: restore, then step, validate, report, until the steps are done."""
+    """Ray Train's worker; an error that trying again cannot mend goes to the driver, and the run ends."""
+    try:
+        _train_loop(arguments["job"], arguments["steps"])
+    except LrRayError as error:
+        arguments["steps"].put(error)
+
+
+def _train_loop(job: TrainingJob, steps: Any) -> None:
+    """Restore, then step, validate, report, until the steps are done."""
     import ray.train
     from ray.train import Checkpoint
     from ray.train.torch import get_device, prepare_model
 
-    job: TrainingJob = arguments["job"]
-    steps = arguments["steps"]
     training = job.training
     torch.set_num_threads(job.config.ray.cpus_per_trainer)
     context = ray.train.get_context()
