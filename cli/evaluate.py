@@ -3,8 +3,18 @@
 from typing import Annotated
 
 import typer
-
-from lr_ray.cli.options import Adapters, Classes, Config, Data, Json, Output, Overrides, print_json, read_config, reporter
+from lr_ray.cli.options import (
+    Adapters,
+    Classes,
+    Config,
+    Data,
+    Json,
+    Output,
+    Overrides,
+    print_json,
+    read_config,
+    reporter,
+)
 from lr_ray.cli.table import print_results
 
 

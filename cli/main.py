@@ -3,7 +3,6 @@
 import sys
 
 import typer
-
 from lr_ray.cli.demo import demo
 from lr_ray.cli.evaluate import evaluate
 from lr_ray.cli.fetch import fetch

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-
 from lr_ray.cli.options import Json, Output, Overrides, print_json, read_config, reporter
 from lr_ray.cli.table import print_results
 

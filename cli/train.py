@@ -3,7 +3,6 @@
 from typing import Annotated
 
 import typer
-
 from lr_ray.cli.options import Adapters, Config, Json, Output, Overrides, Synthetic, print_json, read_config, reporter
 
 

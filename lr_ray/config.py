@@ -171,7 +171,7 @@ def _explain(error: ValidationError, source: str) -> str:
     if first["type"] == "extra_forbidden":
         section: Any = ExperimentConfig
         for part in first["loc"][:-1]:
-            field = section.model_fields.get(part) if isinstance(section, type) and issubclass(section, Section) else None
+            field = section.model_fields.get(str(part)) if isinstance(section, type) and issubclass(section, Section) else None
             section = _section_of(field.annotation) if field else None
         allowed = ", ".join(section.model_fields) if section else "other keys"
         return f"config {source}: unknown key {where!r}; allowed there: {allowed}"

@@ -35,7 +35,10 @@ def load_glyphs() -> LabelledImages:
         return _draw(class_names[index // len(fonts)].partition("/")[2], fonts[index % len(fonts)])
 
     def digest() -> str:
-        content = [f"{class_names}{_SIDE_PX}{_FONT_PX}{PIL.__version__}".encode(), *(font.read_bytes() for font in fonts)]
+        content = [
+            f"{class_names}{_SIDE_PX}{_FONT_PX}{PIL.__version__}".encode(),
+            *(font.read_bytes() for font in fonts),
+        ]
         return hashlib.sha256(b"".join(content)).hexdigest()
 
     return LabelledImages(

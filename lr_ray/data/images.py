@@ -65,7 +65,9 @@ class LabelledImages:
             try:
                 image = self.open_image(index)
                 if image.width * image.height > _MAX_PIXELS:
-                    raise DataError(f"image {self.describe(index)} has {image.width}×{image.height} pixels; at most {_MAX_PIXELS}")
+                    raise DataError(
+                        f"image {self.describe(index)} has {image.width}×{image.height} pixels; at most {_MAX_PIXELS}"
+                    )
                 return torch.from_numpy(np.array(fit_square(image.convert("RGB"), image_px))).permute(2, 0, 1)
             except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError) as error:
                 raise DataError(
@@ -104,7 +106,9 @@ class LabelledImages:
             found = [i for i, name in enumerate(self.class_names) if fnmatch.fnmatchcase(name, pattern)]
         if not found:
             some = ", ".join(self.class_names[:8])
-            raise DataError(f"classes: {pattern!r} matches none of the {len(self.class_names)} classes of {self.name} ({some}, …)")
+            raise DataError(
+                f"classes: {pattern!r} matches none of the {len(self.class_names)} classes of {self.name} ({some}, …)"
+            )
         return found
 
 

@@ -31,7 +31,9 @@ def load_parquet(path: Path) -> LabelledImages:
             "expected columns image (struct of bytes and path) and label"
         ) from error
     if table.num_rows == 0 or encoded.null_count:
-        raise DataError(f"data {path}: {table.num_rows} rows, {encoded.null_count} of them without image bytes; nothing to read")
+        raise DataError(
+            f"data {path}: {table.num_rows} rows, {encoded.null_count} of them without image bytes; nothing to read"
+        )
     raw_labels = table.column("label")
     if pa.types.is_integer(raw_labels.type):
         labels = raw_labels.to_numpy().astype(np.int64)

@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from lr_ray.vit.augment import AugmentationConfig, augment
 from lr_ray.fewshot.episodes import Episode, EpisodeShape
 from lr_ray.fewshot.protonet import Distance, class_centres, prototype_logits
 from lr_ray.section import Section
+from lr_ray.vit.augment import AugmentationConfig, augment
 from lr_ray.vit.backbone import Backbone, Precision, autocast
 from lr_ray.vit.lora import LoRAConfig
 from lr_ray.vit.tokens import encode

@@ -11,7 +11,8 @@ Distance = Literal["euclidean", "squared", "cosine"]
 
 def class_centres(features: Tensor, *, n_way: int) -> Tensor:
     """(..., N·S, D) support features, class by class → (..., N, D) prototypes, the means."""
-    return features.unflatten(-2, (n_way, -1)).mean(dim=-2)
+    centres: Tensor = features.unflatten(-2, (n_way, -1)).mean(dim=-2)
+    return centres
 
 
 def prototype_logits(queries: Tensor, prototypes: Tensor, *, distance: Distance = "euclidean", scale: float = 1.0) -> Tensor:

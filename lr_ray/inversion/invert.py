@@ -193,9 +193,7 @@ def teacher_logits_of(
 
 
 @torch.no_grad()
-def _describe(
-    adapter: Adapter, backbone: Backbone, images: Tensor, config: InversionConfig
-) -> tuple[Tensor, Tensor]:
+def _describe(adapter: Adapter, backbone: Backbone, images: Tensor, config: InversionConfig) -> tuple[Tensor, Tensor]:
     """(B, C) logits on all tokens and (B, P) patch order under the pruning schedule, of uint8 images."""
     assert adapter.head_weight is not None
     logits, orders = [], []

@@ -51,13 +51,12 @@ class BatchNormPrior:
         mean = features.mean(dim=(0, 2, 3))
         # E[x²] − E[x]² is two thirds of the cost of torch.var on a CPU, and exact enough next to stored statistics.
         variance = features.square().mean(dim=(0, 2, 3)) - mean.square()
-        self._terms.append(
-            _relative_distance(mean, layer.running_mean) + _relative_distance(variance, layer.running_var)
-        )
+        self._terms.append(_relative_distance(mean, layer.running_mean) + _relative_distance(variance, layer.running_var))
 
 
 def _relative_distance(found: Tensor, stored: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(found - stored) / torch.linalg.vector_norm(stored).clamp_min(1e-6)
+    relative: Tensor = torch.linalg.vector_norm(found - stored) / torch.linalg.vector_norm(stored).clamp_min(1e-6)
+    return relative
 
 
 def load_prior(name: str, *, device: torch.device | str = "cpu") -> BatchNormPrior:

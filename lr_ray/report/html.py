@@ -16,7 +16,8 @@ body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a2e; max-width: 68rem; m
 h1 { margin-bottom: 0 } h2 { margin-top: 2.5rem } .lead { font-size: 1.15rem }
 table { border-collapse: collapse } th, td { padding: .3rem .9rem; text-align: right; border-bottom: 1px solid #dde }
 th:first-child, td:first-child { text-align: left } tr.ours { font-weight: 600; background: #fbeef0 }
-img { max-width: 100% } figure { margin: 0; overflow-x: auto } pre { background: #f4f4f8; padding: 1rem; overflow-x: auto; font-size: .85rem }
+img { max-width: 100% } figure { margin: 0; overflow-x: auto }
+pre { background: #f4f4f8; padding: 1rem; overflow-x: auto; font-size: .85rem }
 footer { margin-top: 3rem; color: #667 }
 </style></head><body>
 <h1>$name</h1>
@@ -84,7 +85,7 @@ def _lead(rows: Sequence[dict[str, Any]]) -> str:
 
 def _table(rows: Sequence[dict[str, Any]]) -> str:
     lines = [
-        f'<tr{" class=ours" if row["method"] == "recycle" else ""}><td>{escape(row["method"])}</td><td>{row["n_way"]}</td>'
+        f"<tr{' class=ours' if row['method'] == 'recycle' else ''}><td>{escape(row['method'])}</td><td>{row['n_way']}</td>"
         f"<td>{row['n_shot']}</td><td>{row['accuracy']:.2f} ± {row['ci95']:.2f}</td><td>{row['episodes']}</td>"
         f"<td>{row['images_per_s']:.0f}</td></tr>"
         for row in rows

@@ -60,7 +60,7 @@ def contact_sheet(pool: ImagePool, *, keep_ratio: float, max_adapters: int = 6, 
                 if column == 0:
                     top.set_title(pool.class_names[c], fontsize=9, loc="left", color=_INK)
     figure.suptitle(
-        f"Synthetic images, a row an adapter; below each image the {100 * keep_ratio:.0f} % of its patches that [CLS] attends to most",
+        f"Synthetic images, a row an adapter; below each the {100 * keep_ratio:.0f} % of patches that [CLS] attends to most",
         fontsize=10,
         color=_INK,
     )

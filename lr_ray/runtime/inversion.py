@@ -57,7 +57,11 @@ class InversionActor:
         check_adapter(adapter, self._backbone)
         generator = torch.Generator().manual_seed(item.seed)
         synthetic = invert(
-            adapter.to(self._backbone.device), self._backbone, self._config.inversion, prior=self._prior, generator=generator
+            adapter.to(self._backbone.device),
+            self._backbone,
+            self._config.inversion,
+            prior=self._prior,
+            generator=generator,
         )
         write_synthetic(item.uri, synthetic, adapter.spec, seed=item.seed)
         return len(synthetic.labels), float(synthetic.loss_ce.mean())

@@ -77,7 +77,9 @@ def map_tasks(
         except ray.exceptions.RayTaskError as error:
             yield item, user_error(error)
         except ray.exceptions.RaySystemError as error:
-            raise ClusterError(f"Ray lost a worker more than {config.max_failures} times: {error}; see ray.max_failures") from error
+            raise ClusterError(
+                f"Ray lost a worker more than {config.max_failures} times: {error}; see ray.max_failures"
+            ) from error
 
 
 def user_error(error: BaseException) -> LrRayError:

@@ -65,7 +65,7 @@ def train_meta_lora(config: ExperimentConfig, reporter: Reporter) -> dict[str, A
     num_holdout = 0 if config.data.validation else config.training.holdout_adapters
     if num_holdout >= len(files):
         raise EpisodeError(
-            f"training.holdout_adapters {num_holdout} of {len(files)} adapters leaves none to train on; lower it or add adapters"
+            f"training.holdout_adapters {num_holdout} of {len(files)} adapters leaves none to train on; lower it"
         )
     kept = files[: len(files) - num_holdout]
     adapters = [read_adapter(f).spec.digest for f in list_adapters(config.adapters_root)] if config.training.init_scale else []
@@ -126,7 +126,9 @@ def _train(job: TrainingJob, backbone: Backbone, reporter: Reporter) -> dict[str
     if exists(join(job.folder, CONFIG_NAME)):
         reporter.say(f"train: {job.folder} is finished already")
         return read_manifest(job.folder) or {}
-    reporter.say(f"train: {job.kind} on {len(job.files) or len(job.real_classes)} {'adapters' if job.files else 'real classes'}")
+    reporter.say(
+        f"train: {job.kind} on {len(job.files) or len(job.real_classes)} {'adapters' if job.files else 'real classes'}"
+    )
     with ray_session(job.config.ray):
         checkpoint = _fit(job, reporter)
         tensors, facts = _read_checkpoint(checkpoint)
@@ -302,7 +304,5 @@ def _read_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, A
 
 
 def _meta_lora(job: TrainingJob, backbone: Backbone, tensors: dict[str, torch.Tensor]) -> Adapter:
-    spec = AdapterSpec(
-        adapter_id=job.kind, digest="", backbone=backbone.name, backbone_digest=backbone.digest, class_names=()
-    )
+    spec = AdapterSpec(adapter_id=job.kind, digest="", backbone=backbone.name, backbone_digest=backbone.digest, class_names=())
     return with_digest(Adapter(spec=spec, modules=best_modules(backbone, job.training.lora, tensors)))

@@ -86,6 +86,8 @@ def read_adapter(folder: str) -> Adapter:
     name = folder.rstrip("/").rsplit("/", 1)[-1]
     try:
         config: dict[str, Any] = json.loads(read_bytes(join(folder, CONFIG_NAME)))
+        if not isinstance(config, dict):
+            raise ValueError(f"{CONFIG_NAME} holds no JSON object")
         tensors: dict[str, Tensor] = load_safetensors(read_bytes(join(folder, WEIGHTS_NAME)))
     except (ValueError, SafetensorError) as error:
         raise AdapterError(f"adapter {folder}: damaged ({error}); get it again from its source or remove it") from error
@@ -104,7 +106,7 @@ def read_adapter(folder: str) -> Adapter:
             modules[module] = LowRank(a=tensor, b=partner, scale=_scale_of(config, module, folder))
         elif (head := re.fullmatch(r"head\.(?:modules_to_save\.)?(weight|bias)", key.removeprefix(_PREFIX))) is not None:
             heads[head[1]] = tensor
-        elif part != "B.weight":
+        elif part != "B.weight" or key.replace(".lora_B.", ".lora_A.") not in tensors:
             unknown.append(key)
     if unknown or not modules:
         raise AdapterError(

@@ -74,7 +74,7 @@ def _blur(pixels: Tensor, probability: float, generator: torch.Generator) -> Ten
     side = pixels.shape[-1]
     small = int(torch.randint(max(side // 3, 1), side + 1, (1,), generator=generator))
     blurred = F.interpolate(pixels, size=(small, small), mode="bilinear", antialias=True, align_corners=False)
-    blurred = F.interpolate(blurred, size=pixels.shape[-2:], mode="bilinear", align_corners=False)
+    blurred = F.interpolate(blurred, size=pixels.shape[-2:], mode="bilinear", align_corners=False).clamp_(0, 1)
     chosen = torch.rand(len(pixels), generator=generator) < probability
     return torch.where(chosen[:, None, None, None], blurred, pixels)
 

@@ -123,9 +123,9 @@ def _check_architecture(architecture: str, config: BackboneConfig) -> int:
         with torch.device("meta"):
             model = timm.create_model(architecture, pretrained=False, num_classes=0)
     except (RuntimeError, ValueError) as error:
-        if "Unknown model" not in str(error):
+        if not str(error).startswith(("Unknown model", "Invalid pretrained tag")):
             raise
-        close = difflib.get_close_matches(architecture, timm.list_models(pretrained=True) + ["embedded"], n=3, cutoff=0.5)
+        close = difflib.get_close_matches(architecture, [*timm.list_models(pretrained=True), "embedded"], n=3, cutoff=0.5)
         raise BackboneError(
             f"backbone {config.name!r}: timm has no such model; {'did you mean ' + ' or '.join(close) + '? ' if close else ''}"
             "`timm.list_models('vit*')` lists them"
@@ -148,9 +148,7 @@ def _check_architecture(architecture: str, config: BackboneConfig) -> int:
     return image_px
 
 
-def _load_pretrained(
-    architecture: str, arguments: dict[str, Any], config: BackboneConfig
-) -> tuple[VisionTransformer, str]:
+def _load_pretrained(architecture: str, arguments: dict[str, Any], config: BackboneConfig) -> tuple[VisionTransformer, str]:
     if config.weights is not None:
         path = Path(config.weights)
         if path.suffix != ".safetensors":
@@ -171,10 +169,15 @@ def _load_pretrained(
             ) from error
     try:
         model = timm.create_model(
-            architecture, pretrained=True, pretrained_cfg_overlay={"state_dict": tensors, "custom_load": False}, **arguments
+            architecture,
+            pretrained=True,
+            pretrained_cfg_overlay={"state_dict": tensors, "custom_load": False},
+            **arguments,
         )
     except RuntimeError as error:
         raise BackboneError(f"backbone weights {source} do not fit {architecture}: {error}") from error
+    if missing := [name for name in model.state_dict() if name not in tensors]:
+        raise BackboneError(f"backbone weights {source} do not fit {architecture}: they lack {missing[0]}")
     return model, source
 
 

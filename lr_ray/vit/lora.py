@@ -177,8 +177,9 @@ def attach_lora(model: VisionTransformer, config: LoRAConfig, *, generator: torc
                 part = _QKV_PART.get(target)
                 rows = slice(0, base.out_features) if part is None else slice(part * third, (part + 1) * third)
                 rank = config.rank_of(index, target)
-                if not 0 < rank <= min(rows.stop - rows.start, base.in_features):
-                    raise ConfigError(f"lora rank {rank} of {index}.{target}: must be 1 to {base.in_features}")
+                if not 0 < rank <= (limit := min(rows.stop - rows.start, base.in_features)):
+                    detach_lora(model)
+                    raise ConfigError(f"lora rank {rank} of {index}.{target}: must be 1 to {limit}")
                 slots.append((rows, rank, config.alpha_of(index, target) / rank))
             lora = LoRALinear(base, slots, generator=generator)
             setattr(parent, attribute, lora)
@@ -211,15 +212,21 @@ def merged(model: nn.Module, deltas: Mapping[str, Tensor]) -> Iterator[None]:
         model: the backbone.
         deltas: {module name: (D_out, D_in)}.
     """
-    originals = {name: model.get_submodule(name).weight for name in deltas}
+    originals = {name: _weight_of(model, name) for name in deltas}
     try:
         for name, weight in originals.items():
             update = deltas[name].to(weight)
-            model.get_submodule(name).weight = nn.Parameter(weight + update, requires_grad=False)  # type: ignore[operator]
+            model.get_submodule(name).weight = nn.Parameter(weight + update, requires_grad=False)
         yield
     finally:
         for name, weight in originals.items():
             model.get_submodule(name).weight = weight
+
+
+def _weight_of(model: nn.Module, name: str) -> Tensor:
+    weight = model.get_submodule(name).weight
+    assert isinstance(weight, Tensor)
+    return weight
 
 
 def average_deltas(adapters: Iterable[Adapter]) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -64,7 +64,8 @@ def class_attention(attention: nn.Module, qkv: Tensor, *, num_prefix_tokens: int
         key = key.unflatten(-1, (num_heads, -1)).transpose(1, 2)
         query, key = attention.q_norm(query), attention.k_norm(key)  # type: ignore[operator]
         row = (query * attention.scale @ key.transpose(-2, -1)).softmax(dim=-1)  # (B, heads, 1, N)
-        return row.mean(dim=1)[:, 0, num_prefix_tokens:]
+        attention_row: Tensor = row.mean(dim=1)[:, 0, num_prefix_tokens:]
+        return attention_row
 
 
 def encode(
@@ -104,7 +105,7 @@ def encode(
     dropped: list[Tensor] = []
     for index, block in enumerate(model.blocks):
         drops = index in keep_ratios or (rank_patches and index == last)
-        with _output_of(block.attn.qkv) if drops else nullcontext([]) as qkv:
+        with _output_of(block.attn.qkv, enabled=drops) as qkv:
             tokens = tokens + block.drop_path1(block.ls1(block.attn(block.norm1(tokens))))
         if drops:
             attention = class_attention(block.attn, qkv[0], num_prefix_tokens=num_prefix)
@@ -121,9 +122,12 @@ def encode(
 
 
 @contextmanager
-def _output_of(module: nn.Module) -> Iterator[list[Tensor]]:
-    """A list that holds the module's output after its next forward pass."""
+def _output_of(module: nn.Module, *, enabled: bool) -> Iterator[list[Tensor]]:
+    """A list that holds the module's output after its next forward pass, if enabled."""
     outputs: list[Tensor] = []
+    if not enabled:
+        yield outputs
+        return
     handle = module.register_forward_hook(lambda _module, _args, output: outputs.append(output))
     try:
         yield outputs

@@ -1,0 +1,30 @@
+# `make demo` and `make test` set up everything they need from a package registry; nothing else is required.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint bench clean
+
+$(VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	$(BIN)/lr-ray fetch
+	touch $@
+
+demo: $(VENV)/.ready
+	$(BIN)/lr-ray demo
+
+test: $(VENV)/.ready
+	OMP_NUM_THREADS=1 $(BIN)/pytest
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(VENV)/.ready
+	$(BIN)/python bench/inversion_step.py
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info

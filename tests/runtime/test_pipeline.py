@@ -1,0 +1,240 @@
+"""Every step on Ray: what is finished stays, what is asked again does nothing, what is damaged is named."""
+
+import json
+import os
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from lr_ray.cli.main import app
+from ray.util.state import list_actors
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from lr_ray.config import ExperimentConfig
+from lr_ray.errors import ConfigError, DataError, EpisodeError, InversionError, StorageError
+from lr_ray.report.progress import Reporter
+from lr_ray.runtime.evaluation import evaluate_methods
+from lr_ray.runtime.inversion import invert_library, plan_inversion
+from lr_ray.runtime.training import train_meta_lora
+from lr_ray.runtime.tuning import tune_library
+from lr_ray.storage.adapters import list_adapters, read_adapter
+from lr_ray.storage.synthetic import list_synthetic, read_pool
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+QUIET = Reporter(quiet=True)
+
+
+def changed(config: ExperimentConfig, **sections: dict[str, object]) -> ExperimentConfig:
+    """The config with some values of some sections replaced."""
+    updates = {name: getattr(config, name).model_copy(update=values) for name, values in sections.items()}
+    return config.model_copy(update=updates)
+
+
+def snapshot(folder: str) -> dict[str, tuple[int, bytes]]:
+    """Every file below the folder: when it was written, and its content."""
+    files = [path for path in Path(folder).rglob("*") if path.is_file()]
+    return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+
+
+def test_whole_job_through_the_command_line(tiny_experiment: ExperimentConfig, tmp_path: Path) -> None:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(json.dumps(tiny_experiment.resolved()))
+    root = Path(tiny_experiment.output_root)
+
+    first = CliRunner().invoke(app, ["run", str(path), "--json"], catch_exceptions=False)
+
+    rows = json.loads(first.stdout)
+    assert [row["method"] for row in rows] == ["raw-pixels", "nn", "loras-avg", "recycle", "oracle"]
+    assert rows == json.loads((root / "results.json").read_text())
+    assert all(0 <= row["accuracy"] <= 100 and row["episodes"] == 20 and row["seconds"] > 0 for row in rows)
+    assert (root / "contact_sheet.png").read_bytes().startswith(b"\x89PNG")
+    assert "meta-LoRA" in (root / "report.html").read_text()
+    before = {name: content for name, content in snapshot(str(root)).items() if "report" not in name and "sheet" not in name}
+
+    second = CliRunner().invoke(app, ["run", str(path), "--json"], catch_exceptions=False)
+
+    after = snapshot(str(root))
+    assert json.loads(second.stdout) == rows
+    assert {name: after[name][1] for name in before} == {name: content for name, (_, content) in before.items()}
+    adapters_and_images = [name for name in before if name.endswith((".safetensors", ".parquet"))]
+    assert all(after[name][0] == before[name][0] for name in adapters_and_images)
+
+
+def test_adapters_know_their_classes_and_accuracy(tiny_experiment: ExperimentConfig) -> None:
+    manifests = tune_library(tiny_experiment, QUIET)
+
+    folders = list_adapters(tiny_experiment.adapters_root)
+    assert len(folders) == len(manifests) == 3
+    for folder, manifest in zip(folders, manifests, strict=True):
+        adapter = read_adapter(folder)
+        assert list(adapter.spec.class_names) == manifest["class_names"]
+        assert set(manifest["class_names"]) <= set("012345")
+        assert adapter.spec.digest == manifest["tensors_digest"]
+        assert 0 <= manifest["held_out_accuracy"] <= 1
+        assert manifest["config"]["tuning"]["num_steps"] == 3
+
+
+def test_more_adapters_of_the_same_library_add_to_it(tiny_experiment: ExperimentConfig) -> None:
+    tune_library(changed(tiny_experiment, tuning={"num_adapters": 1}), QUIET)
+    before = snapshot(tiny_experiment.adapters_root)
+
+    tune_library(tiny_experiment, QUIET)
+
+    after = snapshot(tiny_experiment.adapters_root)
+    assert len(list_adapters(tiny_experiment.adapters_root)) == 3
+    assert before == {name: after[name] for name in before}
+
+
+def test_tuning_again_with_another_config_is_refused(tiny_experiment: ExperimentConfig) -> None:
+    tune_library(tiny_experiment, QUIET)
+    before = snapshot(tiny_experiment.adapters_root)
+
+    with pytest.raises(StorageError, match=r"holds another run's results \(tuning.num_steps was 3, now 5\)"):
+        tune_library(changed(tiny_experiment, tuning={"num_steps": 5}), QUIET)
+
+    assert snapshot(tiny_experiment.adapters_root) == before
+
+
+@pytest.mark.parametrize(
+    ("tuning", "message"),
+    [
+        ({"n_way": 7}, "n_way 7: digits.* has 6 classes"),
+        ({"held_out_per_class": 500}, "has 1[0-9][0-9] images, but tuning.held_out_per_class takes 500"),
+    ],
+)
+def test_too_little_data_to_tune_on(tiny_experiment: ExperimentConfig, tuning: dict[str, object], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        tune_library(changed(tiny_experiment, tuning=tuning), QUIET)
+
+
+def test_inversion_survives_a_killed_actor(tiny_experiment: ExperimentConfig) -> None:
+    tune_library(tiny_experiment, QUIET)
+    config = changed(tiny_experiment, inversion={"num_steps": 60}, ray={"max_actors": 1})
+    result: list[list[str]] = []
+    job = threading.Thread(target=lambda: result.append(invert_library(config, QUIET)))
+
+    job.start()
+    while not list_synthetic_names(config):
+        assert job.is_alive()
+    (victim, *_) = [actor for actor in list_actors(filters=[("state", "=", "ALIVE")]) if actor.pid and is_inverting(actor)]
+    os.kill(victim.pid, signal.SIGKILL)
+    job.join()
+
+    assert sorted(result[0]) == sorted(item.uri for item in plan_inversion(config))
+    assert len(list_synthetic(config.synthetic_root)) == 3
+    assert len(read_pool(config.synthetic_root, list_synthetic(config.synthetic_root)).images) == 3 * 3 * 4
+    assert not list(Path(config.synthetic_root).rglob("*.tmp"))
+
+
+def list_synthetic_names(config: ExperimentConfig) -> list[Path]:
+    return list(Path(config.synthetic_root).glob("*.parquet"))
+
+
+def is_inverting(actor: object) -> bool:
+    return "InversionActor" in str(getattr(actor, "class_name", "")) or "MapWorker" in str(getattr(actor, "class_name", ""))
+
+
+def test_inversion_is_reproducible_and_idempotent(tiny_experiment: ExperimentConfig, tmp_path: Path) -> None:
+    tune_library(tiny_experiment, QUIET)
+    other = tiny_experiment.model_copy(update={"synthetic": str(tmp_path / "again")})
+
+    uris = invert_library(tiny_experiment, QUIET)
+    before = snapshot(tiny_experiment.synthetic_root)
+    assert invert_library(tiny_experiment, QUIET) == uris
+    invert_library(other, QUIET)
+
+    after = snapshot(tiny_experiment.synthetic_root)
+    assert {uri: after[uri] for uri in uris} == {uri: before[uri] for uri in uris}
+    assert [Path(uri).read_bytes() for uri in uris] == [(tmp_path / "again" / Path(uri).name).read_bytes() for uri in uris]
+
+
+def test_inversion_with_another_config_is_refused(tiny_experiment: ExperimentConfig) -> None:
+    tune_library(tiny_experiment, QUIET)
+    invert_library(tiny_experiment, QUIET)
+    before = snapshot(tiny_experiment.synthetic_root)
+
+    with pytest.raises(StorageError, match="inversion.num_steps was 4, now 5"):
+        invert_library(changed(tiny_experiment, inversion={"num_steps": 5}), QUIET)
+
+    assert snapshot(tiny_experiment.synthetic_root) == before
+
+
+def test_a_damaged_adapter_is_named_and_the_others_are_kept(tiny_experiment: ExperimentConfig) -> None:
+    tune_library(tiny_experiment, QUIET)
+    victim = Path(list_adapters(tiny_experiment.adapters_root)[1])
+    tensors = load_file(victim / "adapter_model.safetensors")
+    save_file({name: torch.full_like(t, torch.nan) for name, t in tensors.items()}, victim / "adapter_model.safetensors")
+
+    with pytest.raises(InversionError, match=rf"1 of 3 adapters failed, the others are kept: adapter {victim.name} has NaN"):
+        invert_library(tiny_experiment, QUIET)
+
+    assert len(list_synthetic(tiny_experiment.synthetic_root)) == 2
+
+
+def test_an_adapter_of_another_backbone_is_refused(tiny_experiment: ExperimentConfig) -> None:
+    tune_library(tiny_experiment, QUIET)
+
+    with pytest.raises(InversionError, match="was tuned on 'vit_tiny_patch16_224'.*not on 'deit_tiny_patch16_224'"):
+        invert_library(changed(tiny_experiment, backbone={"name": "deit_tiny_patch16_224"}), QUIET)
+
+
+def test_training_survives_a_killed_worker_bit_by_bit(tiny_experiment: ExperimentConfig, tmp_path: Path) -> None:
+    tune_library(tiny_experiment, QUIET)
+    invert_library(tiny_experiment, QUIET)
+    config = changed(tiny_experiment, training={"num_steps": 60, "validate_every": 5})
+    twin = config.model_copy(
+        update={"output": str(tmp_path / "twin"), "adapters": config.adapters_root, "synthetic": config.synthetic_root}
+    )
+    train_meta_lora(twin, QUIET)
+    job = threading.Thread(target=lambda: train_meta_lora(config, QUIET))
+
+    job.start()
+    while not list(Path(config.meta_lora_root, "training").rglob("state.json")):
+        assert job.is_alive()
+    (victim,) = [a for a in list_actors(filters=[("state", "=", "ALIVE")]) if "RayTrainWorker" in a.class_name]
+    os.kill(victim.pid, signal.SIGKILL)
+    job.join()
+
+    expected = load_file(Path(twin.meta_lora_root, "adapter_model.safetensors"))
+    found = load_file(Path(config.meta_lora_root, "adapter_model.safetensors"))
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    history = json.loads(Path(config.meta_lora_root, "lr_ray.json").read_text())["history"]
+    assert [entry["step"] for entry in history] == list(range(1, 61))
+
+
+def test_two_training_workers_agree_with_one(tiny_experiment: ExperimentConfig, tmp_path: Path) -> None:
+    tune_library(tiny_experiment, QUIET)
+    invert_library(tiny_experiment, QUIET)
+    shared = {"adapters": tiny_experiment.adapters_root, "synthetic": tiny_experiment.synthetic_root}
+    found = []
+    for num_workers in (1, 2):
+        config = tiny_experiment.model_copy(update={**shared, "output": str(tmp_path / f"workers-{num_workers}")})
+        training = {"num_steps": 3, "episodes_per_step": 2, "num_workers": num_workers, "precision": "fp32"}
+        config = changed(config, training={**training, "holdout_adapters": 0})
+        train_meta_lora(config, QUIET)
+        found.append(read_adapter(config.meta_lora_root).deltas())
+
+    assert all(torch.allclose(found[0][name], found[1][name], atol=1e-5) for name in found[0])
+
+
+def test_errors_before_and_inside_training(tiny_experiment: ExperimentConfig) -> None:
+    with pytest.raises(StorageError, match="no Parquet files; run `lr-ray invert` first"):
+        train_meta_lora(tiny_experiment, QUIET)
+    tune_library(tiny_experiment, QUIET)
+    invert_library(tiny_experiment, QUIET)
+    with pytest.raises(EpisodeError, match="holdout_adapters 3 of 3"):
+        train_meta_lora(changed(tiny_experiment, training={"holdout_adapters": 3}), QUIET)
+    shape = tiny_experiment.training.episode.model_copy(update={"n_query": 15})
+    with pytest.raises(EpisodeError, match="4 images, but 1 shots and 15 queries need 16"):
+        train_meta_lora(changed(tiny_experiment, training={"episode": shape}), QUIET)
+
+
+def test_evaluation_errors(tiny_experiment: ExperimentConfig) -> None:
+    with pytest.raises(ConfigError, match="'nearest' is not a method; there are raw-pixels, nn"):
+        evaluate_methods(changed(tiny_experiment, evaluation={"methods": ("nearest",)}), QUIET)
+    shape = tiny_experiment.evaluation.shapes[0].model_copy(update={"n_way": 9})
+    with pytest.raises(EpisodeError, match="9-way episodes: the data have 4 classes"):
+        evaluate_methods(changed(tiny_experiment, evaluation={"shapes": (shape,)}), QUIET)
