@@ -132,7 +132,7 @@ class MetaTrainer:
             "step": self.step,
             "best_step": self.best_step,
             "best_accuracy": self.best_accuracy,
-            "history": self.history,
+            "history": [dict(metrics) for metrics in self.history],
         }
         return tensors, facts
 

@@ -23,7 +23,7 @@ class BatchNormPrior:
         self._layers = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
         if not self._layers:
             raise BackboneError(f"prior: {type(network).__name__} has no BatchNorm layers; use efficientnet-lite0 or resnet50")
-        self._network = network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        self._network = network.eval().requires_grad_(False)
         self._mean, self._std = mean[:, None, None], std[:, None, None]
         self._terms: list[Tensor] = []
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -36,10 +36,11 @@ class BatchNormPrior:
         for handle in self._handles:
             handle.remove()
 
-    def __call__(self, pixels: Tensor) -> Tensor:
-        """(B, 3, H, W) pixels in [0, 1] → scalar R_BN."""
+    def __call__(self, pixels: Tensor, memory_format: torch.memory_format = torch.channels_last) -> Tensor:
+        """(B, 3, H, W) pixels in [0, 1] → scalar R_BN; channels last is the faster layout (`bench/inversion_step.py`)."""
         self._terms.clear()
-        inputs = ((pixels - self._mean) / self._std).to(memory_format=torch.channels_last)
+        self._network.to(memory_format=memory_format)
+        inputs = ((pixels - self._mean) / self._std).to(memory_format=memory_format)
         getattr(self._network, "forward_features", self._network)(inputs)
         return torch.stack(self._terms).mean()
 
