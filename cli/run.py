@@ -39,7 +39,7 @@ def run_experiment(experiment: "ExperimentConfig", *, json: bool) -> None:
         if "oracle" in experiment.evaluation.methods:
             train_oracle(experiment, progress)
         rows = evaluate_methods(experiment, progress)
-    written = write_report(experiment)
+    written = write_report(experiment, rows)
     if json:
         print_json(rows)
         return

@@ -7,11 +7,13 @@ from typing import Any
 def print_results(rows: Sequence[dict[str, Any]]) -> None:
     """A line a method, a column a shape, on stdout."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     shapes = list(dict.fromkeys((row["n_way"], row["n_shot"]) for row in rows))
     datasets = ", ".join(dict.fromkeys(row["dataset"] for row in rows))
-    table = Table(title=f"Accuracy on {datasets}, %, ± 95 % confidence interval, {rows[0]['episodes']} episodes")
+    title = f"Accuracy on {datasets}, %, ± 95 % confidence interval, {rows[0]['episodes']} episodes"
+    table = Table(title=escape(title))
     table.add_column("method")
     for n_way, n_shot in shapes:
         table.add_column(f"{n_way}-way {n_shot}-shot", justify="right")

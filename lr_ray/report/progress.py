@@ -24,7 +24,7 @@ class Reporter:
     def say(self, message: str) -> None:
         """One line."""
         if not self._quiet:
-            self._console.print(message, soft_wrap=True)
+            self._console.print(message, soft_wrap=True, markup=False)
 
     @contextmanager
     def track(self, title: str, total: int) -> Iterator[Advance]:
@@ -39,7 +39,7 @@ class Reporter:
                 TimeElapsedColumn(),
                 TextColumn("eta"),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}", style="dim"),
+                TextColumn("{task.fields[note]}", style="dim", markup=False),
             )
             with Progress(*columns, console=self._console) as bar:
                 task = bar.add_task(title, total=total, note="")

@@ -1,28 +1,27 @@
 """The report of a run: `contact_sheet.png` and `report.html` in its output folder."""
 
-import json
+from collections.abc import Sequence
 from typing import Any
 
 from lr_ray.config import ExperimentConfig
 from lr_ray.report.html import render_report
 from lr_ray.report.pictures import accuracy_bars, contact_sheet, training_curves
 from lr_ray.storage.adapters import list_adapters
-from lr_ray.storage.filesystem import join, read_bytes, write_bytes
+from lr_ray.storage.filesystem import join, write_bytes
 from lr_ray.storage.manifest import read_manifest, versions
 from lr_ray.storage.synthetic import count_images, list_synthetic, read_pool
 
 _ADAPTERS_SHOWN = 6
 
 
-def write_report(config: ExperimentConfig) -> list[str]:
-    """Draw and commit; returns the URIs of what was written.
+def write_report(config: ExperimentConfig, rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Draw and commit what `evaluate_methods` measured; returns the URIs of what was written.
 
     Raises:
         StorageError: a step of the run is missing.
     """
     root = config.output_root
     files = list_synthetic(config.synthetic_root)
-    rows: list[dict[str, Any]] = json.loads(read_bytes(join(root, "results.json")))
     manifests = {"recycle": read_manifest(config.meta_lora_root), "oracle": read_manifest(config.oracle_root)}
     keep_ratio = config.training.keep_ratio if config.training.keep_ratio < 1 else 0.5
     sheet = contact_sheet(read_pool(config.synthetic_root, files[:_ADAPTERS_SHOWN]), keep_ratio=keep_ratio)

@@ -16,7 +16,7 @@ from lr_ray.fewshot.evaluate import AccuracyReport, episode_accuracies
 from lr_ray.fewshot.methods import MethodInputs, find_method
 from lr_ray.report.progress import Reporter
 from lr_ray.runtime.session import map_tasks, ray_session
-from lr_ray.storage.adapters import list_adapters, read_adapter, read_adapters
+from lr_ray.storage.adapters import CONFIG_NAME, list_adapters, read_adapter, read_adapters
 from lr_ray.storage.filesystem import exists, join, read_bytes, write_bytes
 from lr_ray.storage.manifest import digest_of
 from lr_ray.vit.backbone import load_backbone
@@ -34,7 +34,9 @@ class EvaluationTask:
 
 
 def evaluate_methods(config: ExperimentConfig, reporter: Reporter) -> list[dict[str, Any]]:
-    """Measure the methods that `results.json` lacks; returns its rows, in the order of methods and shapes.
+    """Measure the methods that `results.json` lacks; returns these methods' rows, in the order of methods and shapes.
+
+    Rows of other methods, data or shapes stay in the file.
 
     Raises:
         ConfigError: no test data, or an unknown method.
@@ -47,9 +49,10 @@ def evaluate_methods(config: ExperimentConfig, reporter: Reporter) -> list[dict[
         draw_test_episodes(data.labels, shape, num_episodes=1, seed=config.seed)
     tasks = _plan(config, data.digest())
     uri = join(config.output_root, RESULTS_NAME)
-    rows: list[dict[str, Any]] = json.loads(read_bytes(uri)) if exists(uri) else []
+    known: list[dict[str, Any]] = json.loads(read_bytes(uri)) if exists(uri) else []
     wanted = {task.digest for task in tasks}
-    rows = [row for row in rows if row["digest"] in wanted]
+    others = [row for row in known if row["digest"] not in wanted]
+    rows = [row for row in known if row["digest"] in wanted]
     todo = [task for task in tasks if task.digest not in {row["digest"] for row in rows}]
     reporter.say(f"eval: {len(tasks)} methods on {data.name}, {len(tasks) - len(todo)} measured already")
     order = {task.digest: position for position, task in enumerate(tasks)}
@@ -61,7 +64,7 @@ def evaluate_methods(config: ExperimentConfig, reporter: Reporter) -> list[dict[
                     failures.append(result)
                     continue
                 rows = sorted([*rows, *result], key=lambda row: order[row["digest"]])
-                write_bytes(uri, json.dumps(rows, indent=2, ensure_ascii=False).encode())
+                write_bytes(uri, json.dumps(others + rows, indent=2, ensure_ascii=False).encode())
                 advance(f"{task.method} " + ", ".join(f"{row['accuracy']:.1f}" for row in result))
     if failures:
         raise failures[0]
@@ -78,7 +81,11 @@ def _plan(config: ExperimentConfig, data_digest: str) -> list[EvaluationTask]:
         if base == "loras-avg":
             ingredients = {"adapters": [read_adapter(folder).spec.digest for folder in list_adapters(config.adapters_root)]}
         elif base in ("recycle", "oracle"):
-            ingredients = {base: read_adapter(_trained_folder(config, base)).spec.digest}
+            folder = config.meta_lora_root if base == "recycle" else config.oracle_root
+            if not exists(join(folder, CONFIG_NAME)):
+                command = "lr-ray train" + (" --oracle" if base == "oracle" else "")
+                raise ConfigError(f"evaluation.methods: {base} needs {folder}; run `{command}` first or leave it out")
+            ingredients = {base: read_adapter(folder).spec.digest}
         inputs = {
             "method": method,
             "ingredients": ingredients,
@@ -90,10 +97,6 @@ def _plan(config: ExperimentConfig, data_digest: str) -> list[EvaluationTask]:
         }
         tasks.append(EvaluationTask(method=method, config=config, digest=digest_of(inputs)))
     return tasks
-
-
-def _trained_folder(config: ExperimentConfig, method: str) -> str:
-    return config.meta_lora_root if method == "recycle" else config.oracle_root
 
 
 def evaluate_one(task: EvaluationTask) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from lr_ray.report.progress import Reporter
 from lr_ray.runtime.session import ray_session, user_error
 from lr_ray.storage.adapters import list_adapters, read_adapter
 from lr_ray.storage.filesystem import exists, join
-from lr_ray.storage.manifest import claim_folder, digest_of, versions, write_manifest
+from lr_ray.storage.manifest import claim_folder, digest_of
 from lr_ray.storage.synthetic import write_synthetic
 from lr_ray.vit.backbone import Backbone, load_backbone
 from lr_ray.vit.lora import check_adapter
@@ -38,9 +38,7 @@ class InversionActor:
         device = "cuda" if config.ray.num_gpus_per_actor else "cpu"
         self._config = config
         self._backbone: Backbone = load_backbone(config.backbone, device=device)
-        self._prior: BatchNormPrior | None = None
-        if config.inversion.prior is not None and config.inversion.prior_weight:
-            self._prior = load_prior(config.inversion.prior, device=device)
+        self._prior = _load_prior(config, device)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """One row of `InversionItem` fields → adapter_id, uri, num_images, loss_ce, error; one row."""
@@ -75,6 +73,7 @@ def invert_library(config: ExperimentConfig, reporter: Reporter) -> list[str]:
         InversionError: some adapters failed; the images of the others are kept.
         StorageError: the folder holds images made with another config or from other adapters.
     """
+    _load_prior(config, "cpu")
     items = plan_inversion(config)
     todo = [item for item in items if not exists(item.uri)]
     reporter.say(f"invert: {len(items)} adapters into {config.synthetic_root}, {len(items) - len(todo)} done already")
@@ -88,6 +87,12 @@ def invert_library(config: ExperimentConfig, reporter: Reporter) -> list[str]:
     if failures:
         raise InversionError(f"{len(failures)} of {len(items)} adapters failed, the others are kept: {failures[0]}")
     return [item.uri for item in items]
+
+
+def _load_prior(config: ExperimentConfig, device: str) -> BatchNormPrior | None:
+    if config.inversion.prior is None or not config.inversion.prior_weight:
+        return None
+    return load_prior(config.inversion.prior, device=device)
 
 
 def plan_inversion(config: ExperimentConfig) -> list[InversionItem]:
@@ -104,8 +109,7 @@ def plan_inversion(config: ExperimentConfig) -> list[InversionItem]:
         "inversion": config.inversion.model_dump(mode="json"),
     }
     folders = list_adapters(config.adapters_root)
-    claim_folder(config.synthetic_root, shared)
-    write_manifest(config.synthetic_root, shared, {"config": config.resolved(), "versions": versions()})
+    claim_folder(config.synthetic_root, shared, config=config.resolved())
     items, seen = [], dict[str, str]()
     for folder in folders:
         spec = read_adapter(folder).spec

@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from lr_ray.config import ExperimentConfig
 from lr_ray.data.images import LabelledImages
 from lr_ray.data.load import load_data
-from lr_ray.errors import ClusterError, ConfigError, EpisodeError, LrRayError
+from lr_ray.errors import ClusterError, ConfigError, EpisodeError, LrRayError, StorageError
 from lr_ray.fewshot.distill import TrainConfig
 from lr_ray.fewshot.episodes import EpisodeShape, ImagePool
 from lr_ray.fewshot.metatrain import MetaTrainer, Validation, best_modules
@@ -122,7 +123,7 @@ def _shared_inputs(config: ExperimentConfig, training: TrainConfig, backbone: Ba
 
 
 def _train(job: TrainingJob, backbone: Backbone, reporter: Reporter) -> dict[str, Any]:
-    claim_folder(job.folder, job.inputs)
+    claim_folder(job.folder, job.inputs, config=job.config.resolved())
     if exists(join(job.folder, CONFIG_NAME)):
         reporter.say(f"train: {job.folder} is finished already")
         return read_manifest(job.folder) or {}
@@ -190,13 +191,16 @@ def _fit(job: TrainingJob, reporter: Reporter) -> Path:
             except Empty:
                 continue
             if isinstance(metrics, LrRayError):
-                raise metrics
+                outcome.append(metrics)
+                continue
             for _ in range(metrics["step"] - shown):
                 advance(", ".join(f"{key.replace('_', ' ')} {value:.3f}" for key, value in metrics.items() if key != "step"))
             shown = max(shown, metrics["step"])
     thread.join()
     steps.shutdown()
-    (result,) = outcome
+    result = outcome[0]
+    if isinstance(result, LrRayError):
+        raise result
     if isinstance(result, Exception):
         if isinstance(result, ray.exceptions.RayError):
             raise user_error(result) from result
@@ -295,8 +299,11 @@ def _within(shape: EpisodeShape, labels: np.ndarray) -> EpisodeShape:
 
 def _write_checkpoint(trainer: MetaTrainer, folder: Path) -> None:
     tensors, facts = trainer.state()
-    save_file(tensors, folder / "state.safetensors")
-    (folder / "state.json").write_text(json.dumps(facts))
+    try:
+        save_file(tensors, folder / "state.safetensors")
+        (folder / "state.json").write_text(json.dumps(facts))
+    except (OSError, SafetensorError) as error:
+        raise StorageError(f"cannot write a checkpoint below {folder}: {error}; make room there and run again") from error
 
 
 def _read_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -40,7 +40,8 @@ def tune_library(config: ExperimentConfig, reporter: Reporter) -> list[dict[str,
         StorageError: the folder holds another library.
     """
     tasks = plan_tuning(config)
-    claim_folder(config.adapters_root, {**tasks[0].inputs, "index": None, "class_names": None})
+    library = {key: value for key, value in tasks[0].inputs.items() if key not in ("index", "class_names")}
+    claim_folder(config.adapters_root, library, config=config.resolved())
     todo = [task for task in tasks if not exists(join(task.folder, CONFIG_NAME))]
     reporter.say(f"tune: {len(tasks)} adapters into {config.adapters_root}, {len(tasks) - len(todo)} there already")
     failures: list[LrRayError] = []

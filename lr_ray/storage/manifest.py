@@ -9,6 +9,7 @@ from lr_ray.errors import StorageError
 from lr_ray.storage.filesystem import exists, join, read_bytes, write_bytes
 
 MANIFEST_NAME = "lr_ray.json"
+CLAIM_NAME = "claim.json"
 _PACKAGES = ("lr-ray", "torch", "timm", "ray", "numpy", "pyarrow", "safetensors")
 
 
@@ -50,18 +51,24 @@ def write_manifest(folder: str, inputs: dict[str, Any], facts: dict[str, Any]) -
     write_bytes(join(folder, MANIFEST_NAME), json.dumps(manifest, indent=2, ensure_ascii=False).encode())
 
 
-def claim_folder(folder: str, inputs: dict[str, Any]) -> None:
+def claim_folder(folder: str, inputs: dict[str, Any], *, config: dict[str, Any]) -> None:
     """Take an output folder for results made from `inputs`, or take it up again.
+
+    Args:
+        config: resolved, kept beside the inputs.
 
     Raises:
         StorageError: it holds the results of other inputs; the message says which differ.
     """
-    name = "claim.json"
-    uri = join(folder, name)
+    uri = join(folder, CLAIM_NAME)
     if not exists(uri):
-        write_bytes(uri, json.dumps(inputs, indent=2, ensure_ascii=False).encode())
+        claim = {"inputs": inputs, "config": config, "versions": versions()}
+        write_bytes(uri, json.dumps(claim, indent=2, ensure_ascii=False).encode())
         return
-    found = json.loads(read_bytes(uri))
+    try:
+        found = json.loads(read_bytes(uri))["inputs"]
+    except (ValueError, KeyError) as error:
+        raise StorageError(f"{uri} is damaged ({error!r}); choose another --output, or delete {folder}") from error
     if differences := list(_differences(found, json.loads(json.dumps(inputs)), "")):
         some = "; ".join(differences[:3]) + ("; …" if len(differences) > 3 else "")
         raise StorageError(
