@@ -117,7 +117,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentCo
     """
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"config {path}: {error}; give a YAML file such as configs/demo.yaml") from error
     if not isinstance(content, dict):
         raise ConfigError(f"config {path}: a mapping is needed at the top, not {type(content).__name__}")
@@ -160,7 +160,7 @@ def _apply(content: dict[str, Any], override: str) -> None:
             raise ConfigError(f"--set {override!r}: {parent} is a value, not a section")
     try:
         content[last] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
+    except (ValueError, yaml.YAMLError) as error:  # ValueError: a date that does not exist
         raise ConfigError(f"--set {override!r}: the value is not YAML: {error}") from error
 
 
@@ -170,7 +170,7 @@ def _explain(error: ValidationError, source: str) -> str:
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         section: Any = ExperimentConfig
-        for part in first["loc"][:-1]:
+        for part in (part for part in first["loc"][:-1] if isinstance(part, str)):  # not positions in a list
             field = section.model_fields.get(str(part)) if isinstance(section, type) and issubclass(section, Section) else None
             section = _section_of(field.annotation) if field else None
         allowed = ", ".join(section.model_fields) if section else "other keys"

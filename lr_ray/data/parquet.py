@@ -25,7 +25,7 @@ def load_parquet(path: Path) -> LabelledImages:
     try:
         table = pa.concat_tables([pq.read_table(file, columns=["image", "label"], memory_map=True) for file in files])
         encoded = table.column("image").combine_chunks().field("bytes")
-    except (OSError, pa.ArrowException, KeyError) as error:
+    except (OSError, pa.ArrowException, KeyError, AttributeError) as error:
         raise DataError(
             f"data {path}: not Parquet in the Hugging Face Image convention ({error}); "
             "expected columns image (struct of bytes and path) and label"
@@ -35,10 +35,14 @@ def load_parquet(path: Path) -> LabelledImages:
             f"data {path}: {table.num_rows} rows, {encoded.null_count} of them without image bytes; nothing to read"
         )
     raw_labels = table.column("label")
+    if raw_labels.null_count:
+        raise DataError(f"data {path}: {raw_labels.null_count} of {table.num_rows} rows have no label; remove them")
     if pa.types.is_integer(raw_labels.type):
         labels = raw_labels.to_numpy().astype(np.int64)
         names = _class_names(table.schema.metadata, int(labels.max()) + 1)
         present = np.unique(labels)
+        if present[0] < 0 or present[-1] >= len(names):
+            raise DataError(f"data {path}: labels {present[0]} to {present[-1]}, but {len(names)} class names; mend the labels")
         class_names, labels = tuple(names[int(c)] for c in present), np.searchsorted(present, labels)
     else:
         unique, labels = np.unique(raw_labels.to_numpy(zero_copy_only=False).astype(str), return_inverse=True)

@@ -60,7 +60,8 @@ class SyntheticImages:
         labels: (B,) class index in the adapter.
         patch_order: (B, P) patch positions, most attended by [CLS] first.
         teacher_logits: (B, C) of the adapter on the 8-bit images, all tokens kept.
-        loss_ce, loss_prior: (B,) of the step whose images were kept.
+        loss_ce: (B,) cross-entropy of `teacher_logits`: of the images as they are, not of the view they were kept for.
+        loss_prior: (B,) of the step whose images were kept.
     """
 
     images: Tensor
@@ -105,7 +106,7 @@ def invert(
             _invert_batch(adapter, backbone, part, config, prior=prior, generator=generator, on_step=on_step)
             for part in labels.split(config.batch_size)
         ]
-        images, loss_ce, loss_prior = (torch.cat(parts) for parts in zip(*batches, strict=True))
+        images, loss_prior = (torch.cat(parts) for parts in zip(*batches, strict=True))
         teacher_logits, patch_order = _describe(adapter, backbone, images, config)
     order = labels.argsort(stable=True)
     return SyntheticImages(
@@ -113,7 +114,7 @@ def invert(
         labels=labels[order],
         patch_order=patch_order[order],
         teacher_logits=teacher_logits[order],
-        loss_ce=loss_ce[order],
+        loss_ce=cross_entropy(teacher_logits, labels)[order],
         loss_prior=loss_prior[order],
     )
 
@@ -127,16 +128,17 @@ def _invert_batch(
     prior: BatchNormPrior | None,
     generator: torch.Generator,
     on_step: Callable[[], None],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, 3, H, W) uint8 images, (B,) cross-entropy and (B,) prior loss of the step that each was kept from."""
+) -> tuple[Tensor, Tensor]:
+    """(B, 3, H, W) uint8 images, and the (B,) prior loss of the step that each was kept from."""
     device, side = backbone.device, backbone.image_px
     labels = labels.to(device)
-    images = torch.randn(len(labels), 3, side, side, generator=generator).to(device).requires_grad_()
     zero, one = torch.zeros(1, 3, 1, 1, device=device), torch.ones(1, 3, 1, 1, device=device)
     darkest, brightest = backbone.normalize(zero), backbone.normalize(one)
+    noise = torch.randn(len(labels), 3, side, side, generator=generator).to(device)
+    images = noise.clamp(darkest, brightest).requires_grad_()
     optimizer = torch.optim.Adam([images], lr=config.learning_rate, betas=config.betas)
     best = images.detach().clone()
-    best_loss, best_ce, best_prior = (torch.full((len(labels),), torch.inf, device=device) for _ in range(3))
+    best_loss, best_prior = (torch.full((len(labels),), torch.inf, device=device) for _ in range(2))
     for step in range(config.num_steps):
         views = roll_and_flip(images, config, generator=generator)
         keep_ratios = config.keep_ratios if step >= config.prune_from * config.num_steps else {}
@@ -149,7 +151,6 @@ def _invert_batch(
             better = loss < best_loss
             best = torch.where(better[:, None, None, None], images, best)
             best_loss = torch.where(better, loss, best_loss)
-            best_ce = torch.where(better, ce, best_ce)
             best_prior = torch.where(better, naturalness, best_prior)
         optimizer.zero_grad()
         loss.mean().backward()
@@ -160,10 +161,10 @@ def _invert_batch(
     if not torch.isfinite(best_loss).all():
         raise InversionError(
             f"adapter {adapter.spec.adapter_id}: the loss is NaN or infinite from the first step; "
-            "try inversion.precision=fp32 or a lower inversion.learning_rate"
+            "look for extreme weights in the adapter, or try inversion.precision=fp32"
         )
-    pixels = backbone.denormalize(best.clamp(darkest, brightest)).mul(255).round().clamp(0, 255).to(torch.uint8)
-    return pixels.cpu(), best_ce.cpu(), best_prior.cpu()
+    pixels = backbone.denormalize(best).mul(255).round().clamp(0, 255).to(torch.uint8)
+    return pixels.cpu(), best_prior.cpu()
 
 
 def roll_and_flip(images: Tensor, config: InversionConfig, *, generator: torch.Generator) -> Tensor:

@@ -35,6 +35,7 @@ class BatchNormPrior:
     def __exit__(self, *exc_info: object) -> None:
         for handle in self._handles:
             handle.remove()
+        self._terms.clear()
 
     def __call__(self, pixels: Tensor, memory_format: torch.memory_format = torch.channels_last) -> Tensor:
         """(B, 3, H, W) pixels in [0, 1] → scalar R_BN; channels last is the faster layout (`bench/inversion_step.py`)."""

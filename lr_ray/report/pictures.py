@@ -58,7 +58,7 @@ def contact_sheet(pool: ImagePool, *, keep_ratio: float, max_adapters: int = 6, 
                 top.imshow(images[column].permute(1, 2, 0).numpy(), interpolation="nearest")
                 bottom.imshow(faded[column].permute(1, 2, 0).numpy(), interpolation="nearest")
                 if column == 0:
-                    top.set_title(pool.class_names[c], fontsize=9, loc="left", color=_INK)
+                    top.set_title(pool.class_names[c], fontsize=9, loc="left", color=_INK, parse_math=False)
     figure.suptitle(
         f"Synthetic images, a row an adapter; below each the {100 * keep_ratio:.0f} % of patches that [CLS] attends to most",
         fontsize=10,
@@ -114,8 +114,10 @@ def accuracy_bars(rows: Sequence[dict[str, Any]]) -> bytes:
 
 def _smoothed(values: Sequence[float]) -> np.ndarray:
     """Mean over the last tenth of the curve's length at each point."""
+    if not values:
+        return np.zeros(0)
     window = max(1, len(values) // 10)
-    padded = np.concatenate([np.full(window - 1, values[0]), values]) if values else np.zeros(0)
+    padded = np.concatenate([np.full(window - 1, values[0]), values])
     return np.convolve(padded, np.ones(window) / window, mode="valid")
 
 

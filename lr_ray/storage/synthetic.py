@@ -91,9 +91,12 @@ def read_pool(root: str, files: Sequence[str]) -> ImagePool:
     tables = []
     for file in files:
         try:
-            tables.append(pq.read_table(pa.BufferReader(read_bytes(join(root, file))), schema=_SCHEMA))
+            table = pq.read_table(pa.BufferReader(read_bytes(join(root, file))), schema=_SCHEMA)
         except pa.ArrowException as error:
             raise StorageError(f"synthetic images {join(root, file)}: {error}; run `lr-ray invert` again") from error
+        if not table.num_rows or any(column.null_count for column in table.columns):
+            raise StorageError(f"{join(root, file)} is no file of synthetic images; remove it and run `lr-ray invert` again")
+        tables.append(table)
     num_classes = [int(table["class_index"].to_numpy().max()) + 1 for table in tables]
     starts = np.concatenate([[0], np.cumsum(num_classes)]).astype(int)
     widest = max(num_classes)

@@ -58,4 +58,6 @@ def find_method(name: str) -> tuple[Method, str]:
     base, _, argument = name.partition(":")
     if base not in known:
         raise ConfigError(f"evaluation.methods: {name!r} is not a method; there are {', '.join(known)}")
+    if argument and base != "loras-avg":
+        raise ConfigError(f"evaluation.methods: {name!r}: {base} takes no argument; only loras-avg:SCALE does")
     return known[base], argument

@@ -1,0 +1,105 @@
+"""A tiny untrained backbone, adapters for it, and pools of images."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+from lr_ray.fewshot.episodes import ImagePool
+from lr_ray.vit.backbone import Backbone
+from lr_ray.vit.lora import Adapter, AdapterSpec, LowRank
+
+
+@pytest.fixture
+def make_backbone() -> Callable[[], Backbone]:
+    """Every call gives a new model with the same weights, large enough for features to depend on the pixels."""
+
+    def make() -> Backbone:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2, num_classes=0)
+            for parameter in model.parameters():
+                if parameter.ndim > 1:
+                    torch.nn.init.normal_(parameter, std=0.2)
+        model.eval().requires_grad_(False)
+        half = torch.full((3,), 0.5)
+        return Backbone(name="tiny", model=model, image_px=32, mean=half, std=half, digest="tiny", source="random")
+
+    return make
+
+
+@pytest.fixture
+def backbone(make_backbone: Callable[[], Backbone]) -> Backbone:
+    return make_backbone()
+
+
+@pytest.fixture
+def make_adapter() -> Callable[..., Adapter]:
+    def make(seed: int, *, rank: int = 2, num_classes: int = 4) -> Adapter:
+        generator = torch.Generator().manual_seed(seed)
+
+        def draw(*shape: int) -> torch.Tensor:
+            return 0.3 * torch.randn(*shape, generator=generator)
+
+        names = [f"blocks.{block}.attn.qkv" for block in range(2)]
+        return Adapter(
+            spec=AdapterSpec(
+                adapter_id=f"adapter-{seed}",
+                digest=str(seed),
+                backbone="tiny",
+                backbone_digest="tiny",
+                class_names=tuple(f"class {c}" for c in range(num_classes)),
+            ),
+            modules={name: LowRank(a=draw(rank, 24), b=draw(72, rank), scale=1.5) for name in names},
+            head_weight=draw(num_classes, 24),
+            head_bias=draw(num_classes),
+        )
+
+    return make
+
+
+@pytest.fixture
+def make_pool() -> Callable[..., ImagePool]:
+    """One-pixel images that are their own index, so that an episode tells what it drew.
+
+    Teacher logit of image i for slot s: 100 i + s. Patch order of image i: 16 patches, from patch i mod 16 on.
+    """
+
+    def make(names: list[list[str]], *, per_class: int = 6, synthetic: bool = True) -> ImagePool:
+        """Args: names, the classes of each adapter."""
+        sizes = [len(of_adapter) for of_adapter in names]
+        num_classes, widest = sum(sizes), max(sizes, default=0)
+        class_of = np.arange(num_classes * per_class) % num_classes
+        index = torch.arange(len(class_of))
+        return ImagePool(
+            images=index.to(torch.uint8)[:, None, None, None].expand(-1, 3, 1, 1),
+            class_of=class_of,
+            class_names=tuple(name for of_adapter in names for name in of_adapter),
+            adapter_of=np.repeat(np.arange(len(names)), sizes),
+            slot_of=np.concatenate([np.arange(size) for size in sizes] or [np.zeros(0, int)]),
+            teacher_logits=(100.0 * index[:, None] + torch.arange(widest)) if synthetic else None,
+            patch_order=(index[:, None] + torch.arange(16)) % 16 if synthetic else None,
+        )
+
+    return make
+
+
+@pytest.fixture
+def colour_pool() -> ImagePool:
+    """Two adapters of three classes; an image of a class is its colour with noise on it; the teachers know for sure."""
+    rng = np.random.default_rng(0)
+    colours = rng.uniform(100, 155, (6, 1, 3, 1, 1))
+    images = np.clip(colours + rng.normal(0, 60, (6, 12, 3, 32, 32)), 0, 255).astype(np.uint8).reshape(-1, 3, 32, 32)
+    class_of = np.repeat(np.arange(6), 12)
+    slot_of = np.array([0, 1, 2, 0, 1, 2])
+    return ImagePool(
+        images=torch.from_numpy(images),
+        class_of=class_of,
+        class_names=tuple("abcdef"),
+        adapter_of=np.array([0, 0, 0, 1, 1, 1]),
+        slot_of=slot_of,
+        teacher_logits=8 * torch.eye(3)[torch.from_numpy(slot_of[class_of])],
+        patch_order=torch.from_numpy(rng.permuted(np.tile(np.arange(16), (72, 1)), axis=1)),
+    )

@@ -1,0 +1,278 @@
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lr_ray.errors import AdapterError, InversionError
+from lr_ray.inversion.invert import InversionConfig, SyntheticImages, invert, roll_and_flip
+from lr_ray.inversion.priors import BatchNormPrior
+from lr_ray.vit.backbone import Backbone
+from lr_ray.vit.lora import Adapter
+from lr_ray.vit.tokens import encode
+
+MakeAdapter = Callable[..., Adapter]
+
+
+def config(**changes: Any) -> InversionConfig:
+    """Small, exact, and each step sees the very images."""
+    small = {"images_per_class": 4, "batch_size": 12, "num_steps": 8, "prior": None, "precision": "fp32"}
+    return InversionConfig(**{**small, "roll_share": 0.0, "flip": False, **changes})
+
+
+def run(adapter: Adapter, backbone: Backbone, config: InversionConfig, *, seed: int = 0, **arguments: Any) -> SyntheticImages:
+    arguments = {"prior": None, **arguments}
+    return invert(adapter, backbone, config, generator=torch.Generator().manual_seed(seed), **arguments)
+
+
+def adapter_logits(adapter: Adapter, backbone: Backbone, images: Tensor) -> Tensor:
+    """By timm's own forward, on a model whose weights are changed by hand."""
+    state = {name: value.clone() for name, value in backbone.model.state_dict().items()}
+    changed = {name: value.clone() for name, value in state.items()}
+    for name, low_rank in adapter.modules.items():
+        changed[f"{name}.weight"] += low_rank.scale * low_rank.b @ low_rank.a
+    backbone.model.load_state_dict(changed)
+    with torch.no_grad():
+        features = backbone.model((images.float() / 255 - 0.5) / 0.5)
+    backbone.model.load_state_dict(state)
+    return features @ adapter.head_weight.T + adapter.head_bias
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 12, 100])
+def test_classes_are_grouped_and_complete(backbone: Backbone, make_adapter: MakeAdapter, batch_size: int):
+    found = run(make_adapter(), backbone, config(batch_size=batch_size, num_steps=2))
+    assert found.images.shape == (12, 3, 32, 32)
+    assert found.images.dtype == torch.uint8
+    assert found.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert found.patch_order.shape == (12, 16)
+    assert found.teacher_logits.shape == (12, 3)
+    assert found.loss_ce.shape == found.loss_prior.shape == (12,)
+
+
+def test_a_seed_gives_the_same_images_and_another_seed_does_not(backbone: Backbone, make_adapter: MakeAdapter):
+    drawn = config(roll_share=0.25, flip=True, keep_ratios={0: 0.5})
+    first, again = (run(make_adapter(), backbone, drawn, seed=7) for _ in range(2))
+    for name in SyntheticImages.__dataclass_fields__:
+        assert torch.equal(getattr(first, name), getattr(again, name)), name
+    assert not torch.equal(first.images, run(make_adapter(), backbone, drawn, seed=8).images)
+
+
+def test_the_first_step_sees_noise_and_pixels_are_rounded(backbone: Backbone, make_adapter: MakeAdapter):
+    found = run(make_adapter(num_classes=2), backbone, config(images_per_class=1, num_steps=1), seed=7)
+    noise = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(7))
+    expected = ((noise.clamp(-1, 1) * 0.5 + 0.5) * 255).round().to(torch.uint8)
+    assert torch.equal(found.images, expected)
+
+
+def test_images_of_a_batch_differ_from_those_of_the_next(backbone: Backbone, make_adapter: MakeAdapter):
+    found = run(make_adapter(), backbone, config(batch_size=6))
+    assert len(found.images.flatten(1).unique(dim=0)) == 12
+
+
+def test_the_adapter_recognises_its_classes(backbone: Backbone, make_adapter: MakeAdapter):
+    adapter = make_adapter()
+    noise = (torch.randn(12, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 0.5 + 0.5).clamp(0, 1) * 255
+    labels = torch.tensor([0, 1, 2]).repeat_interleave(4)
+    before = F.cross_entropy(adapter_logits(adapter, backbone, noise), labels)
+    found = run(adapter, backbone, config(num_steps=60))
+    logits = adapter_logits(adapter, backbone, found.images)
+    assert F.cross_entropy(logits, found.labels) < 0.2 * before
+    assert logits.argmax(dim=1).tolist() == found.labels.tolist()
+
+
+def test_with_random_views_the_images_still_improve(backbone: Backbone, make_adapter: MakeAdapter):
+    adapter, views = make_adapter(), {"roll_share": 0.125, "flip": True}
+    first, last = (run(adapter, backbone, config(num_steps=steps, **views)) for steps in (1, 150))
+    assert last.loss_ce.mean() < 0.7 * first.loss_ce.mean()
+    for found in (first, last):  # the loss is of the images as they are, not of the views that they were kept for
+        logits = adapter_logits(adapter, backbone, found.images)
+        torch.testing.assert_close(F.cross_entropy(logits, found.labels, reduction="none"), found.loss_ce)
+
+
+def test_each_image_is_kept_from_its_own_best_step(
+    backbone: Backbone, make_adapter: MakeAdapter, monkeypatch: pytest.MonkeyPatch
+):
+    seen: list[Tensor] = []
+
+    def record(logits: Tensor, labels: Tensor) -> Tensor:
+        seen.append(F.cross_entropy(logits, labels, reduction="none"))
+        return seen[-1]
+
+    monkeypatch.setattr("lr_ray.inversion.invert.cross_entropy", record)
+    adapter = make_adapter()
+    found = run(adapter, backbone, config(num_steps=25, learning_rate=2.0))
+    order = (torch.arange(12) % 3).argsort(stable=True)  # batches hold the classes in turn
+    *steps_seen, _final = seen
+    steps = torch.stack(steps_seen).detach()[:, order]
+    assert len(steps) == 25
+    assert len(steps.argmin(dim=0).unique()) > 1, "the best steps are the same for all: nothing is tested"
+    torch.testing.assert_close(found.loss_ce, steps.min(dim=0).values, atol=0.02, rtol=0.1)  # but for the 8 bits
+    assert found.loss_prior.tolist() == [0.0] * 12
+
+
+def test_teacher_logits_are_the_merged_adapters_on_the_8_bit_images(backbone: Backbone, make_adapter: MakeAdapter):
+    adapter = make_adapter()
+    for keep_ratios in ({}, {0: 0.25}):  # all tokens count, however many were kept
+        found = run(adapter, backbone, config(batch_size=5, keep_ratios=keep_ratios))
+        torch.testing.assert_close(found.teacher_logits, adapter_logits(adapter, backbone, found.images))
+
+
+def test_the_backbone_is_left_as_it_was(backbone: Backbone, make_adapter: MakeAdapter):
+    before = {name: (value, value.clone()) for name, value in backbone.model.named_parameters()}
+    run(make_adapter(), backbone, config(keep_ratios={0: 0.5}))
+    for name, parameter in backbone.model.named_parameters():
+        assert parameter is before[name][0], name
+        assert torch.equal(parameter, before[name][1]), name
+        assert parameter.grad is None, name
+
+
+def test_tokens_are_dropped_from_prune_from_on(backbone: Backbone, make_adapter: MakeAdapter):
+    counts: list[int] = []
+    backbone.model.blocks[0].mlp.register_forward_hook(lambda _module, inputs, _output: counts.append(inputs[0].shape[1]))
+    run(make_adapter(), backbone, config(num_steps=8, prune_from=0.25, keep_ratios={0: 0.5}))
+    whole, half = 1 + 16, 1 + 8
+    steps, describing = counts[:8], counts[8:]
+    assert steps == [whole] * 2 + [half] * 6
+    assert sorted(describing) == [half, whole]  # the patch order under the schedule, the logits on all tokens
+
+
+@pytest.mark.parametrize(("prune_from", "num_whole"), [(0.0, 0), (0.4, 4), (1.0, 8)])
+def test_prune_from(backbone: Backbone, make_adapter: MakeAdapter, prune_from: float, num_whole: int):
+    counts: list[int] = []
+    backbone.model.blocks[0].mlp.register_forward_hook(lambda _module, inputs, _output: counts.append(inputs[0].shape[1]))
+    run(make_adapter(), backbone, config(num_steps=8, prune_from=prune_from, keep_ratios={0: 0.5}))
+    assert counts[:8] == [17] * num_whole + [9] * (8 - num_whole)
+
+
+@pytest.mark.parametrize("keep_ratios", [{}, {1: 0.25}, {0: 0.5, 1: 0.5}])
+def test_patch_order_is_a_permutation(backbone: Backbone, make_adapter: MakeAdapter, keep_ratios: dict[int, float]):
+    found = run(make_adapter(), backbone, config(keep_ratios=keep_ratios))
+    assert torch.equal(found.patch_order.sort(dim=1).values, torch.arange(16).expand(12, 16))
+
+
+def test_patch_order_begins_with_the_patches_kept(backbone: Backbone, make_adapter: MakeAdapter):
+    """Those of the highest attention in block 0, here by the whole matrix of every head."""
+    found = run(replace(make_adapter(), modules={}), backbone, config(keep_ratios={0: 0.5}))
+    kept: list[Tensor] = []
+    handle = backbone.model.blocks[0].attn.qkv.register_forward_hook(lambda _m, _i, output: kept.append(output))
+    encode(backbone.model, backbone.normalize(found.images))
+    handle.remove()
+    query, key, _ = kept[0].unflatten(-1, (3, 2, 12)).permute(2, 0, 3, 1, 4)
+    attention = (query[:, :, :1] @ key.transpose(-2, -1) / 12**0.5).softmax(dim=-1).mean(dim=1)[:, 0, 1:]
+    expected = attention.topk(8, dim=1).indices.sort(dim=1).values
+    assert torch.equal(found.patch_order[:, :8].sort(dim=1).values, expected)
+
+
+def test_on_step_is_called_once_per_step_and_batch(backbone: Backbone, make_adapter: MakeAdapter):
+    calls = []
+    run(make_adapter(), backbone, config(batch_size=5, num_steps=3), on_step=lambda: calls.append(None))
+    assert len(calls) == 3 * 3
+
+
+def make_prior() -> BatchNormPrior:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    network[1].running_mean.fill_(0.5)
+    return BatchNormPrior(network, mean=torch.zeros(3), std=torch.ones(3))
+
+
+def test_the_prior_pulls_by_its_weight(backbone: Backbone, make_adapter: MakeAdapter):
+    prior = make_prior()
+    free, held = (
+        run(make_adapter(), backbone, config(num_steps=20, prior_weight=weight), prior=prior) for weight in (0.0, 50.0)
+    )
+    assert held.loss_prior.mean() < 0.9 * free.loss_prior.mean()
+    with prior:
+        pixels = held.images.float() / 255
+        assert prior(pixels).item() == pytest.approx(held.loss_prior.mean().item(), rel=0.1)
+
+
+def test_the_priors_hooks_are_gone_after_a_failure(backbone: Backbone, make_adapter: MakeAdapter):
+    prior = make_prior()
+    with pytest.raises(InversionError):
+        run(make_adapter(), backbone, config(prior_weight=torch.inf), prior=prior)
+    assert not any(module._forward_pre_hooks for module in prior._network.modules())
+
+
+@pytest.mark.parametrize("term", ["tv_weight", "l2_weight"])
+def test_the_image_terms_pull_by_their_weight(backbone: Backbone, make_adapter: MakeAdapter, term: str):
+    def size(found: SyntheticImages) -> float:
+        images = found.images.float() / 255 * 2 - 1
+        return (images.diff(dim=3).abs() if term == "tv_weight" else images.square()).mean().item()
+
+    free, held = (run(make_adapter(), backbone, config(num_steps=20, **{term: weight})) for weight in (0.0, 100.0))
+    assert size(held) < 0.8 * size(free)
+
+
+def test_an_adapter_without_a_head_is_refused(backbone: Backbone, make_adapter: MakeAdapter):
+    headless = replace(make_adapter(), head_weight=None, head_bias=None)
+    with pytest.raises(AdapterError, match="adapter-1 has no head"):
+        run(headless, backbone, config())
+
+
+def test_a_head_without_bias_serves(backbone: Backbone, make_adapter: MakeAdapter):
+    adapter = make_adapter()
+    unbiased, zero = replace(adapter, head_bias=None), replace(adapter, head_bias=torch.zeros(3))
+    assert torch.equal(run(unbiased, backbone, config()).images, run(zero, backbone, config()).images)
+
+
+def test_nan_weights_are_an_inversion_error_and_the_backbone_survives(backbone: Backbone, make_adapter: MakeAdapter):
+    adapter = make_adapter()
+    name = "blocks.0.attn.qkv"
+    damaged = replace(adapter.modules[name], b=torch.full((72, 2), torch.nan))
+    before = backbone.model.get_submodule(name).weight
+    with pytest.raises(InversionError, match="adapter-1.*precision=fp32"):
+        run(replace(adapter, modules=adapter.modules | {name: damaged}), backbone, config())
+    assert backbone.model.get_submodule(name).weight is before
+    assert torch.isfinite(before).all()
+
+
+def test_one_hopeless_image_is_enough_for_an_error(backbone: Backbone, make_adapter: MakeAdapter):
+    adapter = make_adapter()
+    bias = torch.tensor([0.0, 0.0, -torch.inf])  # class 2 has an infinite loss, the others none
+    with pytest.raises(InversionError):
+        run(replace(adapter, head_bias=bias), backbone, config())
+
+
+def test_images_that_break_later_are_kept_from_before(backbone: Backbone, make_adapter: MakeAdapter):
+    """An infinite learning rate ruins every image after the first step; the noise of the first step stays."""
+    found = run(make_adapter(), backbone, config(learning_rate=torch.inf, num_steps=3))
+    assert torch.isfinite(found.loss_ce).all()
+    assert torch.isfinite(found.teacher_logits).all()
+
+
+IMAGES = torch.arange(2 * 3 * 16 * 16.0).view(2, 3, 16, 16)
+
+
+def test_roll_and_flip_off_is_the_identity():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(5):
+        assert torch.equal(roll_and_flip(IMAGES, config(), generator=generator), IMAGES)
+
+
+def test_a_roll_reaches_as_far_as_its_share_in_both_directions():
+    generator = torch.Generator().manual_seed(0)
+    found = set()
+    for _ in range(300):
+        rolled = roll_and_flip(IMAGES, config(roll_share=0.125), generator=generator)
+        row, column = divmod(int(rolled[0, 0, 0, 0]), 16)
+        offset = ((16 - row + 8) % 16 - 8, (16 - column + 8) % 16 - 8)
+        assert torch.equal(rolled, IMAGES.roll(offset, dims=(2, 3)))
+        found.add(offset)
+    assert found == {(rows, columns) for rows in range(-2, 3) for columns in range(-2, 3)}
+
+
+def test_a_flip_mirrors_about_half_of_the_images_each_by_itself():
+    generator = torch.Generator().manual_seed(0)
+    patterns = []
+    for _ in range(200):
+        views = roll_and_flip(IMAGES, config(flip=True), generator=generator)
+        mirrored = [torch.equal(view, image.flip(2)) for view, image in zip(views, IMAGES, strict=True)]
+        assert all(torch.equal(view, image) or m for view, image, m in zip(views, IMAGES, mirrored, strict=True))
+        patterns.append(tuple(mirrored))
+    assert set(patterns) == {(False, False), (False, True), (True, False), (True, True)}
+    assert 160 < sum(map(sum, patterns)) < 240  # 400 draws, 4 standard deviations
