@@ -50,7 +50,7 @@ def read_config(
         if source is not None and classes is None:
             plain[f"data.{section}"] = {"source": source}
             del plain[f"data.{section}.source"]
-    flags = [f"{key}={json.dumps(value)}" for key, value in plain.items() if value is not None]
+    flags = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in plain.items() if value is not None]
     return load_config(path, [*(overrides or []), *flags])
 
 

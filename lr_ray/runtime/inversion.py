@@ -42,7 +42,7 @@ class InversionActor:
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """One row of `InversionItem` fields → adapter_id, uri, num_images, loss_ce, error; one row."""
-        item = InversionItem(**{name: values[0] for name, values in batch.items()})
+        item = InversionItem(**{name: values.tolist()[0] for name, values in batch.items()})
         try:
             num_images, loss_ce = self._invert(item)
             row: dict[str, Any] = {"num_images": [num_images], "loss_ce": [loss_ce], "error": [""]}
