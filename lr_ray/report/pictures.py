@@ -58,7 +58,7 @@ def contact_sheet(pool: ImagePool, *, keep_ratio: float, max_adapters: int = 6, 
                 top.imshow(images[column].permute(1, 2, 0).numpy(), interpolation="nearest")
                 bottom.imshow(faded[column].permute(1, 2, 0).numpy(), interpolation="nearest")
                 if column == 0:
-                    top.set_title(pool.class_names[c], fontsize=9, loc="left", color=_INK, parse_math=False)
+                    top.set_title(pool.class_names[c][:20], fontsize=9, loc="left", color=_INK, parse_math=False)
     figure.suptitle(
         f"Synthetic images, a row an adapter; below each the {100 * keep_ratio:.0f} % of patches that [CLS] attends to most",
         fontsize=10,

@@ -101,9 +101,11 @@ def read_adapter(folder: str) -> Adapter:
         module, _, part = key.removeprefix(_PREFIX).rpartition(".lora_")
         if part == "A.weight":
             partner = tensors.get(key.replace(".lora_A.", ".lora_B."))
+            if tensor.ndim == 4:
+                raise AdapterError(f"adapter {folder}: {module} is LoRA on a convolution, which is not read; remove it")
             if partner is None or partner.ndim != 2 or tensor.ndim != 2 or partner.shape[1] != tensor.shape[0]:
                 raise AdapterError(f"adapter {folder}: {module} lacks a lora_B that fits its lora_A; it is damaged")
-            modules[module] = LowRank(a=tensor, b=partner, scale=_scale_of(config, module, folder))
+            modules[module] = LowRank(a=tensor, b=partner, scale=_scale_of(config, module, tensor.shape[0], folder))
         elif (head := re.fullmatch(r"head\.(?:modules_to_save\.)?(weight|bias)", key.removeprefix(_PREFIX))) is not None:
             heads[head[1]] = tensor
         elif part != "B.weight" or key.replace(".lora_B.", ".lora_A.") not in tensors:
@@ -114,7 +116,12 @@ def read_adapter(folder: str) -> Adapter:
             "Vision Transformer with its head in `head`; only that is read"
         )
     manifest = read_manifest(folder) or {}
-    head_weight = heads.get("weight")
+    head_weight, head_bias = heads.get("weight"), heads.get("bias")
+    if head_weight is not None and (
+        head_weight.ndim != 2 or (head_bias is not None and head_bias.shape != head_weight.shape[:1])
+    ):
+        shapes = {kind: tuple(value.shape) for kind, value in heads.items()}
+        raise AdapterError(f"adapter {folder}: its head has shapes {shapes}, not (classes, features) and (classes,)")
     num_classes = 0 if head_weight is None else head_weight.shape[0]
     class_names = manifest.get("class_names") or [f"{name}/{index}" for index in range(num_classes)]
     if len(class_names) != num_classes:
@@ -129,13 +136,13 @@ def read_adapter(folder: str) -> Adapter:
         ),
         modules=modules,
         head_weight=head_weight,
-        head_bias=heads.get("bias"),
+        head_bias=head_bias,
     )
     return with_digest(adapter)
 
 
-def _scale_of(config: dict[str, Any], module: str, folder: str) -> float:
-    """alpha / rank, or alpha / √rank for rsLoRA, by PEFT's own rules for patterns."""
+def _scale_of(config: dict[str, Any], module: str, num_rows: int, folder: str) -> float:
+    """alpha / rank, or alpha / √rank for rsLoRA, by PEFT's own rules for patterns; lora_A has `num_rows`."""
 
     def value(key: str, patterns: str) -> float:
         for pattern, special in (config.get(patterns) or {}).items():
@@ -145,10 +152,13 @@ def _scale_of(config: dict[str, Any], module: str, folder: str) -> float:
 
     try:
         rank, alpha = value("r", "rank_pattern"), value("lora_alpha", "alpha_pattern")
-    except (KeyError, TypeError, ValueError, re.error) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, re.error) as error:
         raise AdapterError(f"adapter {folder}: {CONFIG_NAME} has no usable r and lora_alpha ({error!r})") from error
-    if rank <= 0:
-        raise AdapterError(f"adapter {folder}: rank {rank} of {module} in {CONFIG_NAME}; must be at least 1")
+    if rank != num_rows:
+        raise AdapterError(
+            f"adapter {folder}: {module} has rank {rank:g} in {CONFIG_NAME} but {num_rows} in its weights; the two do not "
+            "belong together: get both again from their source or remove them"
+        )
     return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
 
 

@@ -67,7 +67,7 @@ def claim_folder(folder: str, inputs: dict[str, Any], *, config: dict[str, Any])
         return
     try:
         found = json.loads(read_bytes(uri))["inputs"]
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise StorageError(f"{uri} is damaged ({error!r}); choose another --output, or delete {folder}") from error
     if differences := list(_differences(found, json.loads(json.dumps(inputs)), "")):
         some = "; ".join(differences[:3]) + ("; …" if len(differences) > 3 else "")

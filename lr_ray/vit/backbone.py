@@ -90,19 +90,18 @@ def load_backbone(config: BackboneConfig, *, device: torch.device | str = "cpu")
         BackboneError: unknown name, no class token, not a Vision Transformer, an image size that the patches do not
             divide, or weights that cannot be had or do not fit.
     """
-    if config.name == EMBEDDED_BACKBONE.architecture:
-        raise BackboneError(f"backbone {config.name!r} has no weights of its own; use 'embedded' or a tagged timm name")
     architecture, arguments = config.name, {}
     if config.name == "embedded":
         architecture, arguments = EMBEDDED_BACKBONE.architecture, dict(EMBEDDED_BACKBONE.architecture_args)
     image_px = _check_architecture(architecture, config)
-    arguments |= {"num_classes": 0, "img_size": image_px}
-    if not config.pretrained:
+    arguments["num_classes"] = 0
+    if config.pretrained or config.weights is not None:
+        model, source = _load_pretrained(architecture, arguments | {"img_size": image_px}, config)
+    else:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model, source = timm.create_model(architecture, **arguments), "random weights, seed 0"
-    else:
-        model, source = _load_pretrained(architecture, arguments, config)
+        model.set_input_size(image_px)  # afterwards: the size must not change what is drawn
     model.eval().requires_grad_(False).to(device)
     data = resolve_model_data_config(model)
     weights = {name: value for name, value in model.state_dict().items() if name != "pos_embed"}
@@ -122,6 +121,8 @@ def _check_architecture(architecture: str, config: BackboneConfig) -> int:
     try:
         with torch.device("meta"):
             model = timm.create_model(architecture, pretrained=False, num_classes=0)
+    except OSError as error:
+        raise BackboneError(f"backbone {config.name!r}: its architecture could not be looked up: {error}") from error
     except (RuntimeError, ValueError) as error:
         if not str(error).startswith(("Unknown model", "Invalid pretrained tag")):
             raise

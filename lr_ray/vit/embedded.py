@@ -23,6 +23,7 @@ from typing import Any
 
 import timm
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -69,8 +70,11 @@ def load_embedded(weights: EmbeddedWeights) -> dict[str, Tensor]:
     path = cache_dir() / f"{weights.requirement.replace('==', '-')}.safetensors"
     if not path.exists():
         _fetch(weights, path)
-    tensors: dict[str, Tensor] = load_file(path)
-    found = digest_tensors(tensors)
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+        found = digest_tensors(tensors)
+    except SafetensorError as error:
+        raise BackboneError(f"embedded weights {path}: damaged ({error}); delete the file, then run `lr-ray fetch`") from error
     if found != weights.tensors_sha256:
         raise BackboneError(
             f"embedded weights {path}: digest {found[:12]} is not the pinned {weights.tensors_sha256[:12]}; "

@@ -166,6 +166,12 @@ def attach_lora(model: VisionTransformer, config: LoRAConfig, *, generator: torc
     """
     if not config.targets:
         raise ConfigError("lora.targets is empty; name at least one of q, k, v, proj, fc1, fc2")
+    sites = {*config.targets, *(f"{block}.{target}" for block in range(len(model.blocks)) for target in config.targets)}
+    if unknown := [key for key in (*config.rank_pattern, *config.alpha_pattern) if key not in sites]:
+        raise ConfigError(
+            f"lora pattern {unknown[0]!r} names no target; allowed: {', '.join(config.targets)}, or one of them after a "
+            f"block, 0 to {len(model.blocks) - 1}, such as 0.{config.targets[0]}"
+        )
     attached = []
     for index, block in enumerate(model.blocks):
         for name in dict.fromkeys(_MODULE[target] for target in config.targets):

@@ -1,0 +1,134 @@
+"""Augmentation: determined by the generator, and the patches to keep follow the mirroring."""
+
+import pytest
+import torch
+
+from lr_ray.vit.augment import AugmentationConfig, augment
+
+OFF = {"flip": False, "crop": 0.0, "blur": 0.0, "colour": 0.0}
+ON = {"flip": True, "crop": 0.4, "blur": 1.0, "colour": 1.0}
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def random_images(num_images=16, height=32, width=32):
+    return torch.randint(0, 256, (num_images, 3, height, width), dtype=torch.uint8, generator=seeded(9))
+
+
+def numbered_patches(num_images, rows, columns, patch_px=4):
+    """(B, 3, H, W): every pixel of patch p of image i is 100·(i mod 2) + p."""
+    grid = torch.arange(rows * columns, dtype=torch.uint8).reshape(rows, columns)
+    grid = grid.repeat_interleave(patch_px, 0).repeat_interleave(patch_px, 1)
+    return torch.stack([grid + 100 * (index % 2) for index in range(num_images)])[:, None].expand(-1, 3, -1, -1)
+
+
+@pytest.mark.parametrize("config", [OFF, ON, *({**OFF, key: ON[key]} for key in ON)], ids=str)
+@pytest.mark.parametrize("content", ["random", "white", "black"])
+@pytest.mark.parametrize("seed", range(4))
+def test_uint8_comes_out_as_floats_from_0_to_1(config, content, seed):
+    images = {"random": random_images(), "white": torch.full_like(random_images(), 255)}.get(
+        content, torch.zeros_like(random_images())
+    )
+    before = images.clone()
+    pixels, keep_indices = augment(images, None, AugmentationConfig(**config), grid_size=(4, 4), generator=seeded(seed))
+    assert pixels.dtype == torch.float32
+    assert pixels.shape == images.shape
+    assert pixels.min() >= 0
+    assert pixels.max() <= 1
+    assert keep_indices is None
+    assert torch.equal(images, before), "the stored images are not touched"
+
+
+def test_with_everything_off_the_images_are_only_scaled():
+    images, keep_indices = random_images(), torch.arange(8).expand(16, -1)
+    pixels, kept = augment(images, keep_indices, AugmentationConfig(**OFF), grid_size=(4, 4), generator=seeded())
+    assert torch.equal(pixels, images / 255)
+    assert torch.equal(kept, keep_indices)
+
+
+@pytest.mark.parametrize("option", ON)
+def test_each_option_alone_changes_the_images(option):
+    images = random_images()
+    config = AugmentationConfig(**{**OFF, option: ON[option]})
+    pixels, _ = augment(images, None, config, grid_size=(4, 4), generator=seeded())
+    assert (pixels - images / 255).abs().max() > 0.05
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(4, 4), (2, 5), (5, 2), (3, 1)])
+def test_the_same_content_is_kept_after_mirroring(rows, columns):
+    images = numbered_patches(32, rows, columns)
+    generator = seeded(1)
+    keep_indices = torch.stack([torch.randperm(rows * columns, generator=generator)[:3] for _ in range(32)])
+    config = AugmentationConfig(**{**OFF, "flip": True})
+    pixels, kept = augment(images, keep_indices, config, grid_size=(rows, columns), generator=seeded(2))
+    mirrored = 0
+    for index in range(32):
+        original = images[index] / 255
+        assert torch.equal(pixels[index], original) or torch.equal(pixels[index], original.flip(2))
+        mirrored += not torch.equal(pixels[index], original)
+        for before, after in zip(keep_indices[index].tolist(), kept[index].tolist(), strict=True):
+            row, column = divmod(after, columns)
+            patch = pixels[index, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4]
+            assert ((patch * 255).round() == 100 * (index % 2) + before).all()
+    if columns > 1:
+        assert 4 < mirrored < 28, "about half of the images"
+
+
+@pytest.mark.parametrize("vertical", [False, True])
+def test_a_crop_shows_a_window_within_the_image_of_at_least_the_stated_side(vertical):
+    """On a ramp of columns 0 to 63 a crop is a ramp too; its slope is the share of the side that is shown."""
+    ramp = torch.arange(64, dtype=torch.uint8).expand(64, 3, 64, 64)
+    ramp = ramp.transpose(2, 3) if vertical else ramp
+    config = AugmentationConfig(**{**OFF, "crop": 0.4})
+    pixels, _ = augment(ramp, None, config, grid_size=(4, 4), generator=seeded(3))
+    pixels = pixels.transpose(2, 3) if vertical else pixels
+    assert torch.allclose(pixels, pixels[:, :1, :1], atol=1e-5), "the same window in every channel, and no shear"
+    left, right = pixels[:, 0, 0, 16] * 255, pixels[:, 0, 0, 48] * 255
+    shares = (right - left) / 32
+    assert 0.6 - 1e-4 <= shares.min() < 0.65
+    assert 0.95 < shares.max() <= 1 + 1e-4
+    first = left - 16.5 * shares + 0.5  # the window's left edge, where the image's is 0
+    assert first.min() >= -1e-3
+    assert (first + 64 * shares).max() <= 64 + 1e-3
+    left_over_right = first - (64 - first - 64 * shares)
+    assert left_over_right.min() < -10
+    assert left_over_right.max() > 10, "at a random place"
+
+
+def test_blur_keeps_flat_images_and_calms_noisy_ones():
+    config = AugmentationConfig(**{**OFF, "blur": 1.0})
+    flat = torch.full((4, 3, 32, 32), 77, dtype=torch.uint8)
+    blurred, _ = augment(flat, None, config, grid_size=(4, 4), generator=seeded())
+    torch.testing.assert_close(blurred, flat / 255)
+    noisy = random_images()
+    blurred, _ = augment(noisy, None, config, grid_size=(4, 4), generator=seeded())
+    assert (blurred.std(dim=(1, 2, 3)) < (noisy / 255).std(dim=(1, 2, 3))).all()
+
+
+def test_blur_strikes_with_its_probability():
+    images = random_images(200)
+    config = AugmentationConfig(**{**OFF, "blur": 0.25})
+    pixels, _ = augment(images, None, config, grid_size=(1, 1), generator=seeded(1))
+    struck = int((pixels != images / 255).flatten(1).any(dim=1).sum())
+    assert 30 <= struck <= 70
+
+
+@pytest.mark.parametrize("config", [ON, {**OFF, "crop": 0.3}, {**OFF, "colour": 0.2}], ids=str)
+def test_the_same_seed_gives_the_same_bits(config):
+    images, keep_indices = random_images(), torch.arange(5).expand(16, -1)
+    runs = [
+        augment(images, keep_indices, AugmentationConfig(**config), grid_size=(4, 4), generator=seeded(seed))
+        for seed in (1, 1, 2)
+    ]
+    assert torch.equal(runs[0][0], runs[1][0])
+    assert torch.equal(runs[0][1], runs[1][1])
+    assert not torch.equal(runs[0][0], runs[2][0])
+
+
+def test_only_the_given_generator_is_used():
+    torch.manual_seed(0)
+    before = torch.random.get_rng_state()
+    augment(random_images(), None, AugmentationConfig(**ON), grid_size=(4, 4), generator=seeded())
+    assert torch.equal(torch.random.get_rng_state(), before)
