@@ -33,8 +33,8 @@ class InversionConfig(Section):
     """Of Adam (the paper: 0.5, 0.99)."""
     prior: str | None = "efficientnet-lite0"
     """CNN whose BatchNorm statistics the images should match: `efficientnet-lite0`, a timm name, or null for none."""
-    prior_weight: float = Field(default=50.0, ge=0)
-    """Weight of that prior, normalised per layer: 50 on some 50 layers is 1 for each."""
+    prior_weight: float = Field(default=10.0, ge=0)
+    """Weight of that prior, which is about 1 at noise and 0.7 on real images."""
     tv_weight: float = Field(default=0.0, ge=0)
     """Weight of the total variation (the paper: 0)."""
     l2_weight: float = Field(default=0.0, ge=0)

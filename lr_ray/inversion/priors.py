@@ -12,10 +12,12 @@ from lr_ray.vit.embedded import EMBEDDED_PRIOR, load_embedded
 class BatchNormPrior:
     """R_BN of a frozen CNN, normalised so that one weight serves any network.
 
-    R_BN(X) = mean over BatchNorm layers l of ‖μ_l(X) − μ_l‖₂ / ‖μ_l‖₂ + ‖σ²_l(X) − σ²_l‖₂ / ‖σ²_l‖₂
+    R_BN(X) = mean over BatchNorm layers l of ‖μ_l(X) − μ_l‖₂ / √(‖μ_l‖₂² + ‖σ_l‖₂²) + ‖σ²_l(X) − σ²_l‖₂ / ‖σ²_l‖₂
 
-    The paper's is the plain sum of the numerators; in depthwise layers that runs into the thousands. Use as a context
-    manager: hooks are on the network only inside.
+    The paper's is the plain sum of the numerators; in depthwise layers that runs into the thousands. The means are
+    measured against the root mean square of the layer's input, since some layers have means of nearly zero beside a
+    large variance: divided by the former alone, one layer gives 828 on real images and drowns the cross-entropy. Use as
+    a context manager: hooks are on the network only inside.
     """
 
     def __init__(self, network: nn.Module, *, mean: Tensor, std: Tensor) -> None:
@@ -53,12 +55,10 @@ class BatchNormPrior:
         mean = features.mean(dim=(0, 2, 3))
         # E[x²] − E[x]² is two thirds of the cost of torch.var on a CPU, and exact enough next to stored statistics.
         variance = features.square().mean(dim=(0, 2, 3)) - mean.square()
-        self._terms.append(_relative_distance(mean, layer.running_mean) + _relative_distance(variance, layer.running_var))
-
-
-def _relative_distance(found: Tensor, stored: Tensor) -> Tensor:
-    relative: Tensor = torch.linalg.vector_norm(found - stored) / torch.linalg.vector_norm(stored).clamp_min(1e-6)
-    return relative
+        root_mean_square = (layer.running_mean.square().sum() + layer.running_var.sum()).sqrt()
+        mean_term = torch.linalg.vector_norm(mean - layer.running_mean) / root_mean_square
+        variance_term = torch.linalg.vector_norm(variance - layer.running_var) / torch.linalg.vector_norm(layer.running_var)
+        self._terms.append(mean_term + variance_term)
 
 
 def load_prior(name: str, *, device: torch.device | str = "cpu") -> BatchNormPrior:

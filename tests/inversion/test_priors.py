@@ -39,7 +39,7 @@ def naive_prior(network: nn.Sequential, pixels: Tensor) -> Tensor:
             channels = features.permute(1, 0, 2, 3).reshape(features.shape[1], -1)
             mean, variance = channels.mean(dim=1), channels.var(dim=1, unbiased=False)
             terms.append(
-                (mean - layer.running_mean).norm() / layer.running_mean.norm()
+                (mean - layer.running_mean).norm() / (layer.running_mean.norm() ** 2 + layer.running_var.sum()).sqrt()
                 + (variance - layer.running_var).norm() / layer.running_var.norm()
             )
         features = layer(features)
