@@ -46,10 +46,9 @@ def read_config(
     plain: dict[str, Any] = {"output": output, "adapters": adapters, "synthetic": synthetic}
     if data is not None:
         section, source, classes = data
-        plain |= {f"data.{section}.source": source, f"data.{section}.classes": classes}
-        if source is not None and classes is None:
+        if source is not None:  # other data: the classes selected for the config's own do not apply
             plain[f"data.{section}"] = {"source": source}
-            del plain[f"data.{section}.source"]
+        plain[f"data.{section}.classes"] = classes
     flags = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in plain.items() if value is not None]
     return load_config(path, [*(overrides or []), *flags])
 

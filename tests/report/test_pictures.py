@@ -1,0 +1,228 @@
+import io
+import re
+from collections.abc import Sequence
+from html.parser import HTMLParser
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lr_ray.fewshot.episodes import ImagePool
+from lr_ray.report.html import render_report
+from lr_ray.report.pictures import accuracy_bars, contact_sheet, masked, training_curves
+
+pytestmark = pytest.mark.filterwarnings("error")  # matplotlib warns where a picture would be a mess
+
+EVIL = '<script>alert("1")</script>&amp;$name'
+
+
+def opened(png: bytes) -> Image.Image:
+    image = Image.open(io.BytesIO(png))
+    image.load()
+    assert image.format == "PNG"
+    assert min(image.size) > 0
+    return image
+
+
+def row(method: str, n_shot: int = 1, accuracy: float = 60.0, n_way: int = 5) -> dict[str, Any]:
+    return {
+        "method": method,
+        "dataset": "digits[6:10]",
+        "n_way": n_way,
+        "n_shot": n_shot,
+        "accuracy": accuracy,
+        "ci95": 1.25,
+        "episodes": 600,
+        "images_per_s": 123.4,
+    }
+
+
+def pool_of(class_names: Sequence[str], adapter_of: Sequence[int], *, per_class: int = 2, side_px: int = 8) -> ImagePool:
+    count = len(class_names) * per_class
+    return ImagePool(
+        images=torch.randint(0, 256, (count, 3, side_px, side_px), dtype=torch.uint8),
+        class_of=np.repeat(np.arange(len(class_names)), per_class),
+        class_names=tuple(class_names),
+        adapter_of=np.array(adapter_of),
+        slot_of=np.zeros(len(class_names), int),
+        teacher_logits=torch.zeros(count, 1),
+        patch_order=torch.stack([torch.randperm(4) for _ in range(count)]),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------- masked
+
+
+def test_masked_keeps_the_kept_patches_and_fades_the_others():
+    """2 × 2 patches of 4 px; of the first image patches 3 and 0 are kept, of the second 1 and 2."""
+    images = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    out = masked(images, torch.tensor([[3, 0, 1, 2], [1, 2, 0, 3]]), keep_ratio=0.5)
+    corners = [(slice(0, 4), slice(0, 4)), (slice(0, 4), slice(4, 8)), (slice(4, 8), slice(0, 4)), (slice(4, 8), slice(4, 8))]
+    for image, result, kept in zip(images.float() / 255, out, [{0, 3}, {1, 2}], strict=True):
+        for patch, (rows, columns) in enumerate(corners):
+            if patch in kept:
+                assert torch.equal(result[:, rows, columns], image[:, rows, columns])
+            else:
+                tint = torch.tensor([0.09, 0.12, 0.15])[:, None, None]
+                assert torch.allclose(result[:, rows, columns], 0.85 + tint * image[:, rows, columns])
+
+
+def test_masked_tells_black_pixels_from_dropped_ones():
+    out = masked(torch.zeros(1, 3, 4, 4, dtype=torch.uint8), torch.tensor([[2, 0, 1, 3]]), keep_ratio=0.25)
+    assert out[0, 0].tolist() == [pytest.approx([0.85] * 4)] * 2 + [pytest.approx([0, 0, 0.85, 0.85])] * 2
+
+
+def test_masked_with_every_patch_kept_changes_nothing():
+    images = torch.randint(0, 256, (3, 3, 9, 9), dtype=torch.uint8)
+    out = masked(images, torch.arange(9).repeat(3, 1), keep_ratio=1.0)
+    assert torch.equal(out, images.float() / 255)
+
+
+# -------------------------------------------------------------------------------------------------------- pictures
+
+
+def test_a_contact_sheet_grows_with_its_adapters_and_classes():
+    one = opened(contact_sheet(pool_of("ab", [0, 0]), keep_ratio=0.5)).size
+    higher = opened(contact_sheet(pool_of("abcd", [0, 0, 1, 1]), keep_ratio=0.5)).size
+    wider = opened(contact_sheet(pool_of("abcd", [0, 0, 0, 0]), keep_ratio=0.5)).size
+    assert higher[0] == one[0] < wider[0]
+    assert higher[1] > one[1] == wider[1]
+
+
+def test_a_contact_sheet_of_unequal_adapters_and_few_images():
+    opened(contact_sheet(pool_of("abc", [0, 0, 1], per_class=1), keep_ratio=0.5))
+
+
+def test_a_contact_sheet_shows_at_most_so_many_adapters():
+    pool = pool_of("abcd", [0, 1, 2, 3])
+    assert contact_sheet(pool, keep_ratio=0.5, max_adapters=1) == contact_sheet(
+        pool_of_first_adapter(pool), keep_ratio=0.5, max_adapters=1
+    )
+
+
+def pool_of_first_adapter(pool: ImagePool) -> ImagePool:
+    assert pool.patch_order is not None
+    return ImagePool(
+        images=pool.images[:2],
+        class_of=pool.class_of[:2],
+        class_names=pool.class_names[:1],
+        adapter_of=pool.adapter_of[:1],
+        slot_of=pool.slot_of[:1],
+        patch_order=pool.patch_order[:2],
+    )
+
+
+@pytest.mark.parametrize("name", ["latin/$", r"$\nothing$", "a_b^c", "щ", "W" * 80])
+def test_a_contact_sheet_takes_any_class_name(name: str):
+    opened(contact_sheet(pool_of([name], [0]), keep_ratio=0.5))
+
+
+def test_a_picture_is_the_same_twice():
+    pool = pool_of("ab", [0, 1])
+    assert contact_sheet(pool, keep_ratio=0.5) == contact_sheet(pool, keep_ratio=0.5)
+    assert accuracy_bars([row("nn")]) == accuracy_bars([row("nn")])
+
+
+HISTORY = [{"step": step, "loss": 1 / (step + 1), "accuracy": 0.5} for step in range(25)]
+VALIDATED = [entry | ({"validation_accuracy": 0.6} if entry["step"] % 5 == 4 else {}) for entry in HISTORY]
+
+
+@pytest.mark.parametrize(
+    "histories",
+    [
+        {"recycle": HISTORY},
+        {"recycle": VALIDATED, "oracle": VALIDATED},
+        {"recycle": VALIDATED[:1]},
+        {"recycle": VALIDATED, "oracle": []},
+    ],
+    ids=["no validation", "two", "one step", "an empty one"],
+)
+def test_training_curves(histories: dict[str, list[dict[str, float]]]):
+    opened(training_curves(histories))
+
+
+def test_training_curves_show_the_validation():
+    assert training_curves({"recycle": HISTORY}) != training_curves({"recycle": VALIDATED})
+
+
+def test_accuracy_bars_have_a_panel_a_shape():
+    one = opened(accuracy_bars([row("nn"), row("recycle")])).size
+    two = opened(accuracy_bars([row(method, n_shot) for method in ("nn", "recycle") for n_shot in (1, 5)])).size
+    assert two == (2 * one[0], one[1])
+
+
+def test_accuracy_bars_differ_with_the_accuracy():
+    assert accuracy_bars([row("nn", accuracy=60)]) != accuracy_bars([row("nn", accuracy=61)])
+
+
+# ---------------------------------------------------------------------------------------------------------- report
+
+
+class Page(HTMLParser):
+    """What a page refers to, the tags it has, and its text."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.references: list[str] = []
+        self.tags: list[str] = []
+        self.text = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.references += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "action", "data")]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def report(**changes: Any) -> str:
+    values: dict[str, Any] = {
+        "name": "demo",
+        "rows": [row("nn", accuracy=60), row("recycle", accuracy=72.34), row("nn", 5), row("recycle", 5)],
+        "adapters": [{"held_out_accuracy": 0.9}, {"held_out_accuracy": 0.8}, {}],
+        "num_images": 120,
+        "config": {"name": "demo", "seed": 0},
+        "versions": {"torch": "2.9", "ray": "2.50"},
+        "pictures": {"bars": b"bars", "sheet": b"sheet", "curves": b"curves"},
+    }
+    return render_report(**values | changes)
+
+
+def test_a_report_is_self_contained():
+    html = report()
+    references = Page(html).references
+    assert references == [f"data:image/png;base64,{content}" for content in ("YmFycw==", "c2hlZXQ=", "Y3VydmVz")]
+    assert not re.search(r"url\(|@import|https?://", html)
+
+
+def test_a_report_states_the_results():
+    text = Page(report()).text
+    assert "5-way 1-shot tasks of unseen classes: 72.3 % with the meta-LoRA, 60.0 % without it" in text
+    assert "120 images, inverted from 3 adapters, 85.0 % accurate on images they did not see" in text
+    assert "72.34 ± 1.25" in text
+    assert "torch 2.9, ray 2.50" in text
+    assert "seed: 0" in text
+
+
+def test_a_report_without_recycling_or_accuracies_claims_nothing():
+    text = Page(report(rows=[row("nn")], adapters=[{}])).text
+    assert "with the meta-LoRA" not in text
+    assert "inverted from 1 adapters. No real image" in text
+
+
+def test_only_our_row_is_highlighted():
+    html = report()
+    assert re.findall(r"<tr class=ours><td>([^<]*)", html) == ["recycle", "recycle"]
+
+
+def test_a_report_escapes_html():
+    plain, html = Page(report()), report(name=EVIL, rows=[row(EVIL)], config={EVIL: EVIL}, versions={EVIL: EVIL}, adapters=[])
+    page = Page(html)
+    assert page.tags.count("script") == 0
+    assert set(page.tags) == set(plain.tags)
+    assert "<script" not in html
+    assert page.text.count("alert") >= 6
+    assert f"LR-Ray: {EVIL}" in page.text

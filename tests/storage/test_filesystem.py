@@ -1,0 +1,177 @@
+import builtins
+import errno
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lr_ray.errors import StorageError
+from lr_ray.storage.filesystem import exists, join, list_files, read_bytes, write_bytes
+
+
+def no_space(*_args: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def files_below(root: Path) -> list[str]:
+    return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize(
+    ("root", "parts", "expected"),
+    [
+        ("runs", ("demo", "a.json"), "runs/demo/a.json"),
+        ("runs/", ("a.json",), "runs/a.json"),
+        ("s3://bucket/run/", ("x", "y"), "s3://bucket/run/x/y"),
+        ("/tmp", (), "/tmp"),
+    ],
+)
+def test_join(root: str, parts: tuple[str, ...], expected: str):
+    assert join(root, *parts) == expected
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_what_is_written_is_read(tmp_path: Path, scheme: str):
+    uri = f"{scheme}{tmp_path}/deep/er/a.bin"
+    assert not exists(uri)
+    write_bytes(uri, b"one\0")
+    assert exists(uri)
+    assert read_bytes(uri) == b"one\0"
+    assert (tmp_path / "deep" / "er" / "a.bin").read_bytes() == b"one\0"
+    assert files_below(tmp_path) == ["deep/er/a.bin"]
+
+
+def test_a_relative_path_is_of_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    write_bytes("a.bin", b"x")
+    assert read_bytes(str(tmp_path / "a.bin")) == b"x"
+
+
+def test_writing_replaces_the_whole_content(tmp_path: Path):
+    uri = str(tmp_path / "a.bin")
+    write_bytes(uri, b"a long content")
+    write_bytes(uri, b"short")
+    assert read_bytes(uri) == b"short"
+    assert files_below(tmp_path) == ["a.bin"]
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+@pytest.mark.parametrize("old", [None, b"old"])
+def test_a_full_disk_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str, step: str, old: bytes | None
+):
+    path = tmp_path / "a.bin"
+    if old is not None:
+        path.write_bytes(old)
+    monkeypatch.setattr(os, step, no_space)
+    with pytest.raises(StorageError) as caught:
+        write_bytes(f"{scheme}{path}", b"new")
+    assert str(caught.value).startswith(f"cannot write {scheme}{path}: No space left on device")
+    assert files_below(tmp_path) == ([] if old is None else ["a.bin"])
+    assert old is None or path.read_bytes() == old
+
+
+def test_a_disk_that_fills_midway_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    class Disk(io.FileIO):
+        """Takes four bytes."""
+
+        def write(self, content: Any, /) -> int:
+            super().write(content[:4])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"old")
+    monkeypatch.setattr(builtins, "open", Disk)
+    with pytest.raises(StorageError, match=r"a\.bin: No space left on device"):
+        write_bytes(str(path), b"new content")
+    monkeypatch.undo()
+    assert files_below(tmp_path) == ["a.bin"]
+    assert path.read_bytes() == b"old"
+
+
+def test_readers_never_see_half_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Until the name is given to the new content, it has the old; and the new content is on disk by then."""
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"old")
+    calls, fsync, replace = [], os.fsync, os.replace
+
+    def observed_fsync(descriptor: int) -> None:
+        calls.append(("fsync", path.read_bytes()))
+        fsync(descriptor)
+
+    def observed_replace(source: str, target: str) -> None:
+        calls.append(("replace", path.read_bytes()))
+        assert Path(source).read_bytes() == b"new"
+        assert Path(source).parent == path.parent, "a rename across filesystems is not atomic"
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", observed_fsync)
+    monkeypatch.setattr(os, "replace", observed_replace)
+    write_bytes(str(path), b"new")
+    assert calls == [("fsync", b"old"), ("replace", b"old")]
+    assert path.read_bytes() == b"new"
+
+
+def test_a_half_written_file_is_not_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As a reader in another process sees it, or anyone after a crash."""
+    seen, replace = [], os.replace
+
+    def observed(source: str, target: str) -> None:
+        seen.append(list_files(str(tmp_path), suffix=".parquet"))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", observed)
+    write_bytes(str(tmp_path / "a.parquet"), b"x")
+    assert seen == [[]]
+    assert list_files(str(tmp_path), suffix=".parquet") == ["a.parquet"]
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_reading_a_missing_file(tmp_path: Path, scheme: str):
+    uri = f"{scheme}{tmp_path}/missing.bin"
+    with pytest.raises(StorageError, match=rf"cannot read {uri}: .*No such file"):
+        read_bytes(uri)
+
+
+def test_a_folder_is_no_file(tmp_path: Path):
+    assert not exists(str(tmp_path))
+    with pytest.raises(StorageError, match="cannot read"):
+        read_bytes(str(tmp_path))
+
+
+def test_writing_below_a_file(tmp_path: Path):
+    (tmp_path / "file").write_bytes(b"x")
+    with pytest.raises(StorageError, match=r"cannot write .*file/a\.bin: (File exists|Not a directory)"):
+        write_bytes(str(tmp_path / "file" / "a.bin"), b"")
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_list_files_is_recursive_sorted_and_relative(tmp_path: Path, scheme: str):
+    for name in ("b.json", "a/z.json", "a/b/c.json", "a/x.txt", "json"):
+        write_bytes(str(tmp_path / name), b"")
+    (tmp_path / "folder.json").mkdir()
+    uri = f"{scheme}{tmp_path}"
+    assert list_files(uri, suffix=".json") == ["a/b/c.json", "a/z.json", "b.json"]
+    assert list_files(f"{uri}/", suffix=".txt") == ["a/x.txt"]
+    assert list_files(uri, suffix=".png") == []
+
+
+def test_list_files_of_an_absent_folder(tmp_path: Path):
+    assert list_files(str(tmp_path / "absent"), suffix=".json") == []
+
+
+@pytest.mark.parametrize(
+    ("call", "verb"),
+    [
+        (read_bytes, "read"),
+        (exists, "look up"),
+        (lambda uri: write_bytes(uri, b""), "write"),
+        (lambda uri: list_files(uri, suffix=""), "list"),
+    ],
+)
+def test_an_unknown_scheme(call: Any, verb: str):
+    with pytest.raises(StorageError, match=f"cannot {verb} gopher://host/a: .*gopher"):
+        call("gopher://host/a")

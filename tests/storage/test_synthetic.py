@@ -1,0 +1,203 @@
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from lr_ray.data.images import DataConfig
+from lr_ray.data.load import load_data
+from lr_ray.errors import StorageError
+from lr_ray.inversion.invert import SyntheticImages
+from lr_ray.storage.synthetic import count_images, list_synthetic, read_pool, write_synthetic
+from lr_ray.vit.lora import AdapterSpec
+
+NUM_PATCHES = 4
+
+
+def spec_of(adapter_id: str, class_names: tuple[str, ...]) -> AdapterSpec:
+    return AdapterSpec(
+        adapter_id=adapter_id, digest=adapter_id, backbone="tiny", backbone_digest="tiny", class_names=class_names
+    )
+
+
+def draw(num_classes: int, per_class: int, *, side_px: int = 8, seed: int = 0) -> SyntheticImages:
+    """Noise, class by class; teacher logit of image i for class c: i + c / 8, which half precision holds exactly."""
+    generator = torch.Generator().manual_seed(seed)
+    count = num_classes * per_class
+    return SyntheticImages(
+        images=torch.randint(0, 256, (count, 3, side_px, side_px), generator=generator, dtype=torch.uint8),
+        labels=torch.arange(num_classes).repeat_interleave(per_class),
+        patch_order=torch.stack([torch.randperm(NUM_PATCHES, generator=generator) for _ in range(count)]),
+        teacher_logits=torch.arange(count)[:, None] + torch.arange(num_classes) / 8,
+        loss_ce=torch.rand(count, generator=generator),
+        loss_prior=torch.rand(count, generator=generator),
+    )
+
+
+CATS, CAT_SPEC = draw(3, 2, seed=1), spec_of("cats", ("lion", "tiger", "lynx"))
+DOGS, DOG_SPEC = draw(2, 4, seed=2), spec_of("dogs", ("wolf", "lynx"))
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> str:
+    """Two adapters, of three classes and of two."""
+    write_synthetic(str(tmp_path / "cats.parquet"), CATS, CAT_SPEC, seed=5)
+    write_synthetic(str(tmp_path / "dogs.parquet"), DOGS, DOG_SPEC, seed=6)
+    return str(tmp_path)
+
+
+def test_the_schema(root: str):
+    schema = pq.read_schema(f"{root}/cats.parquet")
+    assert {field.name: str(field.type).replace("element", "item") for field in schema} == {
+        "adapter_id": "string",
+        "class_index": "int32",
+        "class_name": "string",
+        "image": "struct<bytes: binary, path: string>",
+        "patch_order": "list<item: uint16>",
+        "teacher_logits": "list<item: halffloat>",
+        "seed": "int64",
+        "loss_ce": "float",
+        "loss_prior": "float",
+    }
+    features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
+    assert features["image"] == {"_type": "Image"}
+
+
+def test_the_rows(root: str):
+    rows = pq.read_table(f"{root}/cats.parquet").to_pylist()
+    assert [row["adapter_id"] for row in rows] == ["cats"] * 6
+    assert [row["class_index"] for row in rows] == [0, 0, 1, 1, 2, 2]
+    assert [row["class_name"] for row in rows] == ["lion", "lion", "tiger", "tiger", "lynx", "lynx"]
+    assert [row["seed"] for row in rows] == [5] * 6
+    assert [row["patch_order"] for row in rows] == CATS.patch_order.tolist()
+    assert [row["teacher_logits"] for row in rows] == CATS.teacher_logits.tolist()
+    assert [row["loss_ce"] for row in rows] == CATS.loss_ce.tolist()
+    assert [row["loss_prior"] for row in rows] == CATS.loss_prior.tolist()
+    assert len({row["image"]["path"] for row in rows}) == 6
+
+
+def test_images_are_lossless(root: str):
+    rows = pq.read_table(f"{root}/cats.parquet").to_pylist()
+    for row, image in zip(rows, CATS.images, strict=True):
+        decoded = Image.open(io.BytesIO(row["image"]["bytes"]))
+        assert (decoded.format, decoded.mode) == ("PNG", "RGB")
+        assert np.array_equal(np.array(decoded), image.permute(1, 2, 0).numpy())
+
+
+def test_a_row_group_is_a_class(root: str):
+    file = pq.ParquetFile(f"{root}/dogs.parquet")
+    groups = [file.read_row_group(i)["class_index"].to_pylist() for i in range(file.num_row_groups)]
+    assert groups == [[0] * 4, [1] * 4]
+
+
+def test_a_row_group_holds_a_whole_class_whatever_the_order_of_the_images(tmp_path: Path):
+    order = torch.tensor([5, 0, 2, 4, 1, 3])
+    fields = ("images", "labels", "patch_order", "teacher_logits", "loss_ce", "loss_prior")
+    shuffled = replace(CATS, **{name: getattr(CATS, name)[order] for name in fields})
+    write_synthetic(str(tmp_path / "a.parquet"), shuffled, CAT_SPEC, seed=5)
+    file = pq.ParquetFile(tmp_path / "a.parquet")
+    groups = [file.read_row_group(i).to_pylist() for i in range(file.num_row_groups)]
+    assert [[row["class_index"] for row in group] for group in groups] == [[2, 2], [0, 0], [1, 1]]
+    firsts = [group[0]["teacher_logits"][0] for group in groups]
+    assert firsts == [5.0, 0.0, 2.0], "a row keeps its own values"
+
+
+def test_synthetic_images_can_be_read_as_labelled_images(root: str):
+    """They are in the Hugging Face Image convention; only the label is under another name."""
+    path = Path(root) / "labelled.parquet"
+    table = pq.read_table(f"{root}/cats.parquet")
+    pq.write_table(table.rename_columns({"class_name": "label"}), path)
+    data = load_data(DataConfig(source=str(path)))
+    assert data.class_names == ("lion", "lynx", "tiger")
+    assert torch.equal(data.pixels(range(6), 8), CATS.images)
+
+
+def test_the_same_twice_is_the_same_bytes(root: str, tmp_path: Path):
+    write_synthetic(str(tmp_path / "again" / "cats.parquet"), CATS, CAT_SPEC, seed=5)
+    assert (tmp_path / "again" / "cats.parquet").read_bytes() == (tmp_path / "cats.parquet").read_bytes()
+
+
+def test_a_pool_of_adapters_with_different_numbers_of_classes(root: str):
+    pool = read_pool(root, ["cats.parquet", "dogs.parquet"])
+    assert torch.equal(pool.images, torch.cat([CATS.images, DOGS.images]))
+    assert pool.images.dtype == torch.uint8
+    assert pool.class_of.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 3, 3, 4, 4, 4, 4]
+    assert pool.class_names == ("lion", "tiger", "lynx", "wolf", "lynx")
+    assert pool.adapter_of.tolist() == [0, 0, 0, 1, 1]
+    assert pool.slot_of.tolist() == [0, 1, 2, 0, 1]
+    assert pool.teacher_logits is not None
+    assert pool.teacher_logits.dtype == torch.float32
+    assert torch.equal(pool.teacher_logits[:6], CATS.teacher_logits)
+    assert torch.equal(pool.teacher_logits[6:, :2], DOGS.teacher_logits)
+    assert (pool.teacher_logits[6:, 2] == 0).all()
+    assert pool.patch_order is not None
+    assert pool.patch_order.dtype == torch.int64
+    assert torch.equal(pool.patch_order, torch.cat([CATS.patch_order, DOGS.patch_order]))
+
+
+def test_a_pool_follows_the_order_of_the_files(root: str):
+    pool = read_pool(root, ["dogs.parquet", "cats.parquet"])
+    assert pool.class_names == ("wolf", "lynx", "lion", "tiger", "lynx")
+    assert pool.adapter_of.tolist() == [0, 0, 1, 1, 1]
+    assert torch.equal(pool.images[:8], DOGS.images)
+
+
+def test_a_pool_of_one_file(root: str):
+    pool = read_pool(root, ["dogs.parquet"])
+    assert pool.class_of.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert pool.teacher_logits is not None
+    assert pool.teacher_logits.shape == (8, 2)
+
+
+def test_images_of_different_sizes(root: str):
+    write_synthetic(f"{root}/birds.parquet", draw(2, 1, side_px=6), spec_of("birds", ("owl", "hawk")), seed=0)
+    with pytest.raises(StorageError, match=r"different sizes \[\(3, 6, 6\), \(3, 8, 8\)\]; invert all at one image_px"):
+        read_pool(root, ["cats.parquet", "birds.parquet"])
+
+
+@pytest.mark.parametrize("size", [0, 3, 500, -1])
+def test_a_truncated_file_is_named(root: str, size: int):
+    path = Path(root) / "cats.parquet"
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(StorageError, match=rf"synthetic images {path}: .*run `lr-ray invert` again"):
+        read_pool(root, ["dogs.parquet", "cats.parquet"])
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        pa.table({"text": ["a"]}),
+        pa.table({"image": [b"x"], "class_index": [0]}),
+        pa.table({"class_index": ["zero"]}),
+        pa.table({"class_index": pa.array([], pa.int32())}),
+    ],
+    ids=["other columns", "other types", "text", "no rows"],
+)
+def test_a_file_that_is_not_of_synthetic_images_is_named(root: str, table: pa.Table):
+    pq.write_table(table, f"{root}/other.parquet")
+    with pytest.raises(StorageError, match=rf"{root}/other\.parquet.*run `lr-ray invert` again"):
+        read_pool(root, ["cats.parquet", "other.parquet"])
+
+
+def test_a_missing_file(root: str):
+    with pytest.raises(StorageError, match=r"cannot read .*birds\.parquet"):
+        read_pool(root, ["birds.parquet"])
+
+
+def test_the_files_of_a_set(root: str):
+    (Path(root) / "lr_ray.json").write_text("{}")
+    assert list_synthetic(root) == ["cats.parquet", "dogs.parquet"]
+    assert count_images(root, ["cats.parquet", "dogs.parquet"]) == 14
+    assert count_images(root, ["cats.parquet"]) == 6
+
+
+@pytest.mark.parametrize("folder", ["", "absent"])
+def test_an_empty_folder(tmp_path: Path, folder: str):
+    with pytest.raises(StorageError, match=r"no Parquet files; run `lr-ray invert` first"):
+        list_synthetic(str(tmp_path / folder))

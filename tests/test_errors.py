@@ -1,0 +1,31 @@
+import pickle
+
+import pytest
+
+from lr_ray import errors
+
+CLASSES = [item for item in vars(errors).values() if isinstance(item, type) and issubclass(item, Exception)]
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_survives_pickling(cls: type[Exception]):
+    copy = pickle.loads(pickle.dumps(cls("adapters x: no such folder")))
+    assert type(copy) is cls
+    assert str(copy) == "adapters x: no such folder"
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_is_one_line(cls: type[Exception]):
+    assert str(cls("  first\n    second\r\n\tthird  ")) == "first second third"
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_is_an_lr_ray_error(cls: type[Exception]):
+    assert issubclass(cls, errors.LrRayError)
+    assert not issubclass(cls, OSError | ValueError)
+
+
+def test_the_docstring_draws_the_whole_tree():
+    tree = (errors.__doc__ or "").partition("::")[2].split("\n\n")[1]
+    drawn = [line.replace("├──", "").replace("└──", "").split()[0] for line in tree.splitlines()]
+    assert drawn == [cls.__name__ for cls in CLASSES]
