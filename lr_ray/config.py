@@ -1,5 +1,7 @@
 """An experiment, from one YAML file and overrides."""
 
+import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -109,6 +111,24 @@ class ExperimentConfig(Section):
         return self.model_dump(mode="json")
 
 
+class _YamlLoader(yaml.SafeLoader):
+    """YAML 1.2 numbers: `6:10` is a range of classes and not 370 in base 60, `1e-3` is a number."""
+
+
+_BASE_60_TAGS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+_YamlLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _BASE_60_TAGS]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_NUMBER_STARTS = list("-+.0123456789")
+_YamlLoader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?[0-9]+$"), _NUMBER_STARTS)
+_YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"(?:[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan)$"),
+    _NUMBER_STARTS,
+)
+
+
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
     """Read a YAML file and apply `section.key=value` overrides, whose values are YAML.
 
@@ -116,7 +136,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentCo
         ConfigError: unreadable, an unknown key, or a value that is not allowed.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), _YamlLoader)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"config {path}: {error}; give a YAML file such as configs/demo.yaml") from error
     if not isinstance(content, dict):
@@ -135,7 +155,7 @@ def _with_absolute_paths(config: ExperimentConfig) -> ExperimentConfig:
     """Local paths made absolute, since workers have other working directories."""
 
     def absolute(path: str | None) -> str | None:
-        return path if path is None or "://" in path else str(Path(path).expanduser().absolute())
+        return path if path is None or "://" in path else os.path.abspath(os.path.expanduser(path))
 
     def located(data: DataConfig | None) -> DataConfig | None:
         if data is None or data.source in EMBEDDED_DATA:
@@ -159,7 +179,7 @@ def _apply(content: dict[str, Any], override: str) -> None:
         if not isinstance(content, dict):
             raise ConfigError(f"--set {override!r}: {parent} is a value, not a section")
     try:
-        content[last] = yaml.safe_load(value)
+        content[last] = yaml.load(value, _YamlLoader)
     except (ValueError, yaml.YAMLError) as error:  # ValueError: a date that does not exist
         raise ConfigError(f"--set {override!r}: the value is not YAML: {error}") from error
 

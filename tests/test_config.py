@@ -230,3 +230,17 @@ def test_classes_may_be_one_text(load: Load):
     config = load("data: {test: {source: glyphs, classes: 'greek/*,0:30'}}")
     assert config.data.test
     assert config.data.test.classes == ("greek/*", "0:30")
+
+
+@pytest.mark.parametrize("override", ["data.test.classes=[6:10, 3]", "data.test.classes='6:10,3'"])
+def test_ranges_and_numbers_are_classes(override: str):
+    config = load_config(Path(__file__).parents[1] / "configs" / "demo.yaml", ["data.test.source=digits", override])
+    assert config.data.test is not None
+    assert config.data.test.classes == ("6:10", "3")
+
+
+def test_numbers_are_those_of_yaml_1_2():
+    overrides = ["training.schedule.highest=1e-3", "training.init_scale=.5", "seed=007", "training.temperature=2."]
+    config = load_config(Path(__file__).parents[1] / "configs" / "demo.yaml", overrides)
+    assert config.training.schedule.highest == 1e-3
+    assert (config.training.init_scale, config.seed, config.training.temperature) == (0.5, 7, 2.0)

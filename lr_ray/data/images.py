@@ -28,7 +28,8 @@ class DataConfig(Section):
     @field_validator("classes", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
-        return tuple(value.split(",")) if isinstance(value, str) else value
+        parts = value.split(",") if isinstance(value, str) else value
+        return tuple(str(part) for part in parts) if isinstance(parts, list) else parts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

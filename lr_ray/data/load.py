@@ -20,7 +20,9 @@ def load_data(config: DataConfig) -> LabelledImages:
     """
     if config.source in EMBEDDED_DATA:
         return EMBEDDED_DATA[config.source]().select(config.classes)
-    path = Path(config.source).expanduser()
+    if "://" in config.source:
+        raise DataError(f"data {config.source!r}: real images are read from local files only; copy them here first")
+    path = Path(config.source)
     if not path.exists():
         raise DataError(
             f"data {config.source!r}: no such file or folder, nor one of {', '.join(EMBEDDED_DATA)}; "
