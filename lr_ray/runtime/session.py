@@ -35,7 +35,9 @@ def ray_session(config: RayConfig) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    resources: dict[str, Any] = {"num_cpus": config.num_cpus} if config.address == "local" else {}
+    resources: dict[str, Any] = {}
+    if config.address == "local":
+        resources = {"num_cpus": config.num_cpus, "_node_ip_address": "127.0.0.1"}
     try:
         ray.init(config.address, logging_level="error", log_to_driver=False, **resources)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from lr_ray.cli.main import app
-from ray.util.state import list_actors
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -117,10 +116,9 @@ def test_inversion_survives_a_killed_actor(tiny_experiment: ExperimentConfig) ->
     job = threading.Thread(target=lambda: result.append(invert_library(config, QUIET)))
 
     job.start()
-    while not list_synthetic_names(config):
+    while not list(Path(config.synthetic_root).glob("*.parquet")):
         assert job.is_alive()
-    (victim, *_) = [actor for actor in list_actors(filters=[("state", "=", "ALIVE")]) if actor.pid and is_inverting(actor)]
-    os.kill(victim.pid, signal.SIGKILL)
+    os.kill(pid_of("InversionActor"), signal.SIGKILL)
     job.join()
 
     assert sorted(result[0]) == sorted(item.uri for item in plan_inversion(config))
@@ -129,12 +127,13 @@ def test_inversion_survives_a_killed_actor(tiny_experiment: ExperimentConfig) ->
     assert not list(Path(config.synthetic_root).rglob("*.tmp"))
 
 
-def list_synthetic_names(config: ExperimentConfig) -> list[Path]:
-    return list(Path(config.synthetic_root).glob("*.parquet"))
+def pid_of(class_name: str) -> int:
+    """The process of the one actor alive whose class has that in its name."""
+    from ray.util.state import list_actors
 
-
-def is_inverting(actor: object) -> bool:
-    return "InversionActor" in str(getattr(actor, "class_name", "")) or "MapWorker" in str(getattr(actor, "class_name", ""))
+    alive = list_actors(filters=[("state", "=", "ALIVE")])
+    (pid,) = [actor.pid for actor in alive if class_name in actor.class_name]
+    return int(pid)
 
 
 def test_inversion_is_reproducible_and_idempotent(tiny_experiment: ExperimentConfig, tmp_path: Path) -> None:
@@ -194,8 +193,7 @@ def test_training_survives_a_killed_worker_bit_by_bit(tiny_experiment: Experimen
     job.start()
     while not list(Path(config.meta_lora_root, "training").rglob("state.json")):
         assert job.is_alive()
-    (victim,) = [a for a in list_actors(filters=[("state", "=", "ALIVE")]) if "RayTrainWorker" in a.class_name]
-    os.kill(victim.pid, signal.SIGKILL)
+    os.kill(pid_of("RayTrainWorker"), signal.SIGKILL)
     job.join()
 
     expected = load_file(Path(twin.meta_lora_root, "adapter_model.safetensors"))
