@@ -25,6 +25,7 @@ lint: $(VENV)/.ready
 
 bench: $(VENV)/.ready
 	$(BIN)/python bench/inversion_step.py
+	$(BIN)/python bench/driver_memory.py
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

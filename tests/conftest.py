@@ -16,10 +16,7 @@ def ray_cluster() -> Iterator[None]:
     """One local Ray of two processors, bound to loopback."""
     from lr_ray.runtime.session import ray_session
 
-    with ray_session(RayConfig(num_cpus=2)), pytest.MonkeyPatch.context() as environment:
-        import ray
-
-        environment.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)  # for ray.util.state
+    with ray_session(RayConfig(num_cpus=2)):
         yield
 
 
