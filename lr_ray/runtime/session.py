@@ -61,10 +61,7 @@ def map_tasks(
     """Run a function on each item in parallel Ray tasks; yields as they finish.
 
     An item whose function raises an `LrRayError` yields that error, and the others go on; a task whose worker is lost
-    is run again up to `max_failures` times.
-
-    Raises:
-        ClusterError: a worker was lost more often than that.
+    is run again up to `max_failures` times, then yields a `ClusterError`.
     """
     import ray
 
@@ -77,19 +74,20 @@ def map_tasks(
         item = waiting.pop(finished)
         try:
             yield item, ray.get(finished)
-        except ray.exceptions.RayTaskError as error:
+        except ray.exceptions.RayError as error:
             yield item, user_error(error)
-        except ray.exceptions.RaySystemError as error:
-            raise ClusterError(
-                f"Ray lost a worker more than {config.max_failures} times: {error}; see ray.max_failures"
-            ) from error
 
 
 def user_error(error: BaseException) -> LrRayError:
-    """The `LrRayError` that a Ray error was caused by; anything else is raised again, with its traceback."""
+    """The `LrRayError` that a Ray error stands for; a fault in our own code is raised again, with its traceback."""
+    import ray
+
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, LrRayError):
         cause = getattr(cause, "cause", None) or cause.__cause__
-    if cause is None:
-        raise error
-    return cause
+    if cause is not None:
+        return cause
+    lost = (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError)
+    if isinstance(error, lost):
+        return ClusterError(f"Ray lost a process for good: {error}; what was finished is kept: run the same command again")
+    raise error
