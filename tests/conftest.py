@@ -1,12 +1,15 @@
-"""What several test folders share: a tiny experiment, and one Ray for the whole session."""
+"""What several test folders share: a tiny backbone and adapters for it, a tiny experiment, and one Ray for the session."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from timm.models.vision_transformer import VisionTransformer
 
 from lr_ray.config import ExperimentConfig, RayConfig
+from lr_ray.vit.backbone import Backbone
+from lr_ray.vit.lora import Adapter, AdapterSpec, LowRank
 
 torch.set_num_threads(1)
 
@@ -66,3 +69,51 @@ def tiny_experiment(tmp_path: Path) -> ExperimentConfig:
             "ray": {"num_cpus": 2},
         }
     )
+
+
+@pytest.fixture
+def make_backbone() -> Callable[[], Backbone]:
+    """Every call gives a new model with the same weights, large enough for features to depend on the pixels."""
+
+    def make() -> Backbone:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2, num_classes=0)
+            for parameter in model.parameters():
+                if parameter.ndim > 1:
+                    torch.nn.init.normal_(parameter, std=0.2)
+        model.eval().requires_grad_(False)
+        half = torch.full((3,), 0.5)
+        return Backbone(name="tiny", model=model, image_px=32, mean=half, std=half, digest="tiny", source="random")
+
+    return make
+
+
+@pytest.fixture
+def backbone(make_backbone: Callable[[], Backbone]) -> Backbone:
+    return make_backbone()
+
+
+@pytest.fixture
+def make_adapter() -> Callable[..., Adapter]:
+    def make(seed: int = 1, *, rank: int = 2, num_classes: int = 4) -> Adapter:
+        generator = torch.Generator().manual_seed(seed)
+
+        def draw(*shape: int) -> torch.Tensor:
+            return 0.3 * torch.randn(*shape, generator=generator)
+
+        names = [f"blocks.{block}.attn.qkv" for block in range(2)]
+        return Adapter(
+            spec=AdapterSpec(
+                adapter_id=f"adapter-{seed}",
+                digest=str(seed),
+                backbone="tiny",
+                backbone_digest="tiny",
+                class_names=tuple(f"class {c}" for c in range(num_classes)),
+            ),
+            modules={name: LowRank(a=draw(rank, 24), b=draw(72, rank), scale=1.5) for name in names},
+            head_weight=draw(num_classes, 24),
+            head_bias=draw(num_classes),
+        )
+
+    return make

@@ -89,7 +89,7 @@ def _plan(config: ExperimentConfig, data_digest: str) -> list[EvaluationTask]:
         inputs = {
             "method": method,
             "ingredients": ingredients,
-            "backbone": {"digest": backbone.digest, "image_px": backbone.image_px},
+            "backbone": backbone.identity,
             "data": data_digest,
             "shapes": [shape.model_dump() for shape in config.evaluation.shapes],
             "episodes": config.evaluation.episodes,

@@ -105,7 +105,7 @@ def plan_inversion(config: ExperimentConfig) -> list[InversionItem]:
     shared = {
         "step": "invert",
         "seed": config.seed,
-        "backbone": {"digest": backbone.digest, "image_px": backbone.image_px},
+        "backbone": backbone.identity,
         "inversion": config.inversion.model_dump(mode="json"),
     }
     folders = list_adapters(config.adapters_root)

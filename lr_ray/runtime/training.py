@@ -116,7 +116,7 @@ def _shared_inputs(config: ExperimentConfig, training: TrainConfig, backbone: Ba
     return {
         "step": "train",
         "seed": config.seed,
-        "backbone": {"digest": backbone.digest, "image_px": backbone.image_px},
+        "backbone": backbone.identity,
         "training": training.model_dump(mode="json"),
         "validation": load_data(validation).digest() if validation else None,
     }

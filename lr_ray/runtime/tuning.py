@@ -77,7 +77,7 @@ def plan_tuning(config: ExperimentConfig) -> list[TuningTask]:
         "step": "tune",
         "seed": config.seed,
         "data": data.digest(),
-        "backbone": {"digest": backbone.digest, "image_px": backbone.image_px},
+        "backbone": backbone.identity,
         "tuning": {k: v for k, v in tuning.model_dump(mode="json").items() if k != "num_adapters"},
     }
     tasks = []

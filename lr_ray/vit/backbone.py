@@ -61,6 +61,11 @@ class Backbone:
         return self.mean.device
 
     @property
+    def identity(self) -> dict[str, str | int]:
+        """What of it determines a result, for the inputs of an artefact."""
+        return {"digest": self.digest, "image_px": self.image_px}
+
+    @property
     def num_features(self) -> int:
         return int(self.model.embed_dim)
 
