@@ -82,7 +82,7 @@ def test_named_folders_replace_those_of_the_output(load: Load):
         ("name=other", ["name"], "other"),
         ("inversion.num_steps=3", ["inversion", "num_steps"], 3),
         ("inversion.prior=null", ["inversion", "prior"], None),
-        ("inversion.flip=false", ["inversion", "flip"], False),
+        ("inversion.views.flip=false", ["inversion", "views", "flip"], False),
         ("inversion.keep_ratios={3: 0.5}", ["inversion", "keep_ratios"], {3: 0.5}),
         ("training.schedule.highest=1e-3", ["training", "schedule", "highest"], 0.001),
         ("training.augmentation.crop=0.25", ["training", "augmentation", "crop"], 0.25),

@@ -10,9 +10,11 @@ from pydantic import Field
 from torch import Tensor
 
 from lr_ray.errors import AdapterError, InversionError
+from lr_ray.inversion.canvas import CANVASES, CanvasName
 from lr_ray.inversion.objective import cross_entropy, squared_norm, total_variation
 from lr_ray.inversion.priors import BatchNormPrior
 from lr_ray.section import Section
+from lr_ray.vit.augment import AugmentationConfig, random_views
 from lr_ray.vit.backbone import Backbone, Precision, autocast
 from lr_ray.vit.lora import Adapter, merged
 from lr_ray.vit.tokens import encode
@@ -28,7 +30,7 @@ class InversionConfig(Section):
     num_steps: int = Field(default=2000, gt=0)
     """Optimiser steps of every batch (the paper: 2000)."""
     learning_rate: float = Field(default=0.25, gt=0)
-    """Of Adam, in units of the normalised pixels (the paper: 0.25)."""
+    """Of Adam, in units of what the canvas holds: for `pixels`, normalised pixels (the paper: 0.25)."""
     betas: tuple[float, float] = (0.5, 0.99)
     """Of Adam (the paper: 0.5, 0.99)."""
     prior: str | None = "efficientnet-lite0"
@@ -39,10 +41,10 @@ class InversionConfig(Section):
     """Weight of the total variation (the paper: 0)."""
     l2_weight: float = Field(default=0.0, ge=0)
     """Weight of the mean squared pixel (the paper: 0)."""
-    roll_share: float = Field(default=0.125, ge=0, lt=1)
-    """Every step sees the images rolled by up to this share of their side, in both directions (the paper: 1/8)."""
-    flip: bool = True
-    """Every step sees each image mirrored with probability one half."""
+    canvas: CanvasName = "pixels"
+    """What is optimised: the pixels (the paper), or `two-colour`: a smooth mask between two colours, for marks on a ground."""
+    views: AugmentationConfig = AugmentationConfig(roll=0.125, flip=True)
+    """What every step sees of the images (the paper: rolled by up to 1/8 of the side, mirrored half of the time)."""
     keep_ratios: dict[int, float] = {}
     """{block index: share of the patch tokens kept there}; the others are dropped, by lowest attention from [CLS]."""
     prune_from: float = Field(default=0.25, ge=0, le=1)
@@ -83,8 +85,8 @@ def invert(
 ) -> SyntheticImages:
     """Optimise noise until the adapter recognises its classes in it.
 
-    min over X of CE(h(f(X)), Y) + α·R_BN(X) (+ total variation, l2), by Adam; every step sees a rolled and mirrored
-    copy, pixels stay in the valid range, and each image is kept as it was at its own lowest loss.
+    min over X of CE(h(f(X)), Y) + α·R_BN(X) (+ total variation, l2), by Adam; every step sees a random view of
+    each image, pixels stay in the valid range, and each image is kept as it was at its own lowest loss.
 
     Args:
         adapter: with a head; merged into the backbone's weights while this runs.
@@ -130,23 +132,22 @@ def _invert_batch(
     on_step: Callable[[], None],
 ) -> tuple[Tensor, Tensor]:
     """(B, 3, H, W) uint8 images, and the (B,) prior loss of the step that each was kept from."""
-    device, side = backbone.device, backbone.image_px
+    device = backbone.device
     labels = labels.to(device)
-    zero, one = torch.zeros(1, 3, 1, 1, device=device), torch.ones(1, 3, 1, 1, device=device)
-    darkest, brightest = backbone.normalize(zero), backbone.normalize(one)
-    noise = torch.randn(len(labels), 3, side, side, generator=generator).to(device)
-    images = noise.clamp(darkest, brightest).requires_grad_()
-    optimizer = torch.optim.Adam([images], lr=config.learning_rate, betas=config.betas)
-    best = images.detach().clone()
+    canvas = CANVASES[config.canvas](len(labels), backbone, generator=generator)
+    optimizer = torch.optim.Adam(canvas.parameters(), lr=config.learning_rate, betas=config.betas)
+    best = canvas.draw().detach().clone()
     best_loss, best_prior = (torch.full((len(labels),), torch.inf, device=device) for _ in range(2))
     for step in range(config.num_steps):
-        views = roll_and_flip(images, config, generator=generator)
+        images = canvas.draw()
+        views, _ = random_views(backbone.denormalize(images), config.views, generator=generator)
         keep_ratios = config.keep_ratios if step >= config.prune_from * config.num_steps else {}
-        logits = teacher_logits_of(adapter, backbone, views, config.precision, keep_ratios=keep_ratios)
+        inputs = backbone.normalize(views)
+        logits = teacher_logits_of(adapter, backbone, inputs, config.precision, keep_ratios=keep_ratios)
         ce = cross_entropy(logits, labels)
-        naturalness = prior(backbone.denormalize(views)) if prior else images.new_zeros(())
+        naturalness = prior(views) if prior else images.new_zeros(())
         loss = ce + config.prior_weight * naturalness
-        loss = loss + config.tv_weight * total_variation(views) + config.l2_weight * squared_norm(views)
+        loss = loss + config.tv_weight * total_variation(images) + config.l2_weight * squared_norm(images)
         with torch.no_grad():
             better = loss < best_loss
             best = torch.where(better[:, None, None, None], images, best)
@@ -155,8 +156,7 @@ def _invert_batch(
         optimizer.zero_grad()
         loss.mean().backward()
         optimizer.step()
-        with torch.no_grad():
-            images.clamp_(darkest, brightest)
+        canvas.after_step()
         on_step()
     if not torch.isfinite(best_loss).all():
         raise InversionError(
@@ -165,17 +165,6 @@ def _invert_batch(
         )
     pixels = backbone.denormalize(best).mul(255).round().clamp(0, 255).to(torch.uint8)
     return pixels.cpu(), best_prior.cpu()
-
-
-def roll_and_flip(images: Tensor, config: InversionConfig, *, generator: torch.Generator) -> Tensor:
-    """(B, 3, H, W) → the batch rolled by one random offset, each image mirrored or not."""
-    reach = int(config.roll_share * images.shape[-1])
-    offset = torch.randint(-reach, reach + 1, (2,), generator=generator).tolist()
-    rolled = images.roll(offset, dims=(2, 3))
-    if not config.flip:
-        return rolled
-    mirrored = torch.rand(len(images), generator=generator).to(images.device) < 0.5
-    return torch.where(mirrored[:, None, None, None], rolled.flip(3), rolled)
 
 
 def teacher_logits_of(

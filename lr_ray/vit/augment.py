@@ -1,4 +1,8 @@
-"""Augmentation of synthetic images: takes away the texture that a student would otherwise memorise."""
+"""Random views of images: what a student of synthetic images trains on, and what inversion looks at them through.
+
+In training they take away the texture that a student would otherwise memorise; in inversion an image must hold its
+class in every view, which leaves little room for the texture in the first place.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -9,16 +13,24 @@ from lr_ray.section import Section
 
 
 class AugmentationConfig(Section):
-    """What may happen to every image of a training episode, each drawn anew per image."""
+    """What may happen to an image each time it is seen, drawn anew per image; in the order of the fields."""
 
+    roll: float = Field(default=0.0, ge=0, lt=1)
+    """Shift by up to this share of the side, in both directions, around the edges; the same for a whole batch."""
     flip: bool = True
     """Mirror left and right, with probability one half."""
+    affine: float = Field(default=0.0, ge=0, le=1)
+    """Strength of rotation (up to 0.6 rad at 1), scale and shear (0.6) and shift (a quarter of the side); edges extend."""
     crop: float = Field(default=0.0, ge=0, lt=1)
     """Zoom in so far that this share of the side is cut at most, at a random place; then back to size."""
     blur: float = Field(default=0.0, ge=0, le=1)
     """Probability of losing fine detail: down-sampled to between a third and the whole of the side, and up again."""
     colour: float = Field(default=0.0, ge=0, le=1)
     """Strength of random brightness, contrast and per-channel shift."""
+    negative: float = Field(default=0.0, ge=0, le=1)
+    """Probability of turning dark to bright and bright to dark."""
+    noise: float = Field(default=0.0, ge=0)
+    """Standard deviation of Gaussian noise added to every pixel, as a share of the range; the sum is not clipped."""
 
 
 def augment(
@@ -29,7 +41,7 @@ def augment(
     grid_size: tuple[int, int],
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor | None]:
-    """Augment a batch; patches to keep follow the mirroring.
+    """A view of every image of a batch; patches to keep follow the mirroring.
 
     Args:
         images: (B, 3, H, W) uint8.
@@ -38,35 +50,77 @@ def augment(
         generator: CPU generator that determines everything drawn.
 
     Returns:
-        (B, 3, H, W) floats in [0, 1], and the (B, K) positions in them.
+        (B, 3, H, W) floats in [0, 1] (but for `noise`), and the (B, K) positions in them.
     """
-    pixels = images.float().div_(255)
+    pixels, mirrored = random_views(images.float().div_(255), config, generator=generator)
+    if keep_indices is not None:
+        columns = grid_size[1]
+        flipped = keep_indices // columns * columns + (columns - 1 - keep_indices % columns)
+        keep_indices = torch.where(mirrored[:, None], flipped, keep_indices)
+    return pixels, keep_indices
+
+
+def random_views(pixels: Tensor, config: AugmentationConfig, *, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """(B, 3, H, W) in [0, 1] → views of them, differentiable, and (B,) bool: mirrored. Draws from a CPU generator."""
+    device, batch = pixels.device, len(pixels)
+    mirrored = torch.zeros(batch, dtype=torch.bool, device=device)
+    if config.roll:
+        reach = int(config.roll * pixels.shape[-1])
+        pixels = pixels.roll(torch.randint(-reach, reach + 1, (2,), generator=generator).tolist(), dims=(2, 3))
     if config.flip:
-        mirrored = torch.rand(len(images), generator=generator) < 0.5
+        mirrored = _strikes(batch, 0.5, generator).to(device)
         pixels = torch.where(mirrored[:, None, None, None], pixels.flip(3), pixels)
-        if keep_indices is not None:
-            columns = grid_size[1]
-            flipped = keep_indices // columns * columns + (columns - 1 - keep_indices % columns)
-            keep_indices = torch.where(mirrored[:, None], flipped, keep_indices)
+    if config.affine:
+        pixels = _affine(pixels, config.affine, generator)
     if config.crop:
         pixels = _crop(pixels, config.crop, generator)
     if config.blur:
         pixels = _blur(pixels, config.blur, generator)
     if config.colour:
         pixels = _colour(pixels, config.colour, generator)
-    return pixels, keep_indices
+    if config.negative:
+        inverted = _strikes(batch, config.negative, generator).to(device)
+        pixels = torch.where(inverted[:, None, None, None], 1 - pixels, pixels)
+    if config.noise:
+        pixels = pixels + config.noise * torch.randn(pixels.shape, generator=generator).to(device)
+    return pixels, mirrored
+
+
+def _strikes(batch: int, probability: float, generator: torch.Generator) -> Tensor:
+    return torch.rand(batch, generator=generator) < probability
+
+
+def _spread(generator: torch.Generator, *shape: int) -> Tensor:
+    """Uniform in [-1, 1)."""
+    return 2 * torch.rand(*shape, generator=generator) - 1
+
+
+def _affine(pixels: Tensor, strength: float, generator: torch.Generator) -> Tensor:
+    """Each image turned, scaled along both axes, sheared and shifted."""
+    batch = len(pixels)
+    angle, shear = 0.6 * strength * _spread(generator, batch), 0.6 * strength * _spread(generator, batch)
+    scale = 1 + 0.6 * strength * _spread(generator, batch, 2)
+    shift = 0.5 * strength * _spread(generator, batch, 2)
+    across = torch.stack([angle.cos() * scale[:, 0], shear - angle.sin() * scale[:, 1], shift[:, 0]], dim=1)
+    down = torch.stack([angle.sin() * scale[:, 0], angle.cos() * scale[:, 1], shift[:, 1]], dim=1)
+    return _sample(pixels, torch.stack([across, down], dim=1))
+
+
+def _sample(pixels: Tensor, theta: Tensor) -> Tensor:
+    """(B, 3, H, W) seen through (B, 2, 3) affine maps; edges extend."""
+    grid = F.affine_grid(theta.to(pixels.device), list(pixels.shape), align_corners=False)
+    return F.grid_sample(pixels, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 
 def _crop(pixels: Tensor, share: float, generator: torch.Generator) -> Tensor:
     """Each image's own window, by one affine sampling of the batch."""
     batch = len(pixels)
     scale = 1 - share * torch.rand(batch, generator=generator)
-    centre = (1 - scale)[:, None] * (2 * torch.rand(batch, 2, generator=generator) - 1)
+    centre = (1 - scale)[:, None] * _spread(generator, batch, 2)
     theta = torch.zeros(batch, 2, 3)
     theta[:, 0, 0] = theta[:, 1, 1] = scale
     theta[:, :, 2] = centre
-    grid = F.affine_grid(theta, list(pixels.shape), align_corners=False)
-    return F.grid_sample(pixels, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    return _sample(pixels, theta)
 
 
 def _blur(pixels: Tensor, probability: float, generator: torch.Generator) -> Tensor:
@@ -75,7 +129,7 @@ def _blur(pixels: Tensor, probability: float, generator: torch.Generator) -> Ten
     small = int(torch.randint(max(side // 3, 1), side + 1, (1,), generator=generator))
     blurred = F.interpolate(pixels, size=(small, small), mode="bilinear", antialias=True, align_corners=False)
     blurred = F.interpolate(blurred, size=pixels.shape[-2:], mode="bilinear", align_corners=False).clamp_(0, 1)
-    chosen = torch.rand(len(pixels), generator=generator) < probability
+    chosen = _strikes(len(pixels), probability, generator).to(pixels.device)
     return torch.where(chosen[:, None, None, None], blurred, pixels)
 
 
@@ -83,8 +137,8 @@ def _colour(pixels: Tensor, strength: float, generator: torch.Generator) -> Tens
     """Contrast around each image's mean, brightness, and a shift of each channel."""
 
     def draw(channels: int) -> Tensor:
-        return strength * (2 * torch.rand(len(pixels), channels, 1, 1, generator=generator) - 1)
+        return strength * _spread(generator, len(pixels), channels, 1, 1).to(pixels.device)
 
     mean = pixels.mean(dim=(1, 2, 3), keepdim=True)
     contrasted = mean + (pixels - mean) * (1 + draw(1))
-    return (contrasted * (1 + draw(1)) + 0.5 * draw(3)).clamp_(0, 1)
+    return (contrasted * (1 + draw(1)) + 0.5 * draw(3)).clamp(0, 1)

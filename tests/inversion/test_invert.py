@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lr_ray.errors import AdapterError, InversionError
-from lr_ray.inversion.invert import InversionConfig, SyntheticImages, invert, roll_and_flip
+from lr_ray.inversion.invert import InversionConfig, SyntheticImages, invert
 from lr_ray.inversion.priors import BatchNormPrior
 from lr_ray.vit.backbone import Backbone
 from lr_ray.vit.lora import Adapter
@@ -20,7 +20,7 @@ MakeAdapter = Callable[..., Adapter]
 def config(**changes: Any) -> InversionConfig:
     """Small, exact, and each step sees the very images."""
     small = {"images_per_class": 4, "batch_size": 12, "num_steps": 8, "prior": None, "precision": "fp32"}
-    return InversionConfig(**{**small, "roll_share": 0.0, "flip": False, **changes})
+    return InversionConfig(**{**small, "views": {"flip": False}, **changes})
 
 
 def run(adapter: Adapter, backbone: Backbone, config: InversionConfig, *, seed: int = 0, **arguments: Any) -> SyntheticImages:
@@ -53,7 +53,7 @@ def test_classes_are_grouped_and_complete(backbone: Backbone, make_adapter: Make
 
 
 def test_a_seed_gives_the_same_images_and_another_seed_does_not(backbone: Backbone, make_adapter: MakeAdapter):
-    drawn = config(roll_share=0.25, flip=True, keep_ratios={0: 0.5})
+    drawn = config(views={"roll": 0.25, "flip": True, "affine": 0.4, "noise": 0.1}, keep_ratios={0: 0.5})
     first, again = (run(make_adapter(), backbone, drawn, seed=7) for _ in range(2))
     for name in SyntheticImages.__dataclass_fields__:
         assert torch.equal(getattr(first, name), getattr(again, name)), name
@@ -84,8 +84,8 @@ def test_the_adapter_recognises_its_classes(backbone: Backbone, make_adapter: Ma
 
 
 def test_with_random_views_the_images_still_improve(backbone: Backbone, make_adapter: MakeAdapter):
-    adapter, views = make_adapter(), {"roll_share": 0.125, "flip": True}
-    first, last = (run(adapter, backbone, config(num_steps=steps, **views)) for steps in (1, 150))
+    adapter, views = make_adapter(), {"roll": 0.125, "flip": True}
+    first, last = (run(adapter, backbone, config(num_steps=steps, views=views)) for steps in (1, 150))
     assert last.loss_ce.mean() < 0.7 * first.loss_ce.mean()
     for found in (first, last):  # the loss is of the images as they are, not of the views that they were kept for
         logits = adapter_logits(adapter, backbone, found.images)
@@ -243,36 +243,3 @@ def test_images_that_break_later_are_kept_from_before(backbone: Backbone, make_a
     found = run(make_adapter(), backbone, config(learning_rate=torch.inf, num_steps=3))
     assert torch.isfinite(found.loss_ce).all()
     assert torch.isfinite(found.teacher_logits).all()
-
-
-IMAGES = torch.arange(2 * 3 * 16 * 16.0).view(2, 3, 16, 16)
-
-
-def test_roll_and_flip_off_is_the_identity():
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(5):
-        assert torch.equal(roll_and_flip(IMAGES, config(), generator=generator), IMAGES)
-
-
-def test_a_roll_reaches_as_far_as_its_share_in_both_directions():
-    generator = torch.Generator().manual_seed(0)
-    found = set()
-    for _ in range(300):
-        rolled = roll_and_flip(IMAGES, config(roll_share=0.125), generator=generator)
-        row, column = divmod(int(rolled[0, 0, 0, 0]), 16)
-        offset = ((16 - row + 8) % 16 - 8, (16 - column + 8) % 16 - 8)
-        assert torch.equal(rolled, IMAGES.roll(offset, dims=(2, 3)))
-        found.add(offset)
-    assert found == {(rows, columns) for rows in range(-2, 3) for columns in range(-2, 3)}
-
-
-def test_a_flip_mirrors_about_half_of_the_images_each_by_itself():
-    generator = torch.Generator().manual_seed(0)
-    patterns = []
-    for _ in range(200):
-        views = roll_and_flip(IMAGES, config(flip=True), generator=generator)
-        mirrored = [torch.equal(view, image.flip(2)) for view, image in zip(views, IMAGES, strict=True)]
-        assert all(torch.equal(view, image) or m for view, image, m in zip(views, IMAGES, mirrored, strict=True))
-        patterns.append(tuple(mirrored))
-    assert set(patterns) == {(False, False), (False, True), (True, False), (True, True)}
-    assert 160 < sum(map(sum, patterns)) < 240  # 400 draws, 4 standard deviations

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from lr_ray.vit.augment import AugmentationConfig, augment
+from lr_ray.vit.augment import AugmentationConfig, augment, random_views
 
-OFF = {"flip": False, "crop": 0.0, "blur": 0.0, "colour": 0.0}
-ON = {"flip": True, "crop": 0.4, "blur": 1.0, "colour": 1.0}
+OFF = {"roll": 0.0, "flip": False, "affine": 0.0, "crop": 0.0, "blur": 0.0, "colour": 0.0, "negative": 0.0, "noise": 0.0}
+BOUNDED = {"roll": 0.25, "flip": True, "affine": 0.4, "crop": 0.4, "blur": 1.0, "colour": 1.0, "negative": 0.5}
+ON = {**BOUNDED, "noise": 0.2}
 
 
 def seeded(seed=0):
@@ -24,7 +25,7 @@ def numbered_patches(num_images, rows, columns, patch_px=4):
     return torch.stack([grid + 100 * (index % 2) for index in range(num_images)])[:, None].expand(-1, 3, -1, -1)
 
 
-@pytest.mark.parametrize("config", [OFF, ON, *({**OFF, key: ON[key]} for key in ON)], ids=str)
+@pytest.mark.parametrize("config", [OFF, {**OFF, **BOUNDED}, *({**OFF, key: BOUNDED[key]} for key in BOUNDED)], ids=str)
 @pytest.mark.parametrize("content", ["random", "white", "black"])
 @pytest.mark.parametrize("seed", range(4))
 def test_uint8_comes_out_as_floats_from_0_to_1(config, content, seed):
@@ -132,3 +133,70 @@ def test_only_the_given_generator_is_used():
     before = torch.random.get_rng_state()
     augment(random_images(), None, AugmentationConfig(**ON), grid_size=(4, 4), generator=seeded())
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+IMAGES = torch.arange(2 * 3 * 16 * 16.0).view(2, 3, 16, 16)
+
+
+def views_of(images, seed=0, **options):
+    return random_views(images, AugmentationConfig(**{**OFF, **options}), generator=seeded(seed))[0]
+
+
+def test_a_roll_reaches_as_far_as_its_share_in_both_directions_the_same_for_the_batch():
+    generator, config, found = seeded(), AugmentationConfig(**{**OFF, "roll": 0.125}), set()
+    for _ in range(300):
+        rolled, _ = random_views(IMAGES, config, generator=generator)
+        row, column = divmod(int(rolled[0, 0, 0, 0]), 16)
+        offset = ((16 - row + 8) % 16 - 8, (16 - column + 8) % 16 - 8)
+        assert torch.equal(rolled, IMAGES.roll(offset, dims=(2, 3)))
+        found.add(offset)
+    assert found == {(rows, columns) for rows in range(-2, 3) for columns in range(-2, 3)}
+
+
+def test_mirroring_strikes_each_image_by_itself_and_says_which():
+    generator, config, patterns = seeded(), AugmentationConfig(**OFF | {"flip": True}), []
+    for _ in range(200):
+        views, mirrored = random_views(IMAGES, config, generator=generator)
+        for view, image, says in zip(views, IMAGES, mirrored.tolist(), strict=True):
+            assert torch.equal(view, image.flip(2) if says else image)
+        patterns.append(tuple(mirrored.tolist()))
+    assert set(patterns) == {(False, False), (False, True), (True, False), (True, True)}
+    assert 160 < sum(map(sum, patterns)) < 240  # 400 draws, 4 standard deviations
+
+
+def test_an_affine_view_moves_a_mark_but_keeps_the_ground_around_it():
+    images = torch.zeros(300, 3, 32, 32)
+    images[:, :, 14:18, 14:18] = 1
+    views = views_of(images, affine=0.4)
+    mass = views.sum(dim=(2, 3))[:, 0]
+    assert (mass > 4).all(), "the mark stays in the picture"
+    assert (mass / 16).min() < 0.75
+    assert (mass / 16).max() > 1.3, "larger and smaller"
+    positions = torch.arange(32.0) - 15.5
+    for other_axis in (1, 2):
+        centre = (views[:, 0].sum(dim=other_axis) * positions).sum(dim=1) / mass
+        assert centre.min() < -1.5
+        assert centre.max() > 1.5, "shifted both ways"
+    ground = torch.full((8, 3, 32, 32), 0.25)
+    torch.testing.assert_close(views_of(ground, affine=1.0), ground)
+
+
+def test_negatives_strike_with_their_probability():
+    images = random_images(400) / 255
+    views = views_of(images, negative=0.25)
+    struck = (views != images).flatten(1).any(dim=1)
+    assert torch.equal(views[struck], 1 - images[struck])
+    assert 65 < int(struck.sum()) < 135
+
+
+def test_noise_has_its_standard_deviation_and_no_clip():
+    views = views_of(torch.zeros(16, 3, 32, 32), noise=0.2)
+    assert abs(float(views.std()) - 0.2) < 0.01
+    assert views.min() < -0.3
+
+
+def test_gradients_reach_the_pixels_through_every_view():
+    pixels = (random_images() / 255).requires_grad_()
+    views_of(pixels, **{**ON, "colour": 0.2}).square().sum().backward()
+    assert torch.isfinite(pixels.grad).all()
+    assert (pixels.grad != 0).float().mean() > 0.7

@@ -1,0 +1,58 @@
+"""Canvases: valid pixels, driven by the generator alone, and able to become what a loss asks for."""
+
+import pytest
+import torch
+
+from lr_ray.inversion.canvas import CANVASES
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("name", CANVASES)
+def test_pixels_stay_valid_whatever_the_step(backbone, name):
+    canvas = CANVASES[name](4, backbone, generator=seeded())
+    for _ in range(2):
+        pixels = backbone.denormalize(canvas.draw())
+        assert pixels.shape == (4, 3, 32, 32)
+        assert pixels.min() >= -1e-5
+        assert pixels.max() <= 1 + 1e-5
+        with torch.no_grad():
+            for parameter in canvas.parameters():
+                parameter += 50 * torch.randn(parameter.shape, generator=seeded(1))
+        canvas.after_step()
+
+
+@pytest.mark.parametrize("name", CANVASES)
+def test_the_generator_determines_the_start(backbone, name):
+    first, again, other = (CANVASES[name](4, backbone, generator=seeded(seed)).draw() for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert len(first.flatten(1).unique(dim=0)) == 4
+
+
+@pytest.mark.parametrize("name", CANVASES)
+def test_a_canvas_can_show_a_dark_mark_on_a_bright_ground(backbone, name):
+    target = torch.full((2, 3, 32, 32), 0.9)
+    target[:, :, 8:24, 12:20] = 0.1
+    canvas = CANVASES[name](2, backbone, generator=seeded())
+    optimizer = torch.optim.Adam(canvas.parameters(), lr=0.1)
+    for _ in range(200):
+        loss = (backbone.denormalize(canvas.draw()) - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        canvas.after_step()
+    assert loss < 0.02
+
+
+def test_two_colours_lie_on_one_line(backbone):
+    """Every pixel is between the two colours, as logits: three channels, one degree of freedom."""
+    canvas = CANVASES["two-colour"](1, backbone, generator=seeded())
+    with torch.no_grad():
+        canvas.parameters()[0].mul_(10)
+    pixels = backbone.denormalize(canvas.draw().detach())[0].flatten(1).clamp(1e-4, 1 - 1e-4)
+    logits = torch.atanh(2 * pixels - 1)
+    singular = torch.linalg.svdvals(logits - logits.mean(dim=1, keepdim=True))
+    assert singular[1] < 0.01 * singular[0]
