@@ -9,6 +9,7 @@ from lr_ray.config import ExperimentConfig, load_config
 from lr_ray.errors import ConfigError
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+VIEW_KEYS = "roll, flip, affine, crop, blur, colour, negative, noise"
 TOP_KEYS = "name, output, adapters, synthetic, seed, backbone, data, tuning, inversion, training, evaluation, ray"
 
 Load = Callable[..., ExperimentConfig]
@@ -119,7 +120,7 @@ def test_an_exponent_without_a_point_is_a_number(load: Load):
         ("sede: 1", "sede", TOP_KEYS),
         ("data: {tset: {source: digits}}", "data.tset", "tune, validation, test"),
         ("data: {test: {source: digits, calsses: [a]}}", "data.test.calsses", "source, classes"),
-        ("training: {augmentation: {flop: true}}", "training.augmentation.flop", "flip, crop, blur, colour"),
+        ("training: {augmentation: {flop: true}}", "training.augmentation.flop", VIEW_KEYS),
         ("evaluation: {shapes: [{n_way: 5}, {n_wya: 5}]}", "evaluation.shapes.1.n_wya", "n_way, n_shot, n_query"),
     ],
 )

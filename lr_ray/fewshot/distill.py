@@ -81,8 +81,11 @@ class TrainConfig(Section):
     def _check(self) -> "TrainConfig":
         if self.episodes_per_step % self.num_workers:
             raise ValueError(f"episodes_per_step {self.episodes_per_step} is no multiple of num_workers {self.num_workers}")
-        if self.keep_ratio < 1 and self.augmentation.crop:
-            raise ValueError("keep_ratio below 1 does not go with augmentation.crop: patches would move; set either to off")
+        moving = [name for name in ("roll", "affine", "crop") if getattr(self.augmentation, name)]
+        if self.keep_ratio < 1 and moving:
+            raise ValueError(
+                f"keep_ratio below 1 does not go with augmentation.{moving[0]}: patches would move; set either to off"
+            )
         return self
 
 

@@ -15,7 +15,7 @@ from lr_ray.fewshot.episodes import draw_test_episodes
 from lr_ray.fewshot.evaluate import AccuracyReport, episode_accuracies
 from lr_ray.fewshot.methods import MethodInputs, find_method
 from lr_ray.report.progress import Reporter
-from lr_ray.runtime.session import map_tasks, ray_session
+from lr_ray.runtime.session import map_tasks, ray_session, worker_device
 from lr_ray.storage.adapters import CONFIG_NAME, list_adapters, read_adapter, read_adapters
 from lr_ray.storage.filesystem import exists, join, read_bytes, write_bytes
 from lr_ray.storage.manifest import digest_of
@@ -102,8 +102,7 @@ def _plan(config: ExperimentConfig, data_digest: str) -> list[EvaluationTask]:
 def evaluate_one(task: EvaluationTask) -> list[dict[str, Any]]:
     """Features of all test images, then every shape's episodes; a row of `results.json` per shape."""
     config = task.config
-    torch.set_num_threads(config.ray.cpus_per_actor)
-    backbone = load_backbone(config.backbone, device="cuda" if config.ray.num_gpus_per_actor else "cpu")
+    backbone = load_backbone(config.backbone, device=worker_device(config.ray))
     assert config.data.test is not None
     data = load_data(config.data.test)
     images = data.pixels(np.arange(len(data)), backbone.image_px)

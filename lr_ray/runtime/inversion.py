@@ -11,7 +11,7 @@ from lr_ray.errors import AdapterError, InversionError, LrRayError
 from lr_ray.inversion.invert import invert
 from lr_ray.inversion.priors import BatchNormPrior, load_prior
 from lr_ray.report.progress import Reporter
-from lr_ray.runtime.session import ray_session, user_error
+from lr_ray.runtime.session import ray_session, user_error, worker_device
 from lr_ray.storage.adapters import list_adapters, read_adapter
 from lr_ray.storage.filesystem import exists, join
 from lr_ray.storage.manifest import claim_folder, digest_of
@@ -34,8 +34,7 @@ class InversionActor:
     """Holds the backbone and the prior; inverts one adapter at a time and commits its images."""
 
     def __init__(self, config: ExperimentConfig) -> None:
-        torch.set_num_threads(config.ray.cpus_per_actor)
-        device = "cuda" if config.ray.num_gpus_per_actor else "cpu"
+        device = worker_device(config.ray)
         self._config = config
         self._backbone: Backbone = load_backbone(config.backbone, device=device)
         self._prior = _load_prior(config, device)

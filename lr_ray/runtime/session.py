@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import torch
+
 from lr_ray.config import RayConfig
 from lr_ray.errors import ClusterError, LrRayError
 
@@ -53,6 +55,12 @@ def ray_session(config: RayConfig) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def worker_device(config: RayConfig) -> str:
+    """Held to its processors, a worker computes on this device."""
+    torch.set_num_threads(config.cpus_per_actor)
+    return "cuda" if config.num_gpus_per_actor else "cpu"
 
 
 def map_tasks(

@@ -11,7 +11,7 @@ from lr_ray.data.images import LabelledImages
 from lr_ray.data.load import load_data
 from lr_ray.errors import ConfigError, DataError, LrRayError
 from lr_ray.report.progress import Reporter
-from lr_ray.runtime.session import map_tasks, ray_session
+from lr_ray.runtime.session import map_tasks, ray_session, worker_device
 from lr_ray.storage.adapters import CONFIG_NAME, with_digest, write_adapter
 from lr_ray.storage.filesystem import exists, join
 from lr_ray.storage.manifest import claim_folder, digest_of, read_manifest
@@ -93,9 +93,7 @@ def plan_tuning(config: ExperimentConfig) -> list[TuningTask]:
 def tune_one(task: TuningTask) -> float:
     """Tune and commit one adapter; returns its accuracy on images that it did not see."""
     config, tuning = task.config, task.config.tuning
-    torch.set_num_threads(config.ray.cpus_per_actor)
-    device = "cuda" if config.ray.num_gpus_per_actor else "cpu"
-    backbone = load_backbone(config.backbone, device=device)
+    backbone = load_backbone(config.backbone, device=worker_device(config.ray))
     data = _tuning_data(config)
     rng = np.random.default_rng((config.seed, task.index, 1))
     train, held_out = [], []

@@ -210,7 +210,10 @@ def test_the_student_sees_normalised_pixels_and_the_patches_kept(backbone: Backb
     [
         ({"episodes_per_step": 3, "num_workers": 2}, "episodes_per_step 3 is no multiple of num_workers 2"),
         ({"episodes_per_step": 1, "num_workers": 4}, "no multiple of num_workers 4"),
-        ({"keep_ratio": 0.5, "augmentation": {"crop": 0.2}}, "does not go with augmentation.crop"),
+        *(
+            ({"keep_ratio": 0.5, "augmentation": {view: 0.2}}, f"does not go with augmentation.{view}")
+            for view in ("roll", "affine", "crop")
+        ),
         ({"keep_ratio": 0.0}, "keep_ratio"),
         ({"adapter_share": 1.5}, "adapter_share"),
         ({"temperature": 0}, "temperature"),
