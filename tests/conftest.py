@@ -59,6 +59,7 @@ def tiny_experiment(tmp_path: Path) -> ExperimentConfig:
                 "validation_episodes": 5,
                 "holdout_adapters": 1,
                 "keep_ratio": 0.75,
+                "relations": {"share": 0.5, "batch_size": 6, "views_per_image": 2},
                 "episode": {"n_way": 3, "n_shot": 1, "n_query": 2},
             },
             "evaluation": {

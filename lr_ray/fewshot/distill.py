@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lr_ray.fewshot.episodes import Episode, EpisodeShape
 from lr_ray.fewshot.protonet import Distance, class_centres, prototype_logits
+from lr_ray.fewshot.relations import RelationsConfig
 from lr_ray.section import Section
 from lr_ray.vit.augment import AugmentationConfig, augment
 from lr_ray.vit.backbone import Backbone, Precision, autocast
@@ -53,6 +54,8 @@ class TrainConfig(Section):
     adapter_share: float = Field(default=0.5, ge=0, le=1)
     """Share of the episodes that hold classes of one adapter and are taught by it (KL); the others interpolate across
     adapters (cross-entropy)."""
+    relations: RelationsConfig = RelationsConfig()
+    """Batches that take the place of a share of the episodes."""
     temperature: float = Field(default=1.0, gt=0)
     """Of teacher and student in the KL."""
     distance: Distance = "euclidean"

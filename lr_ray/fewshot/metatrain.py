@@ -4,12 +4,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lr_ray.errors import EpisodeError
 from lr_ray.fewshot.distill import Student, TrainConfig, episode_loss
 from lr_ray.fewshot.episodes import EpisodeSampler, EpisodeShape, ImagePool, draw_test_episodes
 from lr_ray.fewshot.evaluate import episode_accuracies
+from lr_ray.fewshot.relations import RelationTargets, relation_loss
 from lr_ray.vit.backbone import Backbone
 from lr_ray.vit.lora import LoRAConfig, LowRank, attach_lora, detach_lora, extract_lora, lora_modules
 
@@ -40,6 +43,7 @@ class MetaTrainer:
         *,
         seed: int,
         start_deltas: Mapping[str, Tensor] | None = None,
+        relations: RelationTargets | None = None,
         validation: Validation | None = None,
         rank: int = 0,
         world_size: int = 1,
@@ -49,12 +53,19 @@ class MetaTrainer:
 
         Args:
             start_deltas: {module: (D_out, D_in)} that the meta-LoRA starts from, cut to its rank; default zero.
+            relations: what takes the place of `config.relations.share` of the episodes; default nothing does.
             validation: default none, and the last weights are the best.
             rank, world_size: which of how many workers this is; episodes are dealt out in turn.
             wrap: makes the student data-parallel.
         """
         self._backbone, self._config, self._seed = backbone, config, seed
         self._rank, self._world_size, self._validation = rank, world_size, validation
+        self._relations = relations
+        if relations is not None and (count := len(relations.images)) < config.relations.batch_size:
+            raise EpisodeError(
+                f"training.relations.batch_size {config.relations.batch_size}: there are {count} views; lower it, or raise "
+                "training.relations.views_per_image"
+            )
         self._sampler = EpisodeSampler(
             pool, config.episode, seed=seed, adapter_share=config.adapter_share, keep_ratio=config.keep_ratio
         )
@@ -85,15 +96,7 @@ class MetaTrainer:
         mine = range(self._rank, config.episodes_per_step, self._world_size)
         total_loss, total_accuracy = 0.0, 0.0
         for position in mine:
-            index = self.step * config.episodes_per_step + position
-            generator = torch.Generator().manual_seed(self._seed * 1_000_003 + index)
-            loss, accuracy = episode_loss(
-                self._student,
-                self._sampler.draw(index),
-                config,
-                grid_size=self._backbone.model.patch_embed.grid_size,
-                generator=generator,
-            )
+            loss, accuracy = self._loss(self.step * config.episodes_per_step + position)
             (loss / len(mine)).backward()
             total_loss += loss.item() / len(mine)
             total_accuracy += accuracy.item() / len(mine)
@@ -102,6 +105,23 @@ class MetaTrainer:
         metrics = {"step": self.step, "loss": total_loss, "accuracy": total_accuracy}
         self.history.append(metrics)
         return metrics
+
+    def _loss(self, index: int) -> tuple[Tensor, Tensor]:
+        """Loss and accuracy of episode number `index`, or of the batch that takes its place."""
+        config, relations = self._config, self._relations
+        rng = np.random.default_rng((self._seed, index, 1))
+        if relations is not None and rng.random() < config.relations.share:
+            chosen = torch.from_numpy(rng.choice(len(relations.images), config.relations.batch_size, replace=False))
+            kept = None if relations.keep_indices is None else relations.keep_indices[chosen]
+            features: Tensor = self._student(relations.images[chosen].float().div_(255), kept)
+            return relation_loss(features, relations.features[chosen].to(features.device), config.relations.temperature)
+        return episode_loss(
+            self._student,
+            self._sampler.draw(index),
+            config,
+            grid_size=self._backbone.model.patch_embed.grid_size,
+            generator=torch.Generator().manual_seed(self._seed * 1_000_003 + index),
+        )
 
     def validate(self) -> float | None:
         """Accuracy on the validation episodes, and the weights kept if it is the best; None if there are none."""

@@ -32,11 +32,17 @@ class PixelCanvas:
     def after_step(self) -> None:
         self._pixels.clamp_(self._darkest, self._brightest)
 
+    @staticmethod
+    def finish(pixels: Tensor) -> Tensor:
+        """What is kept of (B, 3, H, W) pixels in [0, 1]: all."""
+        return pixels
+
 
 class TwoColourCanvas:
     """A smooth (M, M) mask between two colours: x = m·fg + (1 - m)·bg, m = σ(4·upsampled p), inside the valid range.
 
-    For images of marks on a ground. There is no room for texture: 16² + 6 numbers an image in place of 3·H·W.
+    For images of marks on a ground. There is no room for texture: 16² + 6 numbers an image in place of 3·H·W. The colours
+    are free while the mask is sought, which keeps it smooth; they are no part of the result.
     """
 
     mask_px = 16
@@ -61,6 +67,15 @@ class TwoColourCanvas:
 
     def after_step(self) -> None:
         """Nothing: tanh keeps the range."""
+
+    @staticmethod
+    def finish(pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) pixels in [0, 1], black on white: the commoner shade is the ground."""
+        grey = pixels.mean(dim=1, keepdim=True)
+        darkest, brightest = grey.amin(dim=(2, 3), keepdim=True), grey.amax(dim=(2, 3), keepdim=True)
+        stretched = (grey - darkest) / (brightest - darkest).clamp_min(1e-3)
+        dark_ground = stretched.mean(dim=(1, 2, 3), keepdim=True) < 0.5
+        return torch.where(dark_ground, 1 - stretched, stretched).expand_as(pixels)
 
 
 CANVASES: dict[CanvasName, type[PixelCanvas] | type[TwoColourCanvas]] = {"pixels": PixelCanvas, "two-colour": TwoColourCanvas}

@@ -42,7 +42,8 @@ class InversionConfig(Section):
     l2_weight: float = Field(default=0.0, ge=0)
     """Weight of the mean squared pixel (the paper: 0)."""
     canvas: CanvasName = "pixels"
-    """What is optimised: the pixels (the paper), or `two-colour`: a smooth mask between two colours, for marks on a ground."""
+    """What is optimised: the pixels (the paper), or `two-colour`: a smooth mask between two colours, kept as black on
+    white, for domains of marks on a ground."""
     views: AugmentationConfig = AugmentationConfig(roll=0.125, flip=True)
     """What every step sees of the images (the paper: rolled by up to 1/8 of the side, mirrored half of the time)."""
     keep_ratios: dict[int, float] = {}
@@ -163,7 +164,7 @@ def _invert_batch(
             f"adapter {adapter.spec.adapter_id}: the loss is NaN or infinite from the first step; "
             "look for extreme weights in the adapter, or try inversion.precision=fp32"
         )
-    pixels = backbone.denormalize(best).mul(255).round().clamp(0, 255).to(torch.uint8)
+    pixels = canvas.finish(backbone.denormalize(best)).mul(255).round().clamp(0, 255).to(torch.uint8)
     return pixels.cpu(), best_prior.cpu()
 
 

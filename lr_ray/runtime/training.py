@@ -3,7 +3,7 @@
 import json
 import tempfile
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,9 @@ from lr_ray.errors import ClusterError, ConfigError, EpisodeError, LrRayError, S
 from lr_ray.fewshot.distill import TrainConfig
 from lr_ray.fewshot.episodes import EpisodeShape, ImagePool
 from lr_ray.fewshot.metatrain import MetaTrainer, Validation, best_modules
+from lr_ray.fewshot.relations import RelationsConfig
 from lr_ray.report.progress import Reporter
+from lr_ray.runtime.relations import relation_targets, see_with_every_adapter
 from lr_ray.runtime.session import ray_session, user_error
 from lr_ray.storage.adapters import CONFIG_NAME, list_adapters, read_adapter, read_adapters, with_digest, write_adapter
 from lr_ray.storage.filesystem import exists, join
@@ -38,6 +40,7 @@ class TrainingJob:
         training: the config's section, for the oracle without what needs a teacher.
         folder: where the result goes.
         files: of the synthetic set, to train on.
+        feature_uris: what each adapter makes of these, where relations are learnt.
         holdout_files: of the synthetic set, to validate on.
         real_classes: the classes that the oracle trains on.
         inputs: everything that determines the result.
@@ -48,6 +51,7 @@ class TrainingJob:
     training: TrainConfig
     folder: str
     files: tuple[str, ...]
+    feature_uris: tuple[str, ...]
     holdout_files: tuple[str, ...]
     real_classes: tuple[str, ...]
     inputs: dict[str, Any]
@@ -69,13 +73,16 @@ def train_meta_lora(config: ExperimentConfig, reporter: Reporter) -> dict[str, A
             f"training.holdout_adapters {num_holdout} of {len(files)} adapters leaves none to train on; lower it"
         )
     kept = files[: len(files) - num_holdout]
-    adapters = [read_adapter(f).spec.digest for f in list_adapters(config.adapters_root)] if config.training.init_scale else []
+    adapters: list[str] = []
+    if config.training.init_scale or config.training.relations.share:
+        adapters = [read_adapter(folder).spec.digest for folder in list_adapters(config.adapters_root)]
     job = TrainingJob(
         kind="meta_lora",
         config=config,
         training=config.training,
         folder=config.meta_lora_root,
         files=tuple(kept),
+        feature_uris=(),
         holdout_files=tuple(files[len(kept) :]),
         real_classes=(),
         inputs={**_shared_inputs(config, config.training, backbone), "synthetic": files, "adapters": adapters},
@@ -92,7 +99,9 @@ def train_oracle(config: ExperimentConfig, reporter: Reporter) -> dict[str, Any]
     if config.data.tune is None:
         raise ConfigError("data.tune is not set: the oracle trains on the real images; set it or leave oracle out")
     backbone = load_backbone(config.backbone)
-    training = config.training.model_copy(update={"init_scale": 0.0, "adapter_share": 0.0, "keep_ratio": 1.0})
+    training = config.training.model_copy(
+        update={"init_scale": 0.0, "adapter_share": 0.0, "keep_ratio": 1.0, "relations": RelationsConfig()}
+    )
     data = load_data(config.data.tune)
     known = {name for adapter in read_adapters(config.adapters_root) for name in adapter.spec.class_names}
     classes = tuple(name for name in data.class_names if name in known)
@@ -104,6 +113,7 @@ def train_oracle(config: ExperimentConfig, reporter: Reporter) -> dict[str, Any]
         training=training,
         folder=config.oracle_root,
         files=(),
+        feature_uris=(),
         holdout_files=(),
         real_classes=classes,
         inputs={**_shared_inputs(config, training, backbone), "data": data.digest(), "classes": list(classes)},
@@ -131,6 +141,8 @@ def _train(job: TrainingJob, backbone: Backbone, reporter: Reporter) -> dict[str
         f"train: {job.kind} on {len(job.files) or len(job.real_classes)} {'adapters' if job.files else 'real classes'}"
     )
     with ray_session(job.config.ray):
+        if job.training.relations.share:
+            job = replace(job, feature_uris=see_with_every_adapter(job.config, job.files, reporter))
         checkpoint = _fit(job, reporter)
         tensors, facts = _read_checkpoint(checkpoint)
     write_adapter(
@@ -236,6 +248,7 @@ def _train_loop(job: TrainingJob, steps: Any) -> None:
         training,
         seed=job.config.seed,
         start_deltas=_start(job),
+        relations=relation_targets(job.config, job.files, job.feature_uris, backbone) if job.feature_uris else None,
         validation=_validation(job, backbone) if rank == 0 else None,
         rank=rank,
         world_size=world_size,

@@ -14,6 +14,7 @@ from lr_ray.fewshot.distill import TrainConfig, episode_loss
 from lr_ray.fewshot.episodes import Episode, EpisodeSampler, EpisodeShape, ImagePool, draw_test_episodes
 from lr_ray.fewshot.evaluate import episode_accuracies
 from lr_ray.fewshot.metatrain import MetaTrainer, Validation, best_modules
+from lr_ray.fewshot.relations import RelationTargets
 from lr_ray.vit.backbone import Backbone
 from lr_ray.vit.lora import LoRAConfig, detach_lora, extract_lora
 from lr_ray.vit.tokens import encode
@@ -58,6 +59,52 @@ def test_the_loss_falls(backbone: Backbone, colour_pool: ImagePool, adapter_shar
     training = trainer(backbone, colour_pool, config(adapter_share=adapter_share))
     losses = [training.run_step()["loss"] for _ in range(60)]
     assert np.mean(losses[-10:]) < 0.5 * np.mean(losses[:10])
+
+
+def relations_of(pool: ImagePool) -> RelationTargets:
+    """Images of a class lie together, classes apart."""
+    features = 10 * torch.eye(6)[torch.from_numpy(pool.class_of)]
+    noise = torch.randn(len(pool.images), 6, generator=torch.Generator().manual_seed(0))
+    return RelationTargets(images=pool.images, keep_indices=None, features=features + 0.1 * noise)
+
+
+def test_relations_alone_teach_the_classes(backbone: Backbone, colour_pool: ImagePool):
+    settings = config(relations={"share": 1.0, "batch_size": 24})
+    training = trainer(backbone, colour_pool, settings, relations=relations_of(colour_pool), validation=validation(colour_pool))
+    before = training.validate()
+    losses = [training.run_step()["loss"] for _ in range(60)]
+    assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:10])
+    assert training.validate() > before + 0.05
+
+
+def test_relations_take_the_place_of_their_share_of_the_episodes(
+    make_backbone: MakeBackbone, colour_pool: ImagePool, monkeypatch: pytest.MonkeyPatch
+):
+    calls: list[str] = []
+
+    def stand_in(name: str) -> Callable[..., tuple[Tensor, Tensor]]:
+        def loss(features: Tensor, *_arguments: Any, **_options: Any) -> tuple[Tensor, Tensor]:
+            calls.append(name)
+            return torch.zeros((), requires_grad=True), torch.zeros(())
+
+        return loss
+
+    monkeypatch.setattr("lr_ray.fewshot.metatrain.relation_loss", stand_in("relations"))
+    monkeypatch.setattr("lr_ray.fewshot.metatrain.episode_loss", stand_in("episode"))
+    for share, least, most in ((0.0, 0, 0), (0.25, 15, 37), (1.0, 100, 100)):
+        calls.clear()
+        settings = config(relations={"share": share, "batch_size": 6})
+        training = trainer(make_backbone(), colour_pool, settings, relations=relations_of(colour_pool))
+        for _ in range(100):
+            training.run_step()
+        assert len(calls) == 100
+        assert least <= calls.count("relations") <= most
+
+
+def test_fewer_views_than_a_batch_of_relations(backbone: Backbone, colour_pool: ImagePool):
+    settings = config(relations={"share": 1.0, "batch_size": 73})
+    with pytest.raises(EpisodeError, match="batch_size 73: there are 72 views; lower it"):
+        trainer(backbone, colour_pool, settings, relations=relations_of(colour_pool))
 
 
 def test_metrics_of_a_step_are_in_the_history(backbone: Backbone, colour_pool: ImagePool):

@@ -47,6 +47,26 @@ def test_a_canvas_can_show_a_dark_mark_on_a_bright_ground(backbone, name):
     assert loss < 0.02
 
 
+def test_pixels_are_kept_as_they_are():
+    pixels = torch.rand(2, 3, 8, 8, generator=seeded())
+    assert torch.equal(CANVASES["pixels"].finish(pixels), pixels)
+
+
+def test_two_colours_become_black_on_white_with_the_commoner_as_ground():
+    pixels = torch.zeros(2, 3, 8, 8)
+    pixels[:] = torch.tensor([0.2, 0.4, 0.3])[:, None, None]
+    pixels[0, :, 2:4, 2:4] = torch.tensor([0.9, 0.5, 0.1])[:, None, None]  # a bright mark
+    pixels[1, :, 2:4, 2:4] = 0.1  # a dark one
+    finished = CANVASES["two-colour"].finish(pixels)
+    expected = torch.ones(2, 3, 8, 8)
+    expected[:, :, 2:4, 2:4] = 0
+    torch.testing.assert_close(finished, expected)
+
+
+def test_an_image_of_one_colour_is_no_mark_at_all():
+    assert torch.isfinite(CANVASES["two-colour"].finish(torch.full((1, 3, 8, 8), 0.4))).all()
+
+
 def test_two_colours_lie_on_one_line(backbone):
     """Every pixel is between the two colours, as logits: three channels, one degree of freedom."""
     canvas = CANVASES["two-colour"](1, backbone, generator=seeded())

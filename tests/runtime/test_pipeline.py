@@ -16,10 +16,12 @@ from lr_ray.errors import ConfigError, DataError, EpisodeError, InversionError, 
 from lr_ray.report.progress import Reporter
 from lr_ray.runtime.evaluation import evaluate_methods
 from lr_ray.runtime.inversion import invert_library, plan_inversion
+from lr_ray.runtime.relations import relation_targets, see_with_every_adapter
 from lr_ray.runtime.training import train_meta_lora
 from lr_ray.runtime.tuning import tune_library
 from lr_ray.storage.adapters import list_adapters, read_adapter
 from lr_ray.storage.synthetic import list_synthetic, read_pool
+from lr_ray.vit.backbone import load_backbone
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 QUIET = Reporter(quiet=True)
@@ -215,6 +217,33 @@ def test_two_training_workers_agree_with_one(tiny_experiment: ExperimentConfig, 
         found.append(read_adapter(config.meta_lora_root).deltas())
 
     assert all(torch.allclose(found[0][name], found[1][name], atol=1e-5) for name in found[0])
+
+
+def test_features_of_every_adapter_are_committed_once(tiny_experiment: ExperimentConfig) -> None:
+    tune_library(tiny_experiment, QUIET)
+    invert_library(tiny_experiment, QUIET)
+    files = list_synthetic(tiny_experiment.synthetic_root)
+    first, *others = see_with_every_adapter(tiny_experiment, files, QUIET)
+    before = snapshot(f"{tiny_experiment.output_root}/relations")
+    Path(others[0]).unlink()
+
+    assert list(see_with_every_adapter(tiny_experiment, files, QUIET)) == [first, *others]
+
+    after = snapshot(f"{tiny_experiment.output_root}/relations")
+    assert {name: content for name, (_, content) in after.items()} == {name: content for name, (_, content) in before.items()}
+    assert after[first] == before[first]
+    backbone = load_backbone(tiny_experiment.backbone)
+    targets = relation_targets(tiny_experiment, files, [first, *others], backbone)
+    assert len(targets.images) == len(targets.features) == 2 * 3 * 3 * 4
+    assert targets.keep_indices is not None
+    concatenated = torch.cat([load_file(uri)["features"] for uri in (first, *others)], dim=1).float()
+    expected = torch.cdist(concatenated, concatenated).fill_diagonal_(1)
+    ratios = torch.cdist(targets.features, targets.features).fill_diagonal_(1) / expected
+    assert (ratios - 1).abs().max() < 0.1, "the projected distances are those of all adapters' features together"
+
+    Path(first).write_bytes(b"damaged")
+    with pytest.raises(StorageError, match=r"features .*damaged.*delete the file"):
+        relation_targets(tiny_experiment, files, [first, *others], backbone)
 
 
 def test_errors_before_and_inside_training(tiny_experiment: ExperimentConfig) -> None:

@@ -1,0 +1,128 @@
+"""What every adapter makes of the synthetic images of all: features, in parallel Ray tasks, each committing its own."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+from torch import Tensor
+
+from lr_ray.config import ExperimentConfig
+from lr_ray.errors import LrRayError, StorageError
+from lr_ray.fewshot.relations import RelationTargets, draw_views, project
+from lr_ray.report.progress import Reporter
+from lr_ray.runtime.session import map_tasks, worker_device
+from lr_ray.storage.adapters import list_adapters, read_adapter
+from lr_ray.storage.filesystem import exists, join, read_bytes, write_bytes
+from lr_ray.storage.manifest import digest_of
+from lr_ray.storage.synthetic import read_pool
+from lr_ray.vit.backbone import Backbone, autocast, load_backbone
+from lr_ray.vit.lora import check_adapter, merged
+from lr_ray.vit.tokens import encode, num_kept
+
+_BATCH = 100
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RelationTask:
+    """One adapter that looks at the images of `files`, and where its features go."""
+
+    config: ExperimentConfig
+    adapter_folder: str
+    files: tuple[str, ...]
+    uri: str
+
+
+def see_with_every_adapter(config: ExperimentConfig, files: Sequence[str], reporter: Reporter) -> tuple[str, ...]:
+    """Commit the features that are not there yet; returns the URIs of all, in the adapters' order.
+
+    Args:
+        files: of the synthetic set.
+
+    Raises:
+        AdapterError: an adapter that does not fit the backbone.
+        StorageError: the features cannot be written.
+    """
+    shared = {
+        "step": "relations",
+        "seed": config.seed,
+        "backbone": load_backbone(config.backbone).identity,
+        "relations": config.training.relations.model_dump(mode="json", exclude={"share", "batch_size", "temperature", "width"}),
+        "augmentation": config.training.augmentation.model_dump(mode="json"),
+        "keep_ratio": config.training.keep_ratio,
+        "precision": config.training.precision,
+        "files": list(files),
+    }
+    tasks = []
+    for folder in list_adapters(config.adapters_root):
+        spec = read_adapter(folder).spec
+        name = f"{spec.adapter_id}-{digest_of({**shared, 'adapter': spec.digest})[:12]}.safetensors"
+        uri = join(config.output_root, "relations", name)
+        tasks.append(RelationTask(config=config, adapter_folder=folder, files=tuple(files), uri=uri))
+    todo = [task for task in tasks if not exists(task.uri)]
+    failures: list[LrRayError] = []
+    with reporter.track("relations", len(todo)) as advance:
+        for task, result in map_tasks(see_with_one_adapter, todo, config.ray):
+            if isinstance(result, LrRayError):
+                failures.append(result)
+            else:
+                advance(f"{task.adapter_folder.rsplit('/', 1)[-1]} saw {result} views")
+    if failures:
+        raise failures[0]
+    return tuple(task.uri for task in tasks)
+
+
+def see_with_one_adapter(task: RelationTask) -> int:
+    """Commit the (M, D) features, in half precision, of all views; returns M."""
+    config = task.config
+    backbone = load_backbone(config.backbone, device=worker_device(config.ray))
+    adapter = read_adapter(task.adapter_folder).to(backbone.device)
+    check_adapter(adapter, backbone)
+    views, keep_indices = _views(config, task.files, backbone)
+    scale, parts = config.training.relations.teacher_scale, []
+    with (
+        merged(backbone.model, {name: scale * delta for name, delta in adapter.deltas().items()}),
+        autocast(backbone.device, config.training.precision),
+        torch.inference_mode(),
+    ):
+        for start in range(0, len(views), _BATCH):
+            batch = slice(start, start + _BATCH)
+            kept = None if keep_indices is None else keep_indices[batch]
+            parts.append(encode(backbone.model, backbone.normalize(views[batch]), keep_indices=kept).features.half().cpu())
+    write_bytes(task.uri, save_safetensors({"features": torch.cat(parts)}))
+    return len(views)
+
+
+def relation_targets(
+    config: ExperimentConfig, files: Sequence[str], feature_uris: Sequence[str], backbone: Backbone
+) -> RelationTargets:
+    """The views and the projected features of all adapters; memory does not grow with their number.
+
+    Raises:
+        StorageError: unreadable features.
+    """
+    views, keep_indices = _views(config, files, backbone)
+    total = torch.zeros(len(views), config.training.relations.width)
+    for index, uri in enumerate(feature_uris):
+        try:
+            features = load_safetensors(read_bytes(uri))["features"]
+        except (KeyError, SafetensorError) as error:
+            raise StorageError(f"features {uri}: damaged ({error}); delete the file and run again") from error
+        total += project(features.float(), width=config.training.relations.width, seed=config.seed * 1_000_003 + index)
+    return RelationTargets(images=views, keep_indices=keep_indices, features=total)
+
+
+def _views(config: ExperimentConfig, files: Sequence[str], backbone: Backbone) -> tuple[Tensor, Tensor | None]:
+    training, pool = config.training, read_pool(config.synthetic_root, files)
+    assert pool.patch_order is not None
+    kept = num_kept(pool.patch_order.shape[1], training.keep_ratio)
+    return draw_views(
+        pool.images,
+        pool.patch_order[:, :kept] if training.keep_ratio < 1 else None,
+        training.augmentation,
+        views_per_image=training.relations.views_per_image,
+        grid_size=backbone.model.patch_embed.grid_size,
+        seed=config.seed,
+    )
