@@ -8,7 +8,9 @@ from torch import Tensor
 
 from lr_ray.vit.backbone import Backbone
 
-CanvasName = Literal["pixels", "two-colour"]
+CanvasName = Literal["pixels", "spectrum", "two-colour"]
+_COLOURS = ((0.26, 0.09, 0.02), (0.27, 0.00, -0.05), (0.27, -0.09, 0.03))
+"""Columns: what RGB values of natural images vary along, most first (Olah et al., Feature Visualization, 2017)."""
 
 
 class PixelCanvas:
@@ -31,6 +33,45 @@ class PixelCanvas:
     @torch.no_grad()
     def after_step(self) -> None:
         self._pixels.clamp_(self._darkest, self._brightest)
+
+    @staticmethod
+    def finish(pixels: Tensor) -> Tensor:
+        """What is kept of (B, 3, H, W) pixels in [0, 1]: all."""
+        return pixels
+
+
+class SpectrumCanvas:
+    """The Fourier coefficients of an image, each weighted by its frequency^-1.5, its channels decorrelated.
+
+    Natural images have such spectra. A step moves what is coarse further than what is fine, so that an image takes shape
+    where single pixels would take on texture. A sigmoid keeps the range.
+    """
+
+    power = 1.5
+
+    def __init__(self, batch: int, backbone: Backbone, *, generator: torch.Generator) -> None:
+        device, side = backbone.device, backbone.image_px
+        self._backbone = backbone
+        rows, columns = torch.fft.fftfreq(side, device=device), torch.fft.rfftfreq(side, device=device)
+        frequency = (rows[:, None].square() + columns.square()).sqrt().clamp_min(1 / side)
+        self._weight = frequency.pow(-self.power) / (4 * side ** (self.power - 1))
+        colours = torch.tensor(_COLOURS, device=device)
+        self._colours = colours / colours.norm(dim=0).max()
+        start = 0.01 * torch.randn(batch, 3, *frequency.shape, 2, generator=generator)
+        self._coefficients = start.to(device).requires_grad_()
+
+    def parameters(self) -> list[Tensor]:
+        return [self._coefficients]
+
+    def draw(self) -> Tensor:
+        """(B, 3, H, W) normalised."""
+        side = self._backbone.image_px
+        weighted = torch.view_as_complex(self._coefficients) * self._weight
+        channels = torch.fft.irfft2(weighted, s=(side, side), norm="ortho")
+        return self._backbone.normalize(torch.einsum("bchw,dc->bdhw", channels, self._colours).sigmoid())
+
+    def after_step(self) -> None:
+        """Nothing: the sigmoid keeps the range."""
 
     @staticmethod
     def finish(pixels: Tensor) -> Tensor:
@@ -78,4 +119,8 @@ class TwoColourCanvas:
         return torch.where(dark_ground, 1 - stretched, stretched).expand_as(pixels)
 
 
-CANVASES: dict[CanvasName, type[PixelCanvas] | type[TwoColourCanvas]] = {"pixels": PixelCanvas, "two-colour": TwoColourCanvas}
+CANVASES: dict[CanvasName, type[PixelCanvas] | type[SpectrumCanvas] | type[TwoColourCanvas]] = {
+    "pixels": PixelCanvas,
+    "spectrum": SpectrumCanvas,
+    "two-colour": TwoColourCanvas,
+}

@@ -42,8 +42,8 @@ class InversionConfig(Section):
     l2_weight: float = Field(default=0.0, ge=0)
     """Weight of the mean squared pixel (the paper: 0)."""
     canvas: CanvasName = "pixels"
-    """What is optimised: the pixels (the paper), or `two-colour`: a smooth mask between two colours, kept as black on
-    white, for domains of marks on a ground."""
+    """What is optimised: `pixels` (the paper); `spectrum`: Fourier coefficients, low frequencies first, for natural
+    images; or `two-colour`: a smooth mask between two colours, kept as black on white, for marks on a ground."""
     views: AugmentationConfig = AugmentationConfig(roll=0.125, flip=True)
     """What every step sees of the images (the paper: rolled by up to 1/8 of the side, mirrored half of the time)."""
     keep_ratios: dict[int, float] = {}

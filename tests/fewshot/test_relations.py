@@ -8,8 +8,6 @@ from torch import Tensor
 from lr_ray.fewshot.relations import draw_views, project, relation_loss
 from lr_ray.vit.augment import AugmentationConfig, augment
 
-OFF = AugmentationConfig(flip=False)
-
 
 def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))

@@ -47,9 +47,29 @@ def test_a_canvas_can_show_a_dark_mark_on_a_bright_ground(backbone, name):
     assert loss < 0.02
 
 
-def test_pixels_are_kept_as_they_are():
+@pytest.mark.parametrize("name", ["pixels", "spectrum"])
+def test_pixels_are_kept_as_they_are(name):
     pixels = torch.rand(2, 3, 8, 8, generator=seeded())
-    assert torch.equal(CANVASES["pixels"].finish(pixels), pixels)
+    assert torch.equal(CANVASES[name].finish(pixels), pixels)
+
+
+def test_a_coefficient_counts_by_its_frequency_to_the_power_of_minus_one_and_a_half(backbone):
+    def contrast(row: int, column: int) -> float:
+        """Of the image whose only coefficient is that one, in the sigmoid's argument."""
+        canvas = CANVASES["spectrum"](1, backbone, generator=seeded())
+        with torch.no_grad():
+            canvas.parameters()[0].zero_()[0, 0, row, column, 0] = 0.01
+        return float(backbone.denormalize(canvas.draw().detach()).logit().std())
+
+    assert contrast(0, 2) / contrast(0, 8) == pytest.approx(4**1.5, rel=1e-3)
+    assert contrast(2, 0) / contrast(8, 0) == pytest.approx(4**1.5, rel=1e-3)
+
+
+def test_a_spectrum_without_coefficients_is_grey(backbone):
+    canvas = CANVASES["spectrum"](2, backbone, generator=seeded())
+    with torch.no_grad():
+        canvas.parameters()[0].zero_()
+    torch.testing.assert_close(backbone.denormalize(canvas.draw()), torch.full((2, 3, 32, 32), 0.5))
 
 
 def test_two_colours_become_black_on_white_with_the_commoner_as_ground():
