@@ -63,12 +63,14 @@ def see_with_every_adapter(config: ExperimentConfig, files: Sequence[str], repor
         tasks.append(RelationTask(config=config, adapter_folder=folder, files=tuple(files), uri=uri))
     todo = [task for task in tasks if not exists(task.uri)]
     failures: list[LrRayError] = []
-    with reporter.track("relations", len(todo)) as advance:
-        for task, result in map_tasks(see_with_one_adapter, todo, config.ray):
-            if isinstance(result, LrRayError):
-                failures.append(result)
-            else:
-                advance(f"{task.adapter_folder.rsplit('/', 1)[-1]} saw {result} views")
+    reporter.say(f"relations: {len(tasks)} adapters see the images of all, {len(tasks) - len(todo)} have already")
+    if todo:
+        with reporter.track("relations", len(todo)) as advance:
+            for task, result in map_tasks(see_with_one_adapter, todo, config.ray):
+                if isinstance(result, LrRayError):
+                    failures.append(result)
+                else:
+                    advance(f"{task.adapter_folder.rsplit('/', 1)[-1]} saw {result} views")
     if failures:
         raise failures[0]
     return tuple(task.uri for task in tasks)

@@ -13,6 +13,7 @@ from lr_ray.errors import ClusterError, LrRayError
 
 _ENVIRONMENT = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # bind to 127.0.0.1; read when ray is imported
+    "RAY_BACKEND_LOG_LEVEL": "fatal",  # one line at the start, that it is set; else Ray Data's actors warn of themselves
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
