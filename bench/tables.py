@@ -1,4 +1,4 @@
-"""Print a results.json as the Markdown table that the README shows, and keep the file in bench/results.
+"""Print a results.json as the Markdown table that the README shows; keep it in bench/results, and some images in docs.
 
 python bench/tables.py runs/demo runs/cifar-fs
 """
@@ -9,7 +9,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from lr_ray.report.pictures import contact_sheet
+from lr_ray.storage.synthetic import list_synthetic, read_pool
+
 RESULTS = Path(__file__).parent / "results"
+PICTURES = Path(__file__).parent.parent / "docs" / "pictures"
+ADAPTERS_SHOWN = 2
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
@@ -31,6 +36,9 @@ def main() -> None:
     for folder in map(Path, sys.argv[1:]):
         print(f"{folder.name}\n\n{markdown(json.loads((folder / 'results.json').read_text()))}\n")
         shutil.copy(folder / "results.json", RESULTS / f"{folder.name}.json")
+        synthetic = str(folder / "synthetic")
+        pool = read_pool(synthetic, list_synthetic(synthetic)[:ADAPTERS_SHOWN])
+        (PICTURES / f"{folder.name}.png").write_bytes(contact_sheet(pool, keep_ratio=0.5))
 
 
 if __name__ == "__main__":
