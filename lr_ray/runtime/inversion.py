@@ -15,7 +15,7 @@ from lr_ray.runtime.session import ray_session, user_error, worker_device
 from lr_ray.storage.adapters import list_adapters, read_adapter
 from lr_ray.storage.filesystem import exists, join
 from lr_ray.storage.manifest import claim_folder, digest_of
-from lr_ray.storage.synthetic import write_synthetic
+from lr_ray.storage.synthetic import synthetic_name, write_synthetic
 from lr_ray.vit.backbone import Backbone, load_backbone
 from lr_ray.vit.lora import check_adapter
 
@@ -122,7 +122,7 @@ def plan_inversion(config: ExperimentConfig) -> list[InversionItem]:
             InversionItem(
                 adapter_folder=folder,
                 adapter_id=spec.adapter_id,
-                uri=join(config.synthetic_root, f"{spec.adapter_id}-{digest[:12]}.parquet"),
+                uri=join(config.synthetic_root, synthetic_name(spec.adapter_id, digest)),
                 seed=int(digest[:12], 16),
             )
         )

@@ -3,6 +3,7 @@
 import json
 import tempfile
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from lr_ray.runtime.session import ray_session, user_error
 from lr_ray.storage.adapters import CONFIG_NAME, list_adapters, read_adapter, read_adapters, with_digest, write_adapter
 from lr_ray.storage.filesystem import exists, join
 from lr_ray.storage.manifest import claim_folder, digest_of, read_manifest
-from lr_ray.storage.synthetic import list_synthetic, read_pool
+from lr_ray.storage.synthetic import adapter_id_of, list_synthetic, read_pool
 from lr_ray.vit.backbone import Backbone, load_backbone
 from lr_ray.vit.lora import Adapter, AdapterSpec, average_deltas
 
@@ -73,9 +74,10 @@ def train_meta_lora(config: ExperimentConfig, reporter: Reporter) -> dict[str, A
             f"training.holdout_adapters {num_holdout} of {len(files)} adapters leaves none to train on; lower it"
         )
     kept = files[: len(files) - num_holdout]
-    adapters: list[str] = []
+    teachers: list[AdapterSpec] = []
     if config.training.init_scale or config.training.relations.share:
-        adapters = [read_adapter(folder).spec.digest for folder in list_adapters(config.adapters_root)]
+        teachers = [read_adapter(folder).spec for folder in list_adapters(config.adapters_root)]
+        _check_synthetic(config, files, teachers)
     job = TrainingJob(
         kind="meta_lora",
         config=config,
@@ -85,9 +87,24 @@ def train_meta_lora(config: ExperimentConfig, reporter: Reporter) -> dict[str, A
         feature_uris=(),
         holdout_files=tuple(files[len(kept) :]),
         real_classes=(),
-        inputs={**_shared_inputs(config, config.training, backbone), "synthetic": files, "adapters": adapters},
+        inputs={
+            **_shared_inputs(config, config.training, backbone),
+            "synthetic": files,
+            "adapters": [spec.digest for spec in teachers],
+        },
     )
     return _train(job, backbone, reporter)
+
+
+def _check_synthetic(config: ExperimentConfig, files: Sequence[str], teachers: Sequence[AdapterSpec]) -> None:
+    """Raise if some images are of an adapter that is not in the library any more."""
+    known = {spec.adapter_id for spec in teachers}
+    for file in files:
+        if adapter_id_of(file) not in known:
+            raise StorageError(
+                f"synthetic images {join(config.synthetic_root, file)} are of an adapter that {config.adapters_root} does not "
+                "hold; remove the file, or put the adapter back"
+            )
 
 
 def train_oracle(config: ExperimentConfig, reporter: Reporter) -> dict[str, Any]:

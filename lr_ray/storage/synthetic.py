@@ -18,6 +18,7 @@ from lr_ray.inversion.invert import SyntheticImages
 from lr_ray.storage.filesystem import join, list_files, read_bytes, write_bytes
 from lr_ray.vit.lora import AdapterSpec
 
+_DIGEST_LENGTH = 12
 _IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 _SCHEMA = pa.schema(
     [
@@ -68,6 +69,16 @@ def _encode_png(image: Tensor) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(image.permute(1, 2, 0).numpy()).save(buffer, format="PNG", compress_level=1)
     return buffer.getvalue()
+
+
+def synthetic_name(adapter_id: str, digest: str) -> str:
+    """Name of the file that holds the images of an adapter, made from inputs of that digest."""
+    return f"{adapter_id}-{digest[:_DIGEST_LENGTH]}.parquet"
+
+
+def adapter_id_of(file: str) -> str:
+    """The adapter that a file of a synthetic set belongs to, by its name."""
+    return file.rsplit("/", 1)[-1][: -len("-.parquet") - _DIGEST_LENGTH]
 
 
 def list_synthetic(root: str) -> list[str]:

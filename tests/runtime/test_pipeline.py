@@ -251,6 +251,14 @@ def test_errors_before_and_inside_training(tiny_experiment: ExperimentConfig) ->
         train_meta_lora(tiny_experiment, QUIET)
     tune_library(tiny_experiment, QUIET)
     invert_library(tiny_experiment, QUIET)
+    images = Path(tiny_experiment.synthetic_root, list_synthetic(tiny_experiment.synthetic_root)[0])
+    stale = images.with_name("removed-0123456789ab.parquet")
+    stale.write_bytes(images.read_bytes())
+    with pytest.raises(
+        StorageError, match=r"removed-0123456789ab.parquet are of an adapter that .* does not hold; remove the file"
+    ):
+        train_meta_lora(tiny_experiment, QUIET)
+    stale.unlink()
     with pytest.raises(EpisodeError, match="holdout_adapters 3 of 3"):
         train_meta_lora(changed(tiny_experiment, training={"holdout_adapters": 3}), QUIET)
     shape = tiny_experiment.training.episode.model_copy(update={"n_query": 15})

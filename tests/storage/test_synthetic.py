@@ -14,7 +14,7 @@ from lr_ray.data.images import DataConfig
 from lr_ray.data.load import load_data
 from lr_ray.errors import StorageError
 from lr_ray.inversion.invert import SyntheticImages
-from lr_ray.storage.synthetic import count_images, list_synthetic, read_pool, write_synthetic
+from lr_ray.storage.synthetic import adapter_id_of, count_images, list_synthetic, read_pool, synthetic_name, write_synthetic
 from lr_ray.vit.lora import AdapterSpec
 
 NUM_PATCHES = 4
@@ -50,6 +50,12 @@ def root(tmp_path: Path) -> str:
     write_synthetic(str(tmp_path / "cats.parquet"), CATS, CAT_SPEC, seed=5)
     write_synthetic(str(tmp_path / "dogs.parquet"), DOGS, DOG_SPEC, seed=6)
     return str(tmp_path)
+
+
+def test_a_name_tells_its_adapter():
+    name = synthetic_name("task-0003-with-dashes", "0123456789abcdef")
+    assert name == "task-0003-with-dashes-0123456789ab.parquet"
+    assert adapter_id_of(name) == adapter_id_of(f"folder/{name}") == "task-0003-with-dashes"
 
 
 def test_the_schema(root: str):
