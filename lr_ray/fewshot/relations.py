@@ -59,12 +59,14 @@ def draw_views(
 ) -> tuple[Tensor, Tensor | None]:
     """(M, 3, H, W) uint8 images → (V·M, 3, H, W) uint8 views and their (V·M, K) patches; the same for the same seed."""
     generator = torch.Generator().manual_seed(seed)
-    views, kept = [], []
+    views: list[Tensor] = []
+    kept: list[Tensor] = []
     for _ in range(views_per_image):
         pixels, keep = augment(images, keep_indices, config, grid_size=grid_size, generator=generator)
         views.append(pixels.mul(255).round_().clamp_(0, 255).to(torch.uint8))
-        kept.append(keep)
-    return torch.cat(views), None if keep_indices is None else torch.cat([keep for keep in kept if keep is not None])
+        if keep is not None:
+            kept.append(keep)
+    return torch.cat(views), torch.cat(kept) if kept else None
 
 
 def project(features: Tensor, *, width: int, seed: int) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lr_ray.config import ExperimentConfig
 from lr_ray.errors import LrRayError, StorageError
+from lr_ray.fewshot.episodes import ImagePool
 from lr_ray.fewshot.relations import RelationTargets, draw_views, project
 from lr_ray.report.progress import Reporter
 from lr_ray.runtime.session import map_tasks, worker_device
@@ -82,7 +83,7 @@ def see_with_one_adapter(task: RelationTask) -> int:
     backbone = load_backbone(config.backbone, device=worker_device(config.ray))
     adapter = read_adapter(task.adapter_folder).to(backbone.device)
     check_adapter(adapter, backbone)
-    views, keep_indices = _views(config, task.files, backbone)
+    views, keep_indices = _views(config, read_pool(config.synthetic_root, task.files), backbone)
     scale, parts = config.training.relations.teacher_scale, []
     with (
         merged(backbone.model, {name: scale * delta for name, delta in adapter.deltas().items()}),
@@ -98,14 +99,17 @@ def see_with_one_adapter(task: RelationTask) -> int:
 
 
 def relation_targets(
-    config: ExperimentConfig, files: Sequence[str], feature_uris: Sequence[str], backbone: Backbone
+    config: ExperimentConfig, pool: ImagePool, feature_uris: Sequence[str], backbone: Backbone
 ) -> RelationTargets:
-    """The views and the projected features of all adapters; memory does not grow with their number.
+    """The views of a pool and the projected features of all adapters; memory does not grow with their number.
+
+    Args:
+        pool: of the files that the adapters saw.
 
     Raises:
         StorageError: unreadable features.
     """
-    views, keep_indices = _views(config, files, backbone)
+    views, keep_indices = _views(config, pool, backbone)
     total = torch.zeros(len(views), config.training.relations.width)
     for index, uri in enumerate(feature_uris):
         try:
@@ -116,8 +120,8 @@ def relation_targets(
     return RelationTargets(images=views, keep_indices=keep_indices, features=total)
 
 
-def _views(config: ExperimentConfig, files: Sequence[str], backbone: Backbone) -> tuple[Tensor, Tensor | None]:
-    training, pool = config.training, read_pool(config.synthetic_root, files)
+def _views(config: ExperimentConfig, pool: ImagePool, backbone: Backbone) -> tuple[Tensor, Tensor | None]:
+    training = config.training
     assert pool.patch_order is not None
     kept = num_kept(pool.patch_order.shape[1], training.keep_ratio)
     return draw_views(

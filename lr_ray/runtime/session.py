@@ -58,7 +58,7 @@ def ray_session(config: RayConfig) -> Iterator[None]:
 
 
 def worker_device(config: RayConfig) -> str:
-    """Held to its processors, a worker computes on this device."""
+    """Hold this worker to its processors; returns the device that it computes on."""
     torch.set_num_threads(config.cpus_per_actor)
     return "cuda" if config.num_gpus_per_actor else "cpu"
 

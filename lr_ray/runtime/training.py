@@ -259,13 +259,14 @@ def _train_loop(job: TrainingJob, steps: Any) -> None:
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     backbone = load_backbone(job.config.backbone, device=get_device())
+    pool = _pool(job, backbone)
     trainer = MetaTrainer(
         backbone,
-        _pool(job, backbone),
+        pool,
         training,
         seed=job.config.seed,
         start_deltas=_start(job),
-        relations=relation_targets(job.config, job.files, job.feature_uris, backbone) if job.feature_uris else None,
+        relations=relation_targets(job.config, pool, job.feature_uris, backbone) if job.feature_uris else None,
         validation=_validation(job, backbone) if rank == 0 else None,
         rank=rank,
         world_size=world_size,

@@ -233,7 +233,8 @@ def test_features_of_every_adapter_are_committed_once(tiny_experiment: Experimen
     assert {name: content for name, (_, content) in after.items()} == {name: content for name, (_, content) in before.items()}
     assert after[first] == before[first]
     backbone = load_backbone(tiny_experiment.backbone)
-    targets = relation_targets(tiny_experiment, files, [first, *others], backbone)
+    pool = read_pool(tiny_experiment.synthetic_root, files)
+    targets = relation_targets(tiny_experiment, pool, [first, *others], backbone)
     assert len(targets.images) == len(targets.features) == 2 * 3 * 3 * 4
     assert targets.keep_indices is not None
     concatenated = torch.cat([load_file(uri)["features"] for uri in (first, *others)], dim=1).float()
@@ -242,7 +243,7 @@ def test_features_of_every_adapter_are_committed_once(tiny_experiment: Experimen
 
     Path(first).write_bytes(b"damaged")
     with pytest.raises(StorageError, match=r"features .*damaged.*delete the file"):
-        relation_targets(tiny_experiment, files, [first, *others], backbone)
+        relation_targets(tiny_experiment, pool, [first, *others], backbone)
 
 
 def test_errors_before_and_inside_training(tiny_experiment: ExperimentConfig) -> None:
