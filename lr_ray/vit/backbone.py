@@ -20,6 +20,9 @@ from lr_ray.section import Section
 from lr_ray.vit.embedded import EMBEDDED_BACKBONE, digest_tensors, load_embedded
 
 Precision = Literal["auto", "fp32", "bf16"]
+_FULL_ATTENTION_TOKENS = 257
+"""Up to here (224 px, 14 px patches; as far as measured) PyTorch's fused attention is the slower one on a CPU: a step takes
+1.4 to 2 times as long. Beyond, the matrix would cost much memory."""
 
 
 class BackboneConfig(Section):
@@ -108,6 +111,9 @@ def load_backbone(config: BackboneConfig, *, device: torch.device | str = "cpu")
             model, source = timm.create_model(architecture, **arguments), "random weights, seed 0"
         model.set_input_size(image_px)  # afterwards: the size must not change what is drawn
     model.eval().requires_grad_(False).to(device)
+    if torch.device(device).type == "cpu" and model.num_prefix_tokens + model.patch_embed.num_patches <= _FULL_ATTENTION_TOKENS:
+        for block in model.blocks:
+            block.attn.fused_attn = False
     data = resolve_model_data_config(model)
     weights = {name: value for name, value in model.state_dict().items() if name != "pos_embed"}
     return Backbone(
