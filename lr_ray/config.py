@@ -17,7 +17,7 @@ from lr_ray.fewshot.episodes import EpisodeShape
 from lr_ray.inversion.invert import InversionConfig
 from lr_ray.section import Section
 from lr_ray.tuning.tune import TuneConfig
-from lr_ray.vit.backbone import BackboneConfig
+from lr_ray.vit.backbone import BackboneConfig, Precision
 
 
 class DataSection(Section):
@@ -42,6 +42,8 @@ class EvaluationConfig(Section):
     """Test episodes of every shape (the paper: 600)."""
     batch_size: int = Field(default=100, gt=0)
     """Images of one forward pass."""
+    precision: Precision = "auto"
+    """Of those passes."""
 
 
 class RayConfig(Section):
@@ -129,11 +131,11 @@ _YamlLoader.add_implicit_resolver(
 )
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
-    """Read a YAML file and apply `section.key=value` overrides, whose values are YAML.
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
 
     Raises:
-        ConfigError: unreadable, an unknown key, or a value that is not allowed.
+        ConfigError: unreadable, or no mapping.
     """
     try:
         content = yaml.load(Path(path).read_text(encoding="utf-8"), _YamlLoader)
@@ -141,21 +143,36 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentCo
         raise ConfigError(f"config {path}: {error}; give a YAML file such as configs/demo.yaml") from error
     if not isinstance(content, dict):
         raise ConfigError(f"config {path}: a mapping is needed at the top, not {type(content).__name__}")
+    return content
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
+    """Read a YAML file and apply `section.key=value` overrides, whose values are YAML.
+
+    Raises:
+        ConfigError: unreadable, an unknown key, or a value that is not allowed.
+    """
+    content = read_yaml(path)
     content.setdefault("name", Path(path).stem)
     for override in overrides:
         _apply(content, override)
     try:
         config = ExperimentConfig.model_validate(content)
     except ValidationError as error:
-        raise ConfigError(_explain(error, str(path))) from error
+        raise ConfigError(explain(error, str(path), ExperimentConfig)) from error
     return _with_absolute_paths(config)
+
+
+def absolute_path(path: str) -> str:
+    """A local path made absolute; a URI as it is."""
+    return path if "://" in path else os.path.abspath(os.path.expanduser(path))
 
 
 def _with_absolute_paths(config: ExperimentConfig) -> ExperimentConfig:
     """Local paths made absolute, since workers have other working directories."""
 
     def absolute(path: str | None) -> str | None:
-        return path if path is None or "://" in path else os.path.abspath(os.path.expanduser(path))
+        return None if path is None else absolute_path(path)
 
     def located(data: DataConfig | None) -> DataConfig | None:
         if data is None or data.source in EMBEDDED_DATA:
@@ -184,12 +201,12 @@ def _apply(content: dict[str, Any], override: str) -> None:
         raise ConfigError(f"--set {override!r}: the value is not YAML: {error}") from error
 
 
-def _explain(error: ValidationError, source: str) -> str:
+def explain(error: ValidationError, source: str, root: type[Section]) -> str:
     """The first problem in one line; for an unknown key, the keys that are allowed there."""
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        section: Any = ExperimentConfig
+        section: Any = root
         for part in (part for part in first["loc"][:-1] if isinstance(part, str)):  # not positions in a list
             field = section.model_fields.get(str(part)) if isinstance(section, type) and issubclass(section, Section) else None
             section = _section_of(field.annotation) if field else None

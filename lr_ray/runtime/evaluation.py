@@ -93,6 +93,7 @@ def _plan(config: ExperimentConfig, data_digest: str) -> list[EvaluationTask]:
             "data": data_digest,
             "shapes": [shape.model_dump() for shape in config.evaluation.shapes],
             "episodes": config.evaluation.episodes,
+            "precision": config.evaluation.precision,
             "seed": config.seed,
         }
         tasks.append(EvaluationTask(method=method, config=config, digest=digest_of(inputs)))
@@ -108,6 +109,7 @@ def evaluate_one(task: EvaluationTask) -> list[dict[str, Any]]:
     images = data.pixels(np.arange(len(data)), backbone.image_px)
     inputs = MethodInputs(
         backbone=backbone,
+        precision=config.evaluation.precision,
         adapters=lambda: read_adapters(config.adapters_root),
         meta_lora=lambda: read_adapter(config.meta_lora_root),
         oracle=lambda: read_adapter(config.oracle_root),

@@ -24,6 +24,7 @@ def adapters(make_adapter: MakeAdapter) -> list[Adapter]:
 def inputs(backbone: Backbone, make_adapter: MakeAdapter, adapters: list[Adapter]) -> MethodInputs:
     return MethodInputs(
         backbone=backbone,
+        precision="fp32",
         adapters=lambda: iter(adapters),
         meta_lora=lambda: make_adapter(10, rank=4),
         oracle=lambda: make_adapter(20, rank=4),
@@ -150,7 +151,7 @@ def test_a_method_reads_only_what_it_needs(
     sources = {"adapters": absent, "meta_lora": absent, "oracle": absent}
     if needs:
         sources[needs] = adapters if needs == "adapters" else lambda: make_adapter(1)
-    assert len(embed(MethodInputs(backbone=backbone, **sources), name, images)) == 5
+    assert len(embed(MethodInputs(backbone=backbone, precision="fp32", **sources), name, images)) == 5
 
 
 @pytest.mark.parametrize("name", ["no-such-method", "", "NN", "loras_avg", "loras-avg3"])
@@ -167,6 +168,12 @@ def test_a_scale_that_is_no_number_is_refused(inputs: MethodInputs, images: Tens
 
 
 def test_no_adapters_have_no_average(backbone: Backbone, make_adapter: MakeAdapter, images: Tensor):
-    inputs = MethodInputs(backbone=backbone, adapters=list, meta_lora=lambda: make_adapter(1), oracle=lambda: make_adapter(1))
+    inputs = MethodInputs(
+        backbone=backbone,
+        precision="fp32",
+        adapters=list,
+        meta_lora=lambda: make_adapter(1),
+        oracle=lambda: make_adapter(1),
+    )
     with pytest.raises(AdapterError, match="no adapters to average"):
         embed(inputs, "loras-avg", images)

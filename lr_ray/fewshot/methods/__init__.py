@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lr_ray.errors import ConfigError
-from lr_ray.vit.backbone import Backbone
+from lr_ray.vit.backbone import Backbone, Precision, autocast
 from lr_ray.vit.lora import Adapter
 from lr_ray.vit.tokens import encode
 
@@ -24,13 +24,15 @@ class MethodInputs:
     """What a method may draw on; each is read only by the methods that need it."""
 
     backbone: Backbone
+    precision: Precision
     adapters: Callable[[], Iterable[Adapter]]
     meta_lora: Callable[[], Adapter]
     oracle: Callable[[], Adapter]
 
     def embed(self, images: Tensor) -> Tensor:
         """The backbone as it is now."""
-        return encode(self.backbone.model, self.backbone.normalize(images)).features.float()
+        with autocast(self.backbone.device, self.precision):
+            return encode(self.backbone.model, self.backbone.normalize(images)).features.float()
 
 
 Method = Callable[[MethodInputs, str], AbstractContextManager[Embed]]
