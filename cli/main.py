@@ -3,6 +3,7 @@
 import sys
 
 import typer
+from lr_ray.cli.ablate import ablate
 from lr_ray.cli.demo import demo
 from lr_ray.cli.evaluate import evaluate
 from lr_ray.cli.fetch import fetch
@@ -25,6 +26,7 @@ app.command()(tune)
 app.command()(invert)
 app.command()(train)
 app.command(name="eval")(evaluate)
+app.command()(ablate)
 app.command()(fetch)
 
 

@@ -18,27 +18,15 @@ def run(
     json: Json = False,
 ) -> None:
     """The whole job: tune (where the config names data for it), invert, train, eval, report. A rerun continues."""
-    run_experiment(read_config(config, overrides, output=output), json=json)
+    run_and_report(read_config(config, overrides, output=output), json=json)
 
 
-def run_experiment(experiment: "ExperimentConfig", *, json: bool) -> None:
+def run_and_report(experiment: "ExperimentConfig", *, json: bool) -> None:
     """Every step in turn, then the table and where the report is."""
     from lr_ray.report.write import write_report
-    from lr_ray.runtime.evaluation import evaluate_methods
-    from lr_ray.runtime.inversion import invert_library
-    from lr_ray.runtime.session import ray_session
-    from lr_ray.runtime.training import train_meta_lora, train_oracle
-    from lr_ray.runtime.tuning import tune_library
+    from lr_ray.runtime.experiment import run_experiment
 
-    progress = reporter(quiet=json)
-    with ray_session(experiment.ray):
-        if experiment.data.tune is not None and experiment.adapters is None:
-            tune_library(experiment, progress)
-        invert_library(experiment, progress)
-        train_meta_lora(experiment, progress)
-        if "oracle" in experiment.evaluation.methods:
-            train_oracle(experiment, progress)
-        rows = evaluate_methods(experiment, progress)
+    rows = run_experiment(experiment, reporter(quiet=json))
     written = write_report(experiment, rows)
     if json:
         print_json(rows)

@@ -1,6 +1,7 @@
 """The meta-training loss of one episode, and the schedule of its learning rate."""
 
 import math
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,8 @@ from lr_ray.vit.augment import AugmentationConfig, augment
 from lr_ray.vit.backbone import Backbone, Precision, autocast
 from lr_ray.vit.lora import LoRAConfig
 from lr_ray.vit.tokens import encode
+
+Objective = Literal["episodes", "joint"]
 
 
 class ScheduleConfig(Section):
@@ -45,6 +48,9 @@ class TrainConfig(Section):
     """Size of the meta-LoRA."""
     init_scale: float = Field(default=0.0, ge=0)
     """Start from the average of the LoRAs' products times this, cut to the meta-LoRA's rank; 0 starts from no update."""
+    objective: Objective = "episodes"
+    """`episodes`; or `joint`: plain supervision, cross-entropy of a linear classifier of all synthetic classes on as many
+    images as an episode holds, the classifier thrown away afterwards (the paper's ablation)."""
     episode: EpisodeShape = EpisodeShape(n_query=7)
     """Shape of the training episodes."""
     num_steps: int = Field(default=300, gt=0)
@@ -84,6 +90,8 @@ class TrainConfig(Section):
     def _check(self) -> "TrainConfig":
         if self.episodes_per_step % self.num_workers:
             raise ValueError(f"episodes_per_step {self.episodes_per_step} is no multiple of num_workers {self.num_workers}")
+        if self.objective == "joint" and self.relations.share:
+            raise ValueError(f"objective joint does not go with relations.share {self.relations.share}; set it to 0")
         moving = [name for name in ("roll", "affine", "crop") if getattr(self.augmentation, name)]
         if self.keep_ratio < 1 and moving:
             raise ValueError(
@@ -95,12 +103,23 @@ class TrainConfig(Section):
 class Student(nn.Module):
     """The backbone with the meta-LoRA attached, as one module for DistributedDataParallel."""
 
-    def __init__(self, backbone: Backbone, precision: Precision) -> None:
+    def __init__(self, backbone: Backbone, precision: Precision, *, num_classes: int | None = None) -> None:
+        """With `num_classes`, a linear classifier on top, which starts from zero."""
         super().__init__()
         self.model = backbone.model
+        self.classifier: nn.Linear | None = None
+        if num_classes is not None:
+            self.classifier = nn.Linear(backbone.num_features, num_classes, device=backbone.device)
+            nn.init.zeros_(self.classifier.weight)
+            nn.init.zeros_(self.classifier.bias)
         self._backbone, self._precision = backbone, precision
 
     def forward(self, pixels: Tensor, keep_indices: Tensor | None) -> Tensor:
+        """(B, 3, H, W) in [0, 1], (B, K) or None → (B, D) features, or (B, C) logits of the classifier, in fp32."""
+        features = self.features(pixels, keep_indices)
+        return features if self.classifier is None else self.classifier(features)
+
+    def features(self, pixels: Tensor, keep_indices: Tensor | None) -> Tensor:
         """(B, 3, H, W) in [0, 1], (B, K) or None → (B, D) features in fp32."""
         with autocast(self._backbone.device, self._precision):
             encoding = encode(self.model, self._backbone.normalize(pixels), keep_indices=keep_indices)
@@ -134,6 +153,35 @@ def episode_loss(
     else:
         loss = distillation_loss(logits, episode.teacher_logits.to(logits.device).float(), config.temperature)
     return loss, (logits.argmax(dim=1) == labels).float().mean().detach()
+
+
+def joint_loss(
+    student: nn.Module,
+    images: Tensor,
+    keep_indices: Tensor | None,
+    labels: Tensor,
+    config: TrainConfig,
+    *,
+    grid_size: tuple[int, int],
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy over all synthetic classes at once.
+
+    Args:
+        student: a `Student` with a classifier, possibly wrapped.
+        images: (B, 3, H, W) uint8.
+        keep_indices: (B, K) patches to keep, or None for all.
+        labels: (B,) in [0, C).
+        grid_size: patches along (H, W).
+        generator: CPU generator of the augmentation.
+
+    Returns:
+        The scalar loss and the scalar accuracy.
+    """
+    pixels, keep = augment(images, keep_indices, config.augmentation, grid_size=grid_size, generator=generator)
+    logits: Tensor = student(pixels, keep)
+    labels = labels.to(logits.device)
+    return F.cross_entropy(logits, labels), (logits.argmax(dim=1) == labels).float().mean().detach()
 
 
 def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:

@@ -112,9 +112,7 @@ class EpisodeSampler:
         n_shot, n_query = self._shape.n_shot, self._shape.n_query
         picks = np.stack([rng.choice(self._members[c], n_shot + n_query, replace=False) for c in classes])
         support, query = torch.from_numpy(picks[:, :n_shot].ravel()), torch.from_numpy(picks[:, n_shot:].ravel())
-        pool, keep, logits = self._pool, None, None
-        if self._num_kept is not None and pool.patch_order is not None:
-            keep = pool.patch_order[torch.cat([support, query]), : self._num_kept]
+        pool, logits = self._pool, None
         if kind == "adapter" and pool.teacher_logits is not None:
             logits = pool.teacher_logits[query][:, torch.from_numpy(pool.slot_of[classes])]
         return Episode(
@@ -122,9 +120,15 @@ class EpisodeSampler:
             support_images=pool.images[support],
             query_images=pool.images[query],
             query_labels=torch.arange(len(classes)).repeat_interleave(n_query),
-            keep_indices=keep,
+            keep_indices=self.keep_indices(torch.cat([support, query])),
             teacher_logits=logits,
         )
+
+    def keep_indices(self, positions: Tensor) -> Tensor | None:
+        """(B,) positions in the pool → (B, K) patches to keep, or None for all."""
+        if self._num_kept is None or self._pool.patch_order is None:
+            return None
+        return self._pool.patch_order[positions, : self._num_kept]
 
     def _one_adapter(self, rng: np.random.Generator) -> np.ndarray:
         candidates = np.flatnonzero(self._pool.adapter_of == rng.choice(self._adapters))

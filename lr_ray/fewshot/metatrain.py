@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lr_ray.errors import EpisodeError
-from lr_ray.fewshot.distill import Student, TrainConfig, episode_loss
+from lr_ray.fewshot.distill import Student, TrainConfig, episode_loss, joint_loss
 from lr_ray.fewshot.episodes import EpisodeSampler, EpisodeShape, ImagePool, draw_test_episodes
 from lr_ray.fewshot.evaluate import episode_accuracies
 from lr_ray.fewshot.relations import RelationTargets, relation_loss
@@ -73,13 +73,17 @@ class MetaTrainer:
         for name, module in lora_modules(backbone.model).items():
             if start_deltas is not None and name in start_deltas:
                 module.load_delta(start_deltas[name].to(backbone.device))
-        self._bare = Student(backbone, config.precision)
+        self._pool, self._labels = pool, torch.from_numpy(_distinct_classes(pool))
+        num_classes = int(self._labels.max()) + 1 if config.objective == "joint" else None
+        self._bare = Student(backbone, config.precision, num_classes=num_classes)
         self._student = wrap(self._bare)
         self._parameters = {
             f"{name}.{part}": getattr(module, part)
             for name, module in lora_modules(backbone.model).items()
             for part in ("lora_a", "lora_b")
         }
+        if self._bare.classifier is not None:
+            self._parameters |= {f"classifier.{part}": value for part, value in self._bare.classifier.named_parameters()}
         self._optimizer = torch.optim.Adam(self._parameters.values(), lr=config.schedule.lowest)
         self.step = 0
         self.best_step = 0
@@ -115,13 +119,21 @@ class MetaTrainer:
             kept = None if relations.keep_indices is None else relations.keep_indices[chosen]
             features: Tensor = self._student(relations.images[chosen].float().div_(255), kept)
             return relation_loss(features, relations.features[chosen].to(features.device), config.relations.temperature)
-        return episode_loss(
-            self._student,
-            self._sampler.draw(index),
-            config,
-            grid_size=self._backbone.model.patch_embed.grid_size,
-            generator=torch.Generator().manual_seed(self._seed * 1_000_003 + index),
-        )
+        grid_size = self._backbone.model.patch_embed.grid_size
+        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + index)
+        if config.objective == "joint":
+            count = config.episode.n_way * (config.episode.n_shot + config.episode.n_query)
+            chosen = torch.from_numpy(rng.choice(len(self._labels), count))
+            return joint_loss(
+                self._student,
+                self._pool.images[chosen],
+                self._sampler.keep_indices(chosen),
+                self._labels[chosen],
+                config,
+                grid_size=grid_size,
+                generator=generator,
+            )
+        return episode_loss(self._student, self._sampler.draw(index), config, grid_size=grid_size, generator=generator)
 
     def validate(self) -> float | None:
         """Accuracy on the validation episodes, and the weights kept if it is the best; None if there are none."""
@@ -130,7 +142,7 @@ class MetaTrainer:
             return None
         images, shape = self._validation.images, self._validation.shape
         with torch.no_grad():
-            features = torch.cat([self._bare(part.float() / 255, None).cpu() for part in images.split(_BATCH)])
+            features = torch.cat([self._bare.features(part.float() / 255, None).cpu() for part in images.split(_BATCH)])
         episodes = draw_test_episodes(
             self._validation.labels, shape, num_episodes=self._config.validation_episodes, seed=self._seed
         )
@@ -174,6 +186,13 @@ class MetaTrainer:
     def _load(self, values: Mapping[str, Tensor]) -> None:
         for name, parameter in self._parameters.items():
             parameter.copy_(values[name])
+
+
+def _distinct_classes(pool: ImagePool) -> np.ndarray:
+    """(M,) class of each image, those of one name counted as one."""
+    names = list(dict.fromkeys(pool.class_names))
+    renumbered: np.ndarray = np.array([names.index(name) for name in pool.class_names])[pool.class_of]
+    return renumbered
 
 
 def best_modules(backbone: Backbone, config: LoRAConfig, tensors: Mapping[str, Tensor]) -> dict[str, LowRank]:

@@ -110,7 +110,7 @@ def invert(
             for part in labels.split(config.batch_size)
         ]
         images, loss_prior = (torch.cat(parts) for parts in zip(*batches, strict=True))
-        teacher_logits, patch_order = _describe(adapter, backbone, images, config)
+        teacher_logits, patch_order = describe(adapter, backbone, images, config)
     order = labels.argsort(stable=True)
     return SyntheticImages(
         images=images[order],
@@ -184,8 +184,12 @@ def teacher_logits_of(
 
 
 @torch.no_grad()
-def _describe(adapter: Adapter, backbone: Backbone, images: Tensor, config: InversionConfig) -> tuple[Tensor, Tensor]:
-    """(B, C) logits on all tokens and (B, P) patch order under the pruning schedule, of uint8 images."""
+def describe(adapter: Adapter, backbone: Backbone, images: Tensor, config: InversionConfig) -> tuple[Tensor, Tensor]:
+    """(B, C) logits on all tokens and (B, P) patch order under the pruning schedule, of uint8 images.
+
+    Args:
+        adapter: with a head; merged into the backbone's weights.
+    """
     assert adapter.head_weight is not None
     logits, orders = [], []
     for part in images.split(config.batch_size):

@@ -2,7 +2,7 @@
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import matplotlib
@@ -110,6 +110,52 @@ def accuracy_bars(rows: Sequence[dict[str, Any]]) -> bytes:
         axis.set_title(f"{n_way}-way {n_shot}-shot accuracy, % (dotted: chance)", fontsize=10, loc="left", color=_INK)
         axis.spines[["top", "right"]].set_visible(False)
     return _png(figure)
+
+
+def grid_bars(summary: Sequence[dict[str, Any]]) -> bytes:
+    """PNG: a bar for each cell and method, the mean over the seeds with its 95 % confidence interval, a dot for each seed.
+
+    A dashed line continues the first bar of each of `nn`, `loras-avg` at its best scale and `oracle`.
+    """
+    shapes = list(dict.fromkeys((row["n_way"], row["n_shot"]) for row in summary))
+    bars = list(dict.fromkeys((row["cell"], row["method"]) for row in summary))
+    labels = [cell if method == "recycle" else method for cell, method in bars]
+    figure = Figure(figsize=(2.2 + 3.9 * len(shapes), 0.3 * len(bars) + 1.0), dpi=110, layout="constrained")
+    for axis, shape in zip(figure.subplots(1, len(shapes), squeeze=False, sharey=True).flat, shapes, strict=True):
+        found = {(row["cell"], row["method"]): row for row in summary if (row["n_way"], row["n_shot"]) == shape}
+        for position, bar in enumerate(bars):
+            if bar not in found:
+                continue
+            row, colour = found[bar], _COLOURS.get(bar[1], _MUTED)
+            axis.barh(position, row["accuracy"], xerr=row["ci95"], color=colour, ecolor=_INK, height=0.65)
+            seeds = list(row["seeds"].values())
+            axis.plot(seeds, [position] * len(seeds), ".", color=_INK, markersize=3)
+            axis.text(
+                max(row["highest"], row["accuracy"] + row["ci95"]) + 0.6,
+                position,
+                f"{row['accuracy']:.1f}",
+                va="center",
+                fontsize=8,
+            )
+        values = [row["accuracy"] for row in found.values()]
+        axis.set_xlim(max(0, min(values) - 6), min(104, max(values) + 6))
+        axis.set_yticks(range(len(bars)), labels, fontsize=8, parse_math=False)
+        axis.set_ylim(len(bars) - 0.4, -0.6)
+        axis.set_title(f"{shape[0]}-way {shape[1]}-shot accuracy, %", fontsize=10, loc="left", color=_INK)
+        axis.spines[["top", "right"]].set_visible(False)
+        for method, row in _references(found.values()).items():
+            axis.axvline(row["accuracy"], color=_COLOURS.get(method, _INK), linestyle="--", linewidth=0.8)
+    return _png(figure)
+
+
+def _references(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The best row of each method but `recycle` and `raw-pixels`, all scales of `loras-avg` together."""
+    best: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        method = row["method"].partition(":")[0]
+        if method not in ("recycle", "raw-pixels") and row["accuracy"] > best.get(method, row)["accuracy"] - 1e-9:
+            best[method] = row
+    return best
 
 
 def _smoothed(values: Sequence[float]) -> np.ndarray:

@@ -5,7 +5,7 @@ from typing import Any
 
 from lr_ray.config import ExperimentConfig
 from lr_ray.report.html import render_report
-from lr_ray.report.pictures import accuracy_bars, contact_sheet, training_curves
+from lr_ray.report.pictures import accuracy_bars, contact_sheet, grid_bars, training_curves
 from lr_ray.storage.adapters import list_adapters
 from lr_ray.storage.filesystem import join, write_bytes
 from lr_ray.storage.manifest import read_manifest, versions
@@ -42,3 +42,10 @@ def write_report(config: ExperimentConfig, rows: Sequence[dict[str, Any]]) -> li
     for uri, content in written.items():
         write_bytes(uri, content)
     return list(written)
+
+
+def write_grid_chart(root: str, summary: Sequence[dict[str, Any]]) -> str:
+    """Draw and commit what `run_grid` measured; returns the URI of the picture."""
+    uri = join(root, "gain.png")
+    write_bytes(uri, grid_bars(summary))
+    return uri

@@ -219,6 +219,7 @@ def test_the_student_sees_normalised_pixels_and_the_patches_kept(backbone: Backb
         ({"temperature": 0}, "temperature"),
         ({"distance": "manhattan"}, "distance"),
         ({"no_such_key": 1}, "no_such_key"),
+        ({"objective": "joint", "relations": {"share": 0.5}}, "objective joint does not go with relations.share 0.5"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(wrong: dict[str, Any], message: str):

@@ -1,5 +1,6 @@
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -379,3 +380,36 @@ def test_a_pool_too_small_is_refused_before_the_backbone_is_touched(backbone: Ba
     with pytest.raises(EpisodeError):
         trainer(backbone, colour_pool, config(episode={"n_way": 4, "n_shot": 1, "n_query": 4}))
     assert all(isinstance(backbone.model.get_submodule(name), nn.Linear) for name in MODULES)
+
+
+def test_joint_supervision_learns_the_classes_and_throws_its_classifier_away(
+    backbone: Backbone, colour_pool: ImagePool, make_backbone: MakeBackbone
+):
+    settings = config(objective="joint")
+    training = trainer(backbone, colour_pool, settings, validation=validation(colour_pool))
+    before = training.validate()
+    metrics = [training.run_step() for _ in range(60)]
+    assert np.mean([m["loss"] for m in metrics[-10:]]) < 0.7 * metrics[0]["loss"]
+    assert metrics[0]["loss"] == pytest.approx(np.log(6), abs=1e-5), "six classes, and a classifier that starts from zero"
+    assert training.validate() > before
+    assert set(best_modules(make_backbone(), settings.lora, training.state()[0])) == set(MODULES)
+
+
+def test_joint_supervision_counts_classes_of_one_name_as_one(make_backbone: MakeBackbone, colour_pool: ImagePool):
+    shared = replace(colour_pool, class_names=("a", "b", "c", "a", "b", "d"))
+    training = trainer(make_backbone(), shared, config(objective="joint"))
+    assert training.run_step()["loss"] == pytest.approx(np.log(4), abs=1e-5)
+
+
+def test_joint_supervision_goes_on_where_it_stopped(make_backbone: MakeBackbone, colour_pool: ImagePool):
+    whole, first = (trainer(make_backbone(), colour_pool, config(objective="joint")) for _ in range(2))
+    for _ in range(6):
+        whole.run_step()
+    for _ in range(3):
+        first.run_step()
+    second = trainer(make_backbone(), colour_pool, config(objective="joint"))
+    second.load_state(*first.state())
+    for _ in range(3):
+        second.run_step()
+    assert largest_difference(weights(whole), weights(second)) == 0
+    assert any("classifier" in name for name in weights(whole))

@@ -1,0 +1,141 @@
+"""A grid: one experiment in many variants, each over several seeds."""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, field_validator
+
+from lr_ray.config import ExperimentConfig, absolute_path, explain, load_config, read_yaml
+from lr_ray.data.images import DataConfig
+from lr_ray.data.procedural import ProceduralName
+from lr_ray.errors import ConfigError
+from lr_ray.section import Section
+from lr_ray.storage.filesystem import join
+from lr_ray.storage.manifest import digest_of
+
+
+class StandInConfig(Section):
+    """Images in the place of the inverted ones: controls, which show what inversion adds, and ceilings."""
+
+    kind: Literal["shuffled", "real", "mixed"] | ProceduralName
+    """`noise`, `dead-leaves`, `strokes`: procedural. `shuffled`: the inverted ones, each with its patches in random order.
+    `real`: images of `data`. `mixed`: the inverted ones and `per_class` real ones a class."""
+    data: DataConfig | None = None
+    """Of `real`: unrelated images, which have none of the adapters' classes; default `data.tune`, what they were tuned on."""
+    per_class: int | None = Field(default=None, gt=0)
+    """Of `real` and `mixed`: different real images a class; default `inversion.images_per_class`. Fewer are repeated."""
+
+
+class CellConfig(Section):
+    """One variant."""
+
+    set: dict[str, Any] = {}
+    """{section.key: value} over the grid's base."""
+    images: StandInConfig | None = None
+    """In the place of the inverted images; default the inverted ones."""
+
+
+class GridConfig(Section):
+    """Variants of a base experiment, the same seeds for all."""
+
+    name: str
+    """Of the grid."""
+    base: Path
+    """YAML file of the experiment; a relative path starts at the grid's folder."""
+    output: str | None = None
+    """Folder or URI of everything it writes; default `runs/NAME`."""
+    seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1)
+    """Each determines LoRAs, images, training and test episodes anew."""
+    set: dict[str, Any] = {}
+    """{section.key: value} over the base, for all cells."""
+    cells: dict[str, CellConfig] = Field(min_length=1)
+    """{name: variant}."""
+
+    @field_validator("seeds")
+    @classmethod
+    def _distinct(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(seeds)) < len(seeds):
+            raise ValueError(f"seeds {list(seeds)}: the same one twice; each may be given once")
+        return seeds
+
+    @property
+    def output_root(self) -> str:
+        return self.output or f"runs/{self.name}"
+
+
+def load_grid(path: str | Path, *, output: str | None = None) -> GridConfig:
+    """Read a YAML file.
+
+    Raises:
+        ConfigError: unreadable, an unknown key, or a value that is not allowed.
+    """
+    content = read_yaml(path)
+    content.setdefault("name", Path(path).stem)
+    if output is not None:
+        content["output"] = output
+    try:
+        grid = GridConfig.model_validate(content)
+    except ValidationError as error:
+        raise ConfigError(explain(error, str(path), GridConfig)) from error
+    return grid.model_copy(update={"base": Path(path).parent / grid.base, "output": absolute_path(grid.output_root)})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cell:
+    """One variant and seed, ready to run.
+
+    Attributes:
+        config: of the experiment; its folders lie below the grid's output and are named by digests of what determines
+            them, so that cells that agree on adapters or images share them.
+        stand_in: images in the place of the inverted ones, or None.
+        tune: whether the adapters are made here; else they are given.
+        inverted_root: where the inverted images of these adapters go.
+    """
+
+    name: str
+    seed: int
+    config: ExperimentConfig
+    stand_in: StandInConfig | None
+    tune: bool
+    inverted_root: str
+
+
+def plan_cell(grid: GridConfig, name: str, seed: int) -> Cell:
+    """Cell `name` of the grid with a seed.
+
+    Raises:
+        ConfigError: a key or value that is not allowed, or no data to measure on.
+    """
+    cell = grid.cells[name]
+    values = {"name": name, **grid.set, **cell.set, "seed": seed}
+    try:
+        config = load_config(grid.base, [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in values.items()])
+    except ConfigError as error:
+        raise ConfigError(f"cell {name!r}: {error}") from error
+    if config.data.test is None:
+        raise ConfigError(f"cell {name!r}: data.test is not set: name the real images of unseen classes")
+    drawn = {"seed": seed, "backbone": config.backbone.model_dump(mode="json")}
+    tune = config.data.tune
+    library = {**drawn, "tuning": config.tuning.model_dump(mode="json"), "data": tune.model_dump(mode="json") if tune else None}
+    inverted = {**drawn, "adapters": config.adapters or library, "inversion": config.inversion.model_dump(mode="json")}
+    images = {**inverted, "images": cell.images.model_dump(mode="json")} if cell.images else inverted
+    measured = {**images, "training": config.training.model_dump(mode="json")}
+
+    def folder(kind: str, inputs: dict[str, Any]) -> str:
+        return join(grid.output_root, kind, digest_of(inputs)[:12])
+
+    adapters = config.adapters or folder("adapters", library)
+    slug = re.sub(r"[^\w.-]+", "-", name)
+    output = join(grid.output_root, "cells", f"{slug}-{digest_of(measured)[:12]}")
+    paths = {"adapters": adapters, "synthetic": folder("synthetic", images), "output": output}
+    return Cell(
+        name=name,
+        seed=seed,
+        config=config.model_copy(update=paths),
+        stand_in=cell.images,
+        tune=config.adapters is None,
+        inverted_root=folder("synthetic", inverted),
+    )

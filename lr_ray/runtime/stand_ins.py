@@ -1,0 +1,191 @@
+"""Sets of images in the place of the inverted ones, each adapter's looked at and labelled by that adapter."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lr_ray.config import ExperimentConfig
+from lr_ray.data.images import LabelledImages
+from lr_ray.data.load import load_data
+from lr_ray.data.procedural import PROCEDURAL
+from lr_ray.errors import ConfigError, DataError, LrRayError
+from lr_ray.grid import StandInConfig
+from lr_ray.inversion.invert import SyntheticImages, describe
+from lr_ray.inversion.objective import cross_entropy
+from lr_ray.report.progress import Reporter
+from lr_ray.runtime.session import map_tasks, worker_device
+from lr_ray.storage.adapters import list_adapters, read_adapter
+from lr_ray.storage.filesystem import exists, join
+from lr_ray.storage.manifest import claim_folder, digest_of
+from lr_ray.storage.synthetic import adapter_id_of, list_synthetic, read_pool, synthetic_name, write_synthetic
+from lr_ray.vit.backbone import Backbone, load_backbone
+from lr_ray.vit.lora import Adapter, check_adapter, merged
+
+_CANDIDATES = 4
+"""Images without classes are chosen out of this many times as many, by what the adapter makes of them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StandInTask:
+    """One adapter's set, and where it goes."""
+
+    config: ExperimentConfig
+    stand_in: StandInConfig
+    inverted_root: str
+    adapter_folder: str
+    index: int
+    uri: str
+
+
+def make_stand_ins(config: ExperimentConfig, stand_in: StandInConfig, inverted_root: str, reporter: Reporter) -> None:
+    """Fill `config.synthetic_root` with one file an adapter, in the format and number of the inverted images.
+
+    Args:
+        inverted_root: where the inverted images of the same adapters are, for `shuffled` and `mixed`.
+
+    Raises:
+        ConfigError: real images are asked for and none named.
+        DataError: a class without images.
+    """
+    data = _real_images(config, stand_in)
+    inputs = {
+        "step": "stand-in",
+        "seed": config.seed,
+        "backbone": load_backbone(config.backbone).identity,
+        "inversion": config.inversion.model_dump(mode="json"),
+        "images": stand_in.model_dump(mode="json"),
+        "data": data.digest() if data else None,
+    }
+    claim_folder(config.synthetic_root, inputs, config=config.resolved())
+    tasks = []
+    for index, folder in enumerate(list_adapters(config.adapters_root)):
+        spec = read_adapter(folder).spec
+        name = synthetic_name(spec.adapter_id, digest_of({**inputs, "adapter": spec.digest}))
+        uri = join(config.synthetic_root, name)
+        if not exists(uri):
+            task = StandInTask(
+                config=config, stand_in=stand_in, inverted_root=inverted_root, adapter_folder=folder, index=index, uri=uri
+            )
+            tasks.append(task)
+    failures: list[LrRayError] = []
+    if tasks:
+        with reporter.track(stand_in.kind, len(tasks)) as advance:
+            for task, result in map_tasks(make_one, tasks, config.ray):
+                if isinstance(result, LrRayError):
+                    failures.append(result)
+                else:
+                    advance(f"{task.adapter_folder.rsplit('/', 1)[-1]}: {result} images")
+    if failures:
+        raise failures[0]
+
+
+def _real_images(config: ExperimentConfig, stand_in: StandInConfig) -> LabelledImages | None:
+    if stand_in.kind not in ("real", "mixed"):
+        return None
+    chosen = stand_in.data or config.data.tune
+    if chosen is None:
+        raise ConfigError(f"images.kind {stand_in.kind}: name the real images, in images.data or data.tune")
+    return load_data(chosen)
+
+
+def make_one(task: StandInTask) -> int:
+    """Commit one adapter's set; returns the number of its images."""
+    config = task.config
+    backbone = load_backbone(config.backbone, device=worker_device(config.ray))
+    adapter = read_adapter(task.adapter_folder).to(backbone.device)
+    check_adapter(adapter, backbone)
+    rng = np.random.default_rng((config.seed, task.index, 2))
+    with merged(backbone.model, adapter.deltas()):
+        images, labels = _images(task, adapter, backbone, rng)
+        teacher_logits, patch_order = describe(adapter, backbone, images, config.inversion)
+    order = labels.argsort(stable=True)
+    stand_ins = SyntheticImages(
+        images=images[order],
+        labels=labels[order],
+        patch_order=patch_order[order],
+        teacher_logits=teacher_logits[order],
+        loss_ce=cross_entropy(teacher_logits, labels)[order],
+        loss_prior=torch.zeros(len(labels)),
+    )
+    write_synthetic(task.uri, stand_ins, adapter.spec, seed=config.seed)
+    return len(labels)
+
+
+def _images(task: StandInTask, adapter: Adapter, backbone: Backbone, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """(B, 3, H, W) uint8 and (B,) labels."""
+    config, stand_in = task.config, task.stand_in
+    each = config.inversion.images_per_class
+    if stand_in.kind in ("shuffled", "mixed"):
+        mine = [file for file in list_synthetic(task.inverted_root) if adapter_id_of(file) == adapter.spec.adapter_id]
+        pool = read_pool(task.inverted_root, mine)
+        images, labels = pool.images, torch.from_numpy(pool.class_of.astype(np.int64))
+        if stand_in.kind == "shuffled":
+            return _shuffle_patches(images, backbone.patch_px, rng), labels
+        real, real_labels = _of_own_classes(task, adapter, backbone, stand_in.per_class or each, rng)
+        return torch.cat([images, real]), torch.cat([labels, real_labels])
+    if stand_in.kind == "real" and stand_in.data is None:
+        images, labels = _of_own_classes(task, adapter, backbone, stand_in.per_class or each, rng)
+        few = stand_in.per_class or each
+        if few < each:
+            repeated = torch.arange(len(adapter.spec.class_names))[:, None] * few + torch.arange(each) % few
+            images, labels = images[repeated.flatten()], labels[repeated.flatten()]
+        return images, labels
+    return _chosen_by_adapter(task, adapter, backbone, rng)
+
+
+def _of_own_classes(
+    task: StandInTask, adapter: Adapter, backbone: Backbone, per_class: int, rng: np.random.Generator
+) -> tuple[Tensor, Tensor]:
+    """Real images of the classes that the adapter was tuned on, class by class."""
+    data = _real_images(task.config, task.stand_in)
+    assert data is not None
+    picks = []
+    for name in adapter.spec.class_names:
+        members = np.flatnonzero(data.labels == data.class_names.index(name)) if name in data.class_names else np.zeros(0, int)
+        if len(members) < per_class:
+            raise DataError(
+                f"class {name!r} has {len(members)} images in {data.name}, but {per_class} are asked for; lower per_class"
+            )
+        picks.append(rng.choice(members, per_class, replace=False))
+    labels = torch.arange(len(picks)).repeat_interleave(per_class)
+    return data.pixels(np.concatenate(picks), backbone.image_px), labels
+
+
+def _chosen_by_adapter(
+    task: StandInTask, adapter: Adapter, backbone: Backbone, rng: np.random.Generator
+) -> tuple[Tensor, Tensor]:
+    """Images without a class, out of several times as many: for each class those that the adapter finds most like it."""
+    each = task.config.inversion.images_per_class
+    num_classes = len(adapter.spec.class_names)
+    count = _CANDIDATES * each * num_classes
+    kind = task.stand_in.kind
+    if kind == "real":
+        data = _real_images(task.config, task.stand_in)
+        assert data is not None
+        candidates = data.pixels(rng.choice(len(data), min(count, len(data)), replace=False), backbone.image_px)
+    else:
+        assert kind in PROCEDURAL
+        drawn = [np.array(PROCEDURAL[kind](rng, backbone.image_px)) for _ in range(count)]
+        candidates = torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2)
+    if len(candidates) < each * num_classes:
+        raise DataError(f"images.data has {len(candidates)} images, but {each * num_classes} are needed; give more")
+    logits, _ = describe(adapter, backbone, candidates, task.config.inversion)
+    scores = logits.log_softmax(dim=1)
+    picks = []
+    for c in range(num_classes):
+        best = scores[:, c].topk(each).indices
+        picks.append(best)
+        scores[best] = -torch.inf
+    return candidates[torch.cat(picks)], torch.arange(num_classes).repeat_interleave(each)
+
+
+def _shuffle_patches(images: Tensor, patch_px: int, rng: np.random.Generator) -> Tensor:
+    """Each image's patches in a random order of its own."""
+    batch, channels, height, width = images.shape
+    rows, columns = height // patch_px, width // patch_px
+    patches = images.view(batch, channels, rows, patch_px, columns, patch_px).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
+    orders = torch.from_numpy(rng.permuted(np.tile(np.arange(rows * columns), (batch, 1)), axis=1))
+    shuffled = patches[torch.arange(batch)[:, None], orders].view(batch, rows, columns, channels, patch_px, patch_px)
+    return shuffled.permute(0, 3, 1, 4, 2, 5).reshape(images.shape)
