@@ -78,6 +78,8 @@ class ExperimentConfig(Section):
     """Folder or URI of adapters in PEFT's format; default `OUTPUT/adapters`, where `lr-ray tune` puts them."""
     synthetic: str | None = None
     """Folder or URI of the synthetic images; default `OUTPUT/synthetic`."""
+    relations: str | None = None
+    """Folder or URI of what the adapters make of those images, where relations are learnt; default `OUTPUT/relations`."""
     seed: int = 0
     """Determines everything that is drawn."""
     backbone: BackboneConfig = BackboneConfig()
@@ -99,6 +101,10 @@ class ExperimentConfig(Section):
     @property
     def synthetic_root(self) -> str:
         return self.synthetic or f"{self.output_root.rstrip('/')}/synthetic"
+
+    @property
+    def relations_root(self) -> str:
+        return self.relations or f"{self.output_root.rstrip('/')}/relations"
 
     @property
     def meta_lora_root(self) -> str:
@@ -180,7 +186,7 @@ def _with_absolute_paths(config: ExperimentConfig) -> ExperimentConfig:
         return data.model_copy(update={"source": absolute(data.source)})
 
     data = {name: located(getattr(config.data, name)) for name in DataSection.model_fields}
-    paths = {name: absolute(getattr(config, name)) for name in ("adapters", "synthetic")}
+    paths = {name: absolute(getattr(config, name)) for name in ("adapters", "synthetic", "relations")}
     backbone = config.backbone.model_copy(update={"weights": absolute(config.backbone.weights)})
     sections = {"data": config.data.model_copy(update=data), "backbone": backbone}
     return config.model_copy(update={**sections, **paths, "output": absolute(config.output_root)})

@@ -130,7 +130,12 @@ def plan_cell(grid: GridConfig, name: str, seed: int) -> Cell:
     adapters = config.adapters or folder("adapters", library)
     slug = re.sub(r"[^\w.-]+", "-", name)
     output = join(grid.output_root, "cells", f"{slug}-{digest_of(measured)[:12]}")
-    paths = {"adapters": adapters, "synthetic": folder("synthetic", images), "output": output}
+    paths = {
+        "adapters": adapters,
+        "synthetic": folder("synthetic", images),
+        "relations": join(grid.output_root, "relations"),
+        "output": output,
+    }
     return Cell(
         name=name,
         seed=seed,

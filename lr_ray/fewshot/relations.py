@@ -31,6 +31,8 @@ class RelationsConfig(Section):
     """Of the neighbourhoods, in units of the mean distance of a batch."""
     width: int = Field(default=2048, gt=0)
     """Numbers an image that the features of all adapters are projected to, however many they are."""
+    components: int | None = Field(default=32, gt=0)
+    """Distances are taken along this many principal components of those, where the adapters agree; None: along all."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,6 +69,25 @@ def draw_views(
         if keep is not None:
             kept.append(keep)
     return torch.cat(views), torch.cat(kept) if kept else None
+
+
+def directions(features: Tensor) -> Tensor:
+    """(M, D) features of one adapter → as unit vectors from their mean, so that every adapter and image counts alike.
+
+    Without it what an adapter says is hidden behind what all of its features have in common, and adapters with large
+    features speak loudest.
+    """
+    return F.normalize(features - features.mean(dim=0), dim=1)
+
+
+def principal(features: Tensor, components: int | None) -> Tensor:
+    """(M, P) → (M, min(components, P)) coordinates along the directions that vary most; None keeps all as they are."""
+    if components is None:
+        return features
+    centred = features - features.mean(dim=0)
+    _, vectors = torch.linalg.eigh(centred.T @ centred)  # by eigenvalue, ascending
+    coordinates: Tensor = centred @ vectors[:, -components:]
+    return coordinates
 
 
 def project(features: Tensor, *, width: int, seed: int) -> Tensor:

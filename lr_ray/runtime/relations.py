@@ -12,7 +12,7 @@ from torch import Tensor
 from lr_ray.config import ExperimentConfig
 from lr_ray.errors import LrRayError, StorageError
 from lr_ray.fewshot.episodes import ImagePool
-from lr_ray.fewshot.relations import RelationTargets, draw_views, project
+from lr_ray.fewshot.relations import RelationTargets, directions, draw_views, principal, project
 from lr_ray.report.progress import Reporter
 from lr_ray.runtime.session import map_tasks, worker_device
 from lr_ray.storage.adapters import list_adapters, read_adapter
@@ -24,6 +24,8 @@ from lr_ray.vit.lora import check_adapter, merged
 from lr_ray.vit.tokens import encode, num_kept
 
 _BATCH = 100
+_TRAINING_ONLY = {"share", "batch_size", "temperature", "width", "components"}
+"""Keys of `training.relations` that the adapters' features do not depend on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,7 +52,7 @@ def see_with_every_adapter(config: ExperimentConfig, files: Sequence[str], repor
         "step": "relations",
         "seed": config.seed,
         "backbone": load_backbone(config.backbone).identity,
-        "relations": config.training.relations.model_dump(mode="json", exclude={"share", "batch_size", "temperature", "width"}),
+        "relations": config.training.relations.model_dump(mode="json", exclude=_TRAINING_ONLY),
         "augmentation": config.training.augmentation.model_dump(mode="json"),
         "keep_ratio": config.training.keep_ratio,
         "precision": config.training.precision,
@@ -60,7 +62,7 @@ def see_with_every_adapter(config: ExperimentConfig, files: Sequence[str], repor
     for folder in list_adapters(config.adapters_root):
         spec = read_adapter(folder).spec
         name = f"{spec.adapter_id}-{digest_of({**shared, 'adapter': spec.digest})[:12]}.safetensors"
-        uri = join(config.output_root, "relations", name)
+        uri = join(config.relations_root, name)
         tasks.append(RelationTask(config=config, adapter_folder=folder, files=tuple(files), uri=uri))
     todo = [task for task in tasks if not exists(task.uri)]
     failures: list[LrRayError] = []
@@ -116,8 +118,11 @@ def relation_targets(
             features = load_safetensors(read_bytes(uri))["features"]
         except (KeyError, SafetensorError) as error:
             raise StorageError(f"features {uri}: damaged ({error}); delete the file and run again") from error
-        total += project(features.float(), width=config.training.relations.width, seed=config.seed * 1_000_003 + index)
-    return RelationTargets(images=views, keep_indices=keep_indices, features=total)
+        total += project(
+            directions(features.float()), width=config.training.relations.width, seed=config.seed * 1_000_003 + index
+        )
+    features = principal(total, config.training.relations.components)
+    return RelationTargets(images=views, keep_indices=keep_indices, features=features)
 
 
 def _views(config: ExperimentConfig, pool: ImagePool, backbone: Backbone) -> tuple[Tensor, Tensor | None]:
