@@ -31,8 +31,6 @@ class RelationsConfig(Section):
     """Of the neighbourhoods, in units of the mean distance of a batch."""
     width: int = Field(default=2048, gt=0)
     """Numbers an image that the features of all adapters are projected to, however many they are."""
-    components: int | None = Field(default=32, gt=0)
-    """Distances are taken along this many principal components of those, where the adapters agree; None: along all."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,16 +76,6 @@ def directions(features: Tensor) -> Tensor:
     features speak loudest.
     """
     return F.normalize(features - features.mean(dim=0), dim=1)
-
-
-def principal(features: Tensor, components: int | None) -> Tensor:
-    """(M, P) → (M, min(components, P)) coordinates along the directions that vary most; None keeps all as they are."""
-    if components is None:
-        return features
-    centred = features - features.mean(dim=0)
-    _, vectors = torch.linalg.eigh(centred.T @ centred)  # by eigenvalue, ascending
-    coordinates: Tensor = centred @ vectors[:, -components:]
-    return coordinates
 
 
 def project(features: Tensor, *, width: int, seed: int) -> Tensor:

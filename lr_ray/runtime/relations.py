@@ -12,7 +12,7 @@ from torch import Tensor
 from lr_ray.config import ExperimentConfig
 from lr_ray.errors import LrRayError, StorageError
 from lr_ray.fewshot.episodes import ImagePool
-from lr_ray.fewshot.relations import RelationTargets, directions, draw_views, principal, project
+from lr_ray.fewshot.relations import RelationTargets, directions, draw_views, project
 from lr_ray.report.progress import Reporter
 from lr_ray.runtime.session import map_tasks, worker_device
 from lr_ray.storage.adapters import list_adapters, read_adapter
@@ -24,7 +24,7 @@ from lr_ray.vit.lora import check_adapter, merged
 from lr_ray.vit.tokens import encode, num_kept
 
 _BATCH = 100
-_TRAINING_ONLY = {"share", "batch_size", "temperature", "width", "components"}
+_TRAINING_ONLY = {"share", "batch_size", "temperature", "width"}
 """Keys of `training.relations` that the adapters' features do not depend on."""
 
 
@@ -121,8 +121,7 @@ def relation_targets(
         total += project(
             directions(features.float()), width=config.training.relations.width, seed=config.seed * 1_000_003 + index
         )
-    features = principal(total, config.training.relations.components)
-    return RelationTargets(images=views, keep_indices=keep_indices, features=features)
+    return RelationTargets(images=views, keep_indices=keep_indices, features=total)
 
 
 def _views(config: ExperimentConfig, pool: ImagePool, backbone: Backbone) -> tuple[Tensor, Tensor | None]:

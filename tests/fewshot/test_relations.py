@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lr_ray.fewshot.relations import directions, draw_views, principal, project, relation_loss
+from lr_ray.fewshot.relations import directions, draw_views, project, relation_loss
 from lr_ray.vit.augment import AugmentationConfig, augment
 
 
@@ -82,17 +82,6 @@ def test_directions_forget_what_all_images_share_and_how_large_an_adapters_featu
     assert torch.allclose(directions(50 * features + 1000), found, atol=1e-3)
     apart = torch.tensor([[100.0, 1.0], [100.0, -1.0]])
     assert torch.allclose(directions(apart), torch.tensor([[0.0, 1.0], [0.0, -1.0]]))
-
-
-def test_principal_components_keep_the_distances_that_vary_most():
-    signal, noise = 10 * random(200, 3), 0.1 * random(200, 40, seed=1)
-    rotation = torch.linalg.qr(random(43, 43, seed=2)).Q
-    found = principal(torch.cat([signal, noise], dim=1) @ rotation + 5, 3)
-    assert found.shape == (200, 3)
-    assert torch.allclose(torch.cdist(found, found), torch.cdist(signal, signal), atol=0.5)
-    assert principal(signal, 64).shape == (200, 3)
-    assert torch.allclose(torch.cdist(principal(signal, 64), principal(signal, 64)), torch.cdist(signal, signal), atol=0.1)
-    assert principal(signal, None) is signal
 
 
 def test_views_are_the_augmented_images_in_turn():
