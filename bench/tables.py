@@ -1,11 +1,12 @@
-"""Print a results.json as the Markdown table that the README shows; keep it in bench/results, and some images in docs.
+"""Print results as the Markdown tables that README and docs show; keep them in bench/results, and their pictures in docs.
 
-python bench/tables.py runs/demo runs/cifar-fs
+python bench/tables.py runs/demo runs/cifar-fs runs/gain-glyphs runs/gain-cifar-fs
 """
 
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +17,44 @@ RESULTS = Path(__file__).parent / "results"
 PICTURES = Path(__file__).parent.parent / "docs" / "pictures"
 ADAPTERS_SHOWN = 2
 
+Row = dict[str, Any]
 
-def markdown(rows: list[dict[str, Any]]) -> str:
-    """A line a method, a column a shape."""
+
+def markdown(rows: list[Row], names: list[str], cell: Callable[[Row], str], last: Callable[[Row], str]) -> str:
+    """A line for each combination of `names`, a column a shape, and one more column."""
     shapes = list(dict.fromkeys((row["n_way"], row["n_shot"]) for row in rows))
-    lines = [
-        "| method | " + " | ".join(f"{n_way}-way {n_shot}-shot" for n_way, n_shot in shapes) + " | images/s |",
-        "|---" * (len(shapes) + 2) + "|",
-    ]
-    for method in dict.fromkeys(row["method"] for row in rows):
-        found = {(row["n_way"], row["n_shot"]): row for row in rows if row["method"] == method}
-        cells = [f"{found[shape]['accuracy']:.2f} ± {found[shape]['ci95']:.2f}" for shape in shapes]
-        name = f"**{method}**" if method == "recycle" else method
-        lines.append(f"| {name} | " + " | ".join(cells) + f" | {next(iter(found.values()))['images_per_s']:.0f} |")
+    columns = [*names, *(f"{n_way}-way {n_shot}-shot" for n_way, n_shot in shapes), last.__doc__ or ""]
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    for key in dict.fromkeys(tuple(row[name] for name in names) for row in rows):
+        found = {(row["n_way"], row["n_shot"]): row for row in rows if tuple(row[name] for name in names) == key}
+        first = [f"**{part}**" if part == "recycle" else part for part in key]
+        lines.append("| " + " | ".join([*first, *(cell(found[shape]) for shape in shapes), last(found[shapes[0]])]) + " |")
     return "\n".join(lines)
+
+
+def interval(row: Row) -> str:
+    return f"{row['accuracy']:.2f} ± {row['ci95']:.2f}"
+
+
+def speed(row: Row) -> str:
+    """images/s"""
+    return f"{row['images_per_s']:.0f}"
+
+
+def seeds(row: Row) -> str:
+    """1-shot of each seed"""
+    return ", ".join(f"{accuracy:.1f}" for accuracy in row["seeds"].values())
 
 
 def main() -> None:
     for folder in map(Path, sys.argv[1:]):
-        print(f"{folder.name}\n\n{markdown(json.loads((folder / 'results.json').read_text()))}\n")
+        rows = json.loads((folder / "results.json").read_text())
         shutil.copy(folder / "results.json", RESULTS / f"{folder.name}.json")
+        if "cell" in rows[0]:
+            print(f"{folder.name}\n\n{markdown(rows, ['cell', 'method'], interval, seeds)}\n")
+            shutil.copy(folder / "gain.png", PICTURES / f"{folder.name}.png")
+            continue
+        print(f"{folder.name}\n\n{markdown(rows, ['method'], interval, speed)}\n")
         synthetic = str(folder / "synthetic")
         pool = read_pool(synthetic, list_synthetic(synthetic)[:ADAPTERS_SHOWN])
         (PICTURES / f"{folder.name}.png").write_bytes(contact_sheet(pool, keep_ratio=0.5))

@@ -37,9 +37,9 @@ def run_grid(grid: GridConfig, cells: Sequence[str] | None, reporter: Reporter) 
         for position, cell in enumerate(plan):
             reporter.say(f"cell {position + 1} of {len(plan)}: {cell.name}, seed {cell.seed}")
             rows += [{"cell": cell.name, "seed": cell.seed, **row} for row in run_cell(cell, reporter)]
-    summary = summarise(rows)
-    write_bytes(join(grid.output_root, GRID_RESULTS_NAME), json.dumps(summary, indent=2, ensure_ascii=False).encode())
-    return summary
+            content = json.dumps(summarise(rows), indent=2, ensure_ascii=False)
+            write_bytes(join(grid.output_root, GRID_RESULTS_NAME), content.encode())
+    return summarise(rows)
 
 
 def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
