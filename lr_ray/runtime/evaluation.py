@@ -10,12 +10,12 @@ import torch
 
 from lr_ray.config import ExperimentConfig
 from lr_ray.data.load import load_data
-from lr_ray.errors import ConfigError, LrRayError
+from lr_ray.errors import ConfigError
 from lr_ray.fewshot.episodes import draw_test_episodes
 from lr_ray.fewshot.evaluate import AccuracyReport, episode_accuracies
 from lr_ray.fewshot.methods import MethodInputs, find_method
 from lr_ray.report.progress import Reporter
-from lr_ray.runtime.session import map_tasks, ray_session, worker_device
+from lr_ray.runtime.session import work_through, worker_device
 from lr_ray.storage.adapters import CONFIG_NAME, list_adapters, read_adapter, read_adapters
 from lr_ray.storage.filesystem import exists, join, read_bytes, write_bytes
 from lr_ray.storage.manifest import digest_of
@@ -56,18 +56,14 @@ def evaluate_methods(config: ExperimentConfig, reporter: Reporter) -> list[dict[
     todo = [task for task in tasks if task.digest not in {row["digest"] for row in rows}]
     reporter.say(f"eval: {len(tasks)} methods on {data.name}, {len(tasks) - len(todo)} measured already")
     order = {task.digest: position for position, task in enumerate(tasks)}
-    failures: list[LrRayError] = []
-    if todo:
-        with ray_session(config.ray), reporter.track("eval", len(todo)) as advance:
-            for task, result in map_tasks(evaluate_one, todo, config.ray):
-                if isinstance(result, LrRayError):
-                    failures.append(result)
-                    continue
-                rows = sorted([*rows, *result], key=lambda row: order[row["digest"]])
-                write_bytes(uri, json.dumps(others + rows, indent=2, ensure_ascii=False).encode())
-                advance(f"{task.method} " + ", ".join(f"{row['accuracy']:.1f}" for row in result))
-    if failures:
-        raise failures[0]
+
+    def take(task: EvaluationTask, result: list[dict[str, Any]]) -> str:
+        rows.extend(result)
+        rows.sort(key=lambda row: order[row["digest"]])
+        write_bytes(uri, json.dumps(others + rows, indent=2, ensure_ascii=False).encode())
+        return f"{task.method} " + ", ".join(f"{row['accuracy']:.1f}" for row in result)
+
+    work_through("eval", evaluate_one, todo, config.ray, reporter, take)
     return rows
 
 

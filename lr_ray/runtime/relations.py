@@ -10,11 +10,11 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from lr_ray.config import ExperimentConfig
-from lr_ray.errors import LrRayError, StorageError
+from lr_ray.errors import StorageError
 from lr_ray.fewshot.episodes import ImagePool
 from lr_ray.fewshot.relations import RelationTargets, directions, draw_views, project
 from lr_ray.report.progress import Reporter
-from lr_ray.runtime.session import map_tasks, worker_device
+from lr_ray.runtime.session import work_through, worker_device
 from lr_ray.storage.adapters import list_adapters, read_adapter
 from lr_ray.storage.filesystem import exists, join, read_bytes, write_bytes
 from lr_ray.storage.manifest import digest_of
@@ -65,17 +65,12 @@ def see_with_every_adapter(config: ExperimentConfig, files: Sequence[str], repor
         uri = join(config.relations_root, name)
         tasks.append(RelationTask(config=config, adapter_folder=folder, files=tuple(files), uri=uri))
     todo = [task for task in tasks if not exists(task.uri)]
-    failures: list[LrRayError] = []
     reporter.say(f"relations: {len(tasks)} adapters see the images of all, {len(tasks) - len(todo)} have already")
-    if todo:
-        with reporter.track("relations", len(todo)) as advance:
-            for task, result in map_tasks(see_with_one_adapter, todo, config.ray):
-                if isinstance(result, LrRayError):
-                    failures.append(result)
-                else:
-                    advance(f"{task.adapter_folder.rsplit('/', 1)[-1]} saw {result} views")
-    if failures:
-        raise failures[0]
+
+    def take(task: RelationTask, num_views: int) -> str:
+        return f"{task.adapter_folder.rsplit('/', 1)[-1]} saw {num_views} views"
+
+    work_through("relations", see_with_one_adapter, todo, config.ray, reporter, take)
     return tuple(task.uri for task in tasks)
 
 

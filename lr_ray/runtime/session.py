@@ -10,6 +10,7 @@ import torch
 
 from lr_ray.config import RayConfig
 from lr_ray.errors import ClusterError, LrRayError
+from lr_ray.report.progress import Reporter
 
 _ENVIRONMENT = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # bind to 127.0.0.1; read when ray is imported
@@ -84,6 +85,36 @@ def map_tasks(
             yield item, ray.get(finished)
         except ray.exceptions.RayError as error:
             yield item, user_error(error)
+
+
+def work_through(
+    title: str,
+    function: Callable[[Item], Result],
+    items: Sequence[Item],
+    config: RayConfig,
+    reporter: Reporter,
+    take: Callable[[Item, Result], str],
+) -> None:
+    """Run a function on each item by `map_tasks`, and show how far it is; those that fail do not keep the others.
+
+    Args:
+        take: is handed each result as it comes; returns a few words on it.
+
+    Raises:
+        LrRayError: the first of those that items failed with, when all others are done.
+    """
+    failures: list[LrRayError] = []
+    if not items:
+        return
+    with ray_session(config), reporter.track(title, len(items)) as advance:
+        for item, result in map_tasks(function, items, config):
+            if isinstance(result, LrRayError):
+                failures.append(result)
+                advance(f"failed: {result}")
+            else:
+                advance(take(item, result))
+    if failures:
+        raise failures[0]
 
 
 def user_error(error: BaseException) -> LrRayError:

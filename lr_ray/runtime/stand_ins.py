@@ -10,12 +10,12 @@ from lr_ray.config import ExperimentConfig
 from lr_ray.data.images import LabelledImages
 from lr_ray.data.load import load_data
 from lr_ray.data.procedural import PROCEDURAL
-from lr_ray.errors import ConfigError, DataError, LrRayError
+from lr_ray.errors import ConfigError, DataError
 from lr_ray.grid import StandInConfig
 from lr_ray.inversion.invert import SyntheticImages, describe
 from lr_ray.inversion.objective import cross_entropy
 from lr_ray.report.progress import Reporter
-from lr_ray.runtime.session import map_tasks, worker_device
+from lr_ray.runtime.session import work_through, worker_device
 from lr_ray.storage.adapters import list_adapters, read_adapter
 from lr_ray.storage.filesystem import exists, join
 from lr_ray.storage.manifest import claim_folder, digest_of
@@ -69,16 +69,11 @@ def make_stand_ins(config: ExperimentConfig, stand_in: StandInConfig, inverted_r
                 config=config, stand_in=stand_in, inverted_root=inverted_root, adapter_folder=folder, index=index, uri=uri
             )
             tasks.append(task)
-    failures: list[LrRayError] = []
-    if tasks:
-        with reporter.track(stand_in.kind, len(tasks)) as advance:
-            for task, result in map_tasks(make_one, tasks, config.ray):
-                if isinstance(result, LrRayError):
-                    failures.append(result)
-                else:
-                    advance(f"{task.adapter_folder.rsplit('/', 1)[-1]}: {result} images")
-    if failures:
-        raise failures[0]
+
+    def take(task: StandInTask, num_images: int) -> str:
+        return f"{task.adapter_folder.rsplit('/', 1)[-1]}: {num_images} images"
+
+    work_through(stand_in.kind, make_one, tasks, config.ray, reporter, take)
 
 
 def _real_images(config: ExperimentConfig, stand_in: StandInConfig) -> LabelledImages | None:

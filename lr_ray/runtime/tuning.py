@@ -9,9 +9,9 @@ import torch
 from lr_ray.config import ExperimentConfig
 from lr_ray.data.images import LabelledImages
 from lr_ray.data.load import load_data
-from lr_ray.errors import ConfigError, DataError, LrRayError
+from lr_ray.errors import ConfigError, DataError
 from lr_ray.report.progress import Reporter
-from lr_ray.runtime.session import map_tasks, ray_session, worker_device
+from lr_ray.runtime.session import work_through, worker_device
 from lr_ray.storage.adapters import CONFIG_NAME, with_digest, write_adapter
 from lr_ray.storage.filesystem import exists, join
 from lr_ray.storage.manifest import claim_folder, digest_of, read_manifest
@@ -44,17 +44,11 @@ def tune_library(config: ExperimentConfig, reporter: Reporter) -> list[dict[str,
     claim_folder(config.adapters_root, library, config=config.resolved())
     todo = [task for task in tasks if not exists(join(task.folder, CONFIG_NAME))]
     reporter.say(f"tune: {len(tasks)} adapters into {config.adapters_root}, {len(tasks) - len(todo)} there already")
-    failures: list[LrRayError] = []
-    if todo:
-        with ray_session(config.ray), reporter.track("tune", len(todo)) as advance:
-            for task, result in map_tasks(tune_one, todo, config.ray):
-                if isinstance(result, LrRayError):
-                    failures.append(result)
-                    advance(f"failed: {result}")
-                else:
-                    advance(f"{task.folder.rsplit('/', 1)[-1]} {100 * result:.0f} % on images it did not see")
-    if failures:
-        raise failures[0]
+
+    def take(task: TuningTask, accuracy: float) -> str:
+        return f"{task.folder.rsplit('/', 1)[-1]} {100 * accuracy:.0f} % on images it did not see"
+
+    work_through("tune", tune_one, todo, config.ray, reporter, take)
     return [read_manifest(task.folder) or {} for task in tasks]
 
 
