@@ -29,13 +29,26 @@ class StandInConfig(Section):
     """Of `real` and `mixed`: different real images a class; default `inversion.images_per_class`. Fewer are repeated."""
 
 
+def _distinct_seeds(seeds: tuple[int, ...]) -> tuple[int, ...]:
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds {list(seeds)}: none, or the same one twice; each may be given once")
+    return seeds
+
+
 class CellConfig(Section):
     """One variant."""
 
     set: dict[str, Any] = {}
     """{section.key: value} over the grid's base."""
+    seeds: tuple[int, ...] | None = None
+    """Default the grid's."""
     images: StandInConfig | None = None
     """In the place of the inverted images; default the inverted ones."""
+
+    @field_validator("seeds")
+    @classmethod
+    def _distinct(cls, seeds: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        return None if seeds is None else _distinct_seeds(seeds)
 
 
 class GridConfig(Section):
@@ -47,7 +60,7 @@ class GridConfig(Section):
     """YAML file of the experiment; a relative path starts at the grid's folder."""
     output: str | None = None
     """Folder or URI of everything it writes; default `runs/NAME`."""
-    seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1)
+    seeds: tuple[int, ...] = (0, 1, 2)
     """Each determines LoRAs, images, training and test episodes anew."""
     set: dict[str, Any] = {}
     """{section.key: value} over the base, for all cells."""
@@ -57,9 +70,7 @@ class GridConfig(Section):
     @field_validator("seeds")
     @classmethod
     def _distinct(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
-        if len(set(seeds)) < len(seeds):
-            raise ValueError(f"seeds {list(seeds)}: the same one twice; each may be given once")
-        return seeds
+        return _distinct_seeds(seeds)
 
     @property
     def output_root(self) -> str:

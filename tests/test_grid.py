@@ -127,3 +127,9 @@ def test_a_base_that_is_not_there_is_named(write, tmp_path: Path):
     path = write({"a": {}})
     (tmp_path / "base.yaml").unlink()
     assert "base.yaml" in message_of(path, "a")
+
+
+def test_a_cell_may_have_seeds_of_its_own(write):
+    grid = load_grid(write({"a": {}, "b": {"seeds": [7]}}, seeds=[1, 2]))
+    assert (grid.cells["a"].seeds, grid.cells["b"].seeds) == (None, (7,))
+    assert "the same one twice" in message_of(write({"a": {"seeds": [1, 1]}}), "a")

@@ -18,7 +18,7 @@ GRID_RESULTS_NAME = "results.json"
 
 
 def run_grid(grid: GridConfig, cells: Sequence[str] | None, reporter: Reporter) -> list[dict[str, Any]]:
-    """Run the cells, seed by seed; what is finished is not done again. Returns what `summarise` makes of all rows.
+    """Run the cells in turn, each over all seeds; what is finished is not done again. Returns what `summarise` makes of all.
 
     Args:
         cells: names of those to run, default all.
@@ -29,7 +29,7 @@ def run_grid(grid: GridConfig, cells: Sequence[str] | None, reporter: Reporter) 
     names = list(cells or grid.cells)
     if unknown := [name for name in names if name not in grid.cells]:
         raise ConfigError(f"cell {unknown[0]!r} is not in the grid; there are {', '.join(grid.cells)}")
-    plan = [plan_cell(grid, name, seed) for seed in grid.seeds for name in names]
+    plan = [plan_cell(grid, name, seed) for name in names for seed in grid.cells[name].seeds or grid.seeds]
     for method in {method for cell in plan for method in cell.config.evaluation.methods}:
         find_method(method)
     rows: list[dict[str, Any]] = []
