@@ -20,15 +20,15 @@ ADAPTERS_SHOWN = 2
 Row = dict[str, Any]
 
 
-def markdown(rows: list[Row], names: list[str], cell: Callable[[Row], str], last: Callable[[Row], str]) -> str:
-    """A line for each combination of `names`, a column a shape, and one more column."""
+def markdown(rows: list[Row], name: str, cell: Callable[[Row], str], last: Callable[[Row], str]) -> str:
+    """A line for each value of `name`, a column a shape, and one more column, headed by the docstring of `last`."""
     shapes = list(dict.fromkeys((row["n_way"], row["n_shot"]) for row in rows))
-    columns = [*names, *(f"{n_way}-way {n_shot}-shot" for n_way, n_shot in shapes), last.__doc__ or ""]
+    columns = [name, *(f"{n_way}-way {n_shot}-shot" for n_way, n_shot in shapes), last.__doc__ or ""]
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-    for key in dict.fromkeys(tuple(row[name] for name in names) for row in rows):
-        found = {(row["n_way"], row["n_shot"]): row for row in rows if tuple(row[name] for name in names) == key}
-        first = [f"**{part}**" if part == "recycle" else part for part in key]
-        lines.append("| " + " | ".join([*first, *(cell(found[shape]) for shape in shapes), last(found[shapes[0]])]) + " |")
+    for key in dict.fromkeys(row[name] for row in rows):
+        found = {(row["n_way"], row["n_shot"]): row for row in rows if row[name] == key}
+        first = f"**{key}**" if key == "recycle" else key
+        lines.append("| " + " | ".join([first, *(cell(found[shape]) for shape in shapes), last(found[shapes[0]])]) + " |")
     return "\n".join(lines)
 
 
@@ -51,10 +51,11 @@ def main() -> None:
         rows = json.loads((folder / "results.json").read_text())
         shutil.copy(folder / "results.json", RESULTS / f"{folder.name}.json")
         if "cell" in rows[0]:
-            print(f"{folder.name}\n\n{markdown(rows, ['cell', 'method'], interval, seeds)}\n")
+            named = [row | {"variant": row["cell"] if row["method"] == "recycle" else row["method"]} for row in rows]
+            print(f"{folder.name}\n\n{markdown(named, 'variant', interval, seeds)}\n")
             shutil.copy(folder / "gain.png", PICTURES / f"{folder.name}.png")
             continue
-        print(f"{folder.name}\n\n{markdown(rows, ['method'], interval, speed)}\n")
+        print(f"{folder.name}\n\n{markdown(rows, 'method', interval, speed)}\n")
         synthetic = str(folder / "synthetic")
         pool = read_pool(synthetic, list_synthetic(synthetic)[:ADAPTERS_SHOWN])
         (PICTURES / f"{folder.name}.png").write_bytes(contact_sheet(pool, keep_ratio=0.5))

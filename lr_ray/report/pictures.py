@@ -14,7 +14,7 @@ from torch import Tensor
 from lr_ray.fewshot.episodes import ImagePool
 from lr_ray.vit.tokens import num_kept
 
-_INK, _MUTED, _ACCENT = "#1a1a2e", "#8d99ae", "#d1495b"
+_INK, _MUTED, _ACCENT, _PALE = "#1a1a2e", "#8d99ae", "#d1495b", "#e8a5ad"
 _COLOURS = {"recycle": _ACCENT, "oracle": "#2a9d8f"}
 
 
@@ -115,7 +115,7 @@ def accuracy_bars(rows: Sequence[dict[str, Any]]) -> bytes:
 def grid_bars(summary: Sequence[dict[str, Any]]) -> bytes:
     """PNG: a bar for each cell and method, the mean over the seeds with its 95 % confidence interval, a dot for each seed.
 
-    A dashed line continues the first bar of each of `nn`, `loras-avg` at its best scale and `oracle`.
+    Dashed lines carry `nn`, `loras-avg` at its best scale and `oracle` across the other bars.
     """
     shapes = list(dict.fromkeys((row["n_way"], row["n_shot"]) for row in summary))
     bars = list(dict.fromkeys((row["cell"], row["method"]) for row in summary))
@@ -126,7 +126,8 @@ def grid_bars(summary: Sequence[dict[str, Any]]) -> bytes:
         for position, bar in enumerate(bars):
             if bar not in found:
                 continue
-            row, colour = found[bar], _COLOURS.get(bar[1], _MUTED)
+            row = found[bar]
+            colour = _PALE if bar[1] == "recycle" and bar[0] != "recycle" else _COLOURS.get(bar[1], _MUTED)
             axis.barh(position, row["accuracy"], xerr=row["ci95"], color=colour, ecolor=_INK, height=0.65)
             seeds = list(row["seeds"].values())
             axis.plot(seeds, [position] * len(seeds), ".", color=_INK, markersize=3)
@@ -136,9 +137,10 @@ def grid_bars(summary: Sequence[dict[str, Any]]) -> bytes:
                 f"{row['accuracy']:.1f}",
                 va="center",
                 fontsize=8,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},
             )
-        values = [row["accuracy"] for row in found.values()]
-        axis.set_xlim(max(0, min(values) - 6), min(104, max(values) + 6))
+        lowest, highest = (pick(row[end] for row in found.values()) for pick, end in ((min, "lowest"), (max, "highest")))
+        axis.set_xlim(max(0, lowest - 6), min(104, highest + 6))
         axis.set_yticks(range(len(bars)), labels, fontsize=8, parse_math=False)
         axis.set_ylim(len(bars) - 0.4, -0.6)
         axis.set_title(f"{shape[0]}-way {shape[1]}-shot accuracy, %", fontsize=10, loc="left", color=_INK)

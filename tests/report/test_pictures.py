@@ -11,7 +11,7 @@ from PIL import Image
 
 from lr_ray.fewshot.episodes import ImagePool
 from lr_ray.report.html import render_report
-from lr_ray.report.pictures import accuracy_bars, contact_sheet, masked, training_curves
+from lr_ray.report.pictures import _references, accuracy_bars, contact_sheet, grid_bars, masked, training_curves
 
 pytestmark = pytest.mark.filterwarnings("error")  # matplotlib warns where a picture would be a mess
 
@@ -50,6 +50,32 @@ def pool_of(class_names: Sequence[str], adapter_of: Sequence[int], *, per_class:
         teacher_logits=torch.zeros(count, 1),
         patch_order=torch.stack([torch.randperm(4) for _ in range(count)]),
     )
+
+
+# ------------------------------------------------------------------------------------------------------- grid_bars
+
+
+def summary_row(cell: str, method: str, accuracy: float, n_shot: int = 1) -> dict[str, Any]:
+    seeds = {"0": accuracy - 1, "1": accuracy + 1}
+    spread = {"seeds": seeds, "lowest": accuracy - 1, "highest": accuracy + 1}
+    return {**row(method, n_shot, accuracy), "cell": cell, **spread}
+
+
+def test_a_grid_has_a_bar_for_every_cell_and_method():
+    few = [summary_row("references", "nn", 50.0), summary_row("recycle", "recycle", 60.0)]
+    many = [*few, summary_row("references", "loras-avg:2", 55.0), summary_row("control: $noise$ <b>", "recycle", 40.0)]
+    heights = [opened(grid_bars(rows)).size[1] for rows in (few, many)]
+    assert heights[1] > heights[0]
+    both = [*few, summary_row("recycle", "recycle", 80.0, n_shot=5)]
+    assert opened(grid_bars(both)).size[0] > opened(grid_bars(few)).size[0]
+
+
+def test_the_line_of_the_averaged_loras_is_that_of_their_best_scale():
+    rows = [
+        summary_row("r", name, value) for name, value in (("loras-avg", 50.0), ("loras-avg:2", 54.0), ("loras-avg:3", 53.0))
+    ]
+    found = _references([*rows, summary_row("recycle", "recycle", 90.0), summary_row("r", "raw-pixels", 95.0)])
+    assert {name: entry["accuracy"] for name, entry in found.items()} == {"loras-avg": 54.0}
 
 
 # ---------------------------------------------------------------------------------------------------------- masked
