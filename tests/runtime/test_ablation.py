@@ -146,7 +146,7 @@ def grid_file(tiny_experiment: ExperimentConfig, tmp_path: Path) -> Path:
             "noise": {"images": {"kind": "noise"}},
         },
     }
-    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(grid))
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(grid, sort_keys=False))
     return tmp_path / "grid.yaml"
 
 
