@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from lr_ray.config import ExperimentConfig
 from lr_ray.errors import ConfigError, DataError, EpisodeError, InversionError, StorageError
+from lr_ray.fewshot.relations import directions
 from lr_ray.report.progress import Reporter
 from lr_ray.runtime.evaluation import evaluate_methods
 from lr_ray.runtime.inversion import invert_library, plan_inversion
@@ -237,7 +238,7 @@ def test_features_of_every_adapter_are_committed_once(tiny_experiment: Experimen
     targets = relation_targets(tiny_experiment, pool, [first, *others], backbone)
     assert len(targets.images) == len(targets.features) == 2 * 3 * 3 * 4
     assert targets.keep_indices is not None
-    concatenated = torch.cat([load_file(uri)["features"] for uri in (first, *others)], dim=1).float()
+    concatenated = torch.cat([directions(load_file(uri)["features"].float()) for uri in (first, *others)], dim=1)
     exact = torch.cdist(concatenated, concatenated)
     torch.testing.assert_close(torch.cdist(targets.features, targets.features), exact, rtol=0.1, atol=1e-3 * float(exact.max()))
 
