@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lr_ray.config import ExperimentConfig
-from lr_ray.runtime.inversion import plan_inversion
+from lr_ray.runtime.inversion_plan import plan_inversion
 from lr_ray.storage.adapters import with_digest, write_adapter
 from lr_ray.storage.manifest import versions
 from lr_ray.vit.backbone import load_backbone
@@ -34,7 +34,7 @@ def experiment(root: str) -> ExperimentConfig:
 
 def plan(root: str) -> None:
     """Print the number of work items and this process's peak memory in MiB."""
-    items = plan_inversion(experiment(root))
+    items = plan_inversion(experiment(root)).items
     print(json.dumps([len(items), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024]))
 
 

@@ -1,5 +1,10 @@
 """`lr-ray invert`."""
 
+import sys
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
 from lr_ray.cli.options import Adapters, Config, Json, Output, Overrides, Synthetic, print_json, read_config, reporter
 
 
@@ -9,14 +14,22 @@ def invert(
     adapters: Adapters = None,
     synthetic: Synthetic = None,
     output: Output = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first adapter that cannot be inverted.")] = False,
     json: Json = False,
 ) -> None:
-    """Invert every adapter into synthetic images of its classes."""
+    """Invert every adapter into synthetic images of its classes. A rerun continues.
+
+    Adapters that cannot be inverted are skipped and listed, and the exit code is 2.
+    """
     experiment = read_config(config, overrides, output=output, adapters=adapters, synthetic=synthetic)
     from lr_ray.runtime.inversion import invert_library
 
-    uris = invert_library(experiment, reporter(quiet=json))
+    report = invert_library(experiment, reporter(quiet=json), strict=strict)
     if json:
-        print_json(uris)
+        print_json(asdict(report))
     else:
-        print(f"synthetic images of {len(uris)} adapters in {experiment.synthetic_root}")
+        print(f"{len(report.uris)} files of synthetic images in {experiment.synthetic_root}")
+        for failure in report.failures:
+            print(f"lr-ray: failed: {failure}", file=sys.stderr)
+    if report.failures:
+        raise typer.Exit(2)

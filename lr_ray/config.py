@@ -57,8 +57,12 @@ class RayConfig(Section):
     """GPUs (or a share of one) held by each tuning, inversion and evaluation actor."""
     cpus_per_actor: int = Field(default=1, gt=0)
     """Processors held by each of them."""
+    min_actors: int = Field(default=1, gt=0)
+    """Fewest inversion actors, held from the start to the end."""
     max_actors: int | None = Field(default=None, gt=0)
-    """Most inversion actors at once; default: as many as the cluster holds."""
+    """Most inversion actors at once, for which an autoscaling cluster starts nodes; default: as many as it holds now."""
+    checkpoint_every_s: float = Field(default=120.0, gt=0)
+    """Seconds after which an inversion under way saves its state: what a lost node costs at most."""
     use_gpu_in_training: bool = False
     """Give each training worker a GPU."""
     cpus_per_trainer: int = Field(default=1, gt=0)

@@ -1,5 +1,6 @@
 """What several test folders share: a tiny backbone and adapters for it, a tiny experiment, and one Ray for the session."""
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 from lr_ray.config import ExperimentConfig, RayConfig
 from lr_ray.vit.backbone import Backbone
 from lr_ray.vit.lora import Adapter, AdapterSpec, LowRank
+from tests.jobs import QUIET, tiny
 
 torch.set_num_threads(1)
 
@@ -26,50 +28,33 @@ def ray_cluster() -> Iterator[None]:
 @pytest.fixture
 def tiny_experiment(tmp_path: Path) -> ExperimentConfig:
     """A whole job of seconds: an untrained ViT-Tiny at 32 px, three adapters of handwritten digits."""
-    return ExperimentConfig.model_validate(
-        {
-            "name": "tiny",
-            "output": str(tmp_path / "run"),
-            "backbone": {"name": "vit_tiny_patch16_224", "image_px": 32, "pretrained": False},
-            "data": {
-                "tune": {"source": "digits", "classes": ["0:6"]},
-                "test": {"source": "digits", "classes": ["6:10"]},
-            },
-            "tuning": {
-                "num_adapters": 3,
-                "n_way": 3,
-                "images_per_class": 8,
-                "held_out_per_class": 4,
-                "num_steps": 3,
-                "batch_size": 12,
-                "lora": {"rank": 2},
-            },
-            "inversion": {
-                "images_per_class": 4,
-                "num_steps": 4,
-                "prior": None,
-                "tv_weight": 0.1,
-                "keep_ratios": {"5": 0.75},
-            },
-            "training": {
-                "lora": {"rank": 4},
-                "init_scale": 1,
-                "num_steps": 6,
-                "validate_every": 2,
-                "validation_episodes": 5,
-                "holdout_adapters": 1,
-                "keep_ratio": 0.75,
-                "relations": {"share": 0.5, "batch_size": 6, "views_per_image": 2},
-                "episode": {"n_way": 3, "n_shot": 1, "n_query": 2},
-            },
-            "evaluation": {
-                "methods": ["raw-pixels", "nn", "loras-avg", "recycle", "oracle"],
-                "shapes": [{"n_way": 3, "n_shot": 1, "n_query": 5}],
-                "episodes": 20,
-            },
-            "ray": {"num_cpus": 2},
-        }
-    )
+    return tiny(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def made_before(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> ExperimentConfig:
+    """A `tiny_experiment` whose adapters and synthetic images are there; not to be changed."""
+    from lr_ray.runtime.inversion import invert_library
+    from lr_ray.runtime.tuning import tune_library
+
+    config = tiny(tmp_path_factory.mktemp("made-before"))
+    tune_library(config, QUIET)
+    invert_library(config, QUIET, strict=True)
+    return config
+
+
+@pytest.fixture
+def library(tiny_experiment: ExperimentConfig, made_before: ExperimentConfig) -> ExperimentConfig:
+    """A `tiny_experiment` whose adapters are there."""
+    shutil.copytree(made_before.adapters_root, tiny_experiment.adapters_root)
+    return tiny_experiment
+
+
+@pytest.fixture
+def inverted(library: ExperimentConfig, made_before: ExperimentConfig) -> ExperimentConfig:
+    """A `tiny_experiment` whose adapters and synthetic images are there."""
+    shutil.copytree(made_before.synthetic_root, library.synthetic_root)
+    return library
 
 
 @pytest.fixture

@@ -1,8 +1,9 @@
 """LoRA inversion: from an adapter to images of its classes."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,8 @@ class InversionConfig(Section):
     """Images made for every class of an adapter."""
     batch_size: int = Field(default=50, gt=0)
     """Images optimised together; each batch holds its classes in equal parts as far as they go."""
+    classes_per_item: int = Field(default=10, gt=0)
+    """Classes of one adapter that are at most one piece of work, and one file."""
     num_steps: int = Field(default=2000, gt=0)
     """Optimiser steps of every batch (the paper: 2000)."""
     learning_rate: float = Field(default=0.25, gt=0)
@@ -75,14 +78,44 @@ class SyntheticImages:
     loss_prior: Tensor
 
 
+class Checkpoint(Protocol):
+    """Keeps the state of one inversion, so that another process can go on with it."""
+
+    def load(self) -> dict[str, Tensor] | None:
+        """What was saved last, or None."""
+
+    def due(self) -> bool:
+        """Whether the state should be saved now."""
+
+    def save(self, state: dict[str, Tensor]) -> None:
+        """In the place of what was saved before."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InversionStep:
+    """What an optimiser step found.
+
+    Attributes:
+        done: steps so far, of all batches.
+        total: steps of all batches.
+        loss_ce: (B,) cross-entropy of the views that the step saw.
+    """
+
+    done: int
+    total: int
+    loss_ce: Tensor
+
+
 def invert(
     adapter: Adapter,
     backbone: Backbone,
     config: InversionConfig,
     *,
+    classes: Sequence[int] | None = None,
     prior: BatchNormPrior | None,
     generator: torch.Generator,
-    on_step: Callable[[], None] = lambda: None,
+    checkpoint: Checkpoint | None = None,
+    on_step: Callable[[InversionStep], None] = lambda _step: None,
 ) -> SyntheticImages:
     """Optimise noise until the adapter recognises its classes in it.
 
@@ -92,8 +125,10 @@ def invert(
     Args:
         adapter: with a head; merged into the backbone's weights while this runs.
         backbone: that the adapter was made for.
+        classes: of the adapter, to invert; default all.
         prior: for R_BN, or None.
         generator: CPU generator; determines everything drawn here.
+        checkpoint: where to go on from, and where to save the state when it is due; the result does not depend on it.
         on_step: called after every optimiser step.
 
     Raises:
@@ -102,14 +137,26 @@ def invert(
     """
     if adapter.head_weight is None:
         raise AdapterError(f"adapter {adapter.spec.adapter_id} has no head, so it has no classes to invert; remove it")
-    num_classes = adapter.head_weight.shape[0]
-    labels = torch.arange(num_classes * config.images_per_class) % num_classes
+    chosen = torch.arange(adapter.head_weight.shape[0]) if classes is None else torch.tensor(classes)
+    labels = chosen.repeat(config.images_per_class)
+    parts = labels.split(config.batch_size)
     with merged(backbone.model, adapter.deltas()), prior or nullcontext():
-        batches = [
-            _invert_batch(adapter, backbone, part, config, prior=prior, generator=generator, on_step=on_step)
-            for part in labels.split(config.batch_size)
-        ]
-        images, loss_prior = (torch.cat(parts) for parts in zip(*batches, strict=True))
+        saved = checkpoint.load() if checkpoint else None
+        finished = _finished_in(saved)
+        for index in range(len(finished), len(parts)):
+            batch = _Batch(adapter, backbone, parts[index], config, prior=prior, generator=generator)
+            if saved:
+                batch.load(saved)
+                generator.set_state(saved["generator"])
+                saved = None
+            while batch.step < config.num_steps:
+                ce = batch.run_step()
+                done, total = index * config.num_steps + batch.step, len(parts) * config.num_steps
+                on_step(InversionStep(done=done, total=total, loss_ce=ce))
+                if checkpoint and checkpoint.due():
+                    checkpoint.save(_state(finished) | batch.state() | {"generator": generator.get_state()})
+            finished.append(batch.result())
+        images, loss_prior = (torch.cat(found) for found in zip(*finished, strict=True))
         teacher_logits, patch_order = describe(adapter, backbone, images, config)
     order = labels.argsort(stable=True)
     return SyntheticImages(
@@ -122,50 +169,95 @@ def invert(
     )
 
 
-def _invert_batch(
-    adapter: Adapter,
-    backbone: Backbone,
-    labels: Tensor,
-    config: InversionConfig,
-    *,
-    prior: BatchNormPrior | None,
-    generator: torch.Generator,
-    on_step: Callable[[], None],
-) -> tuple[Tensor, Tensor]:
-    """(B, 3, H, W) uint8 images, and the (B,) prior loss of the step that each was kept from."""
-    device = backbone.device
-    labels = labels.to(device)
-    canvas = CANVASES[config.canvas](len(labels), backbone, generator=generator)
-    optimizer = torch.optim.Adam(canvas.parameters(), lr=config.learning_rate, betas=config.betas)
-    best = canvas.draw().detach().clone()
-    best_loss, best_prior = (torch.full((len(labels),), torch.inf, device=device) for _ in range(2))
-    for step in range(config.num_steps):
-        images = canvas.draw()
-        views, _ = random_views(backbone.denormalize(images), config.views, generator=generator)
-        keep_ratios = config.keep_ratios if step >= config.prune_from * config.num_steps else {}
+def _state(finished: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """Results of the batches that are done."""
+    named = {"images": [batch[0] for batch in finished], "loss_prior": [batch[1] for batch in finished]}
+    return {f"{name}.{i}": value.contiguous() for name, values in named.items() for i, value in enumerate(values)}
+
+
+def _finished_in(state: Mapping[str, Tensor] | None) -> list[tuple[Tensor, Tensor]]:
+    state = state or {}
+    count = sum(name.startswith("images.") for name in state)
+    return [(state[f"images.{i}"], state[f"loss_prior.{i}"]) for i in range(count)]
+
+
+class _Batch:
+    """Images that are optimised together."""
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        backbone: Backbone,
+        labels: Tensor,
+        config: InversionConfig,
+        *,
+        prior: BatchNormPrior | None,
+        generator: torch.Generator,
+    ) -> None:
+        device = backbone.device
+        self._adapter, self._backbone, self._config = adapter, backbone, config
+        self._prior, self._generator = prior, generator
+        self._labels = labels.to(device)
+        self._canvas = CANVASES[config.canvas](len(labels), backbone, generator=generator)
+        self._optimizer = torch.optim.Adam(self._canvas.parameters(), lr=config.learning_rate, betas=config.betas)
+        self._best = self._canvas.draw().detach().clone()
+        self._best_loss, self._best_prior = (torch.full((len(labels),), torch.inf, device=device) for _ in range(2))
+        self.step = 0
+
+    def run_step(self) -> Tensor:
+        """One step of the optimiser; (B,) cross-entropy of the views."""
+        config, backbone = self._config, self._backbone
+        images = self._canvas.draw()
+        views, _ = random_views(backbone.denormalize(images), config.views, generator=self._generator)
+        keep_ratios = config.keep_ratios if self.step >= config.prune_from * config.num_steps else {}
         inputs = backbone.normalize(views)
-        logits = teacher_logits_of(adapter, backbone, inputs, config.precision, keep_ratios=keep_ratios)
-        ce = cross_entropy(logits, labels)
-        naturalness = prior(views) if prior else images.new_zeros(())
+        logits = teacher_logits_of(self._adapter, backbone, inputs, config.precision, keep_ratios=keep_ratios)
+        ce = cross_entropy(logits, self._labels)
+        naturalness = self._prior(views) if self._prior else images.new_zeros(())
         loss = ce + config.prior_weight * naturalness
         loss = loss + config.tv_weight * total_variation(images) + config.l2_weight * squared_norm(images)
         with torch.no_grad():
-            better = loss < best_loss
-            best = torch.where(better[:, None, None, None], images, best)
-            best_loss = torch.where(better, loss, best_loss)
-            best_prior = torch.where(better, naturalness, best_prior)
-        optimizer.zero_grad()
+            better = loss < self._best_loss
+            self._best = torch.where(better[:, None, None, None], images, self._best)
+            self._best_loss = torch.where(better, loss, self._best_loss)
+            self._best_prior = torch.where(better, naturalness, self._best_prior)
+        self._optimizer.zero_grad()
         loss.mean().backward()
-        optimizer.step()
-        canvas.after_step()
-        on_step()
-    if not torch.isfinite(best_loss).all():
-        raise InversionError(
-            f"adapter {adapter.spec.adapter_id}: the loss is NaN or infinite from the first step; "
-            "look for extreme weights in the adapter, or try inversion.precision=fp32"
-        )
-    pixels = canvas.finish(backbone.denormalize(best)).mul(255).round().clamp(0, 255).to(torch.uint8)
-    return pixels.cpu(), best_prior.cpu()
+        self._optimizer.step()
+        self._canvas.after_step()
+        self.step += 1
+        return ce.detach()
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """(B, 3, H, W) uint8 images, and the (B,) prior loss of the step that each was kept from."""
+        if not torch.isfinite(self._best_loss).all():
+            raise InversionError(
+                f"adapter {self._adapter.spec.adapter_id}: the loss is NaN or infinite from the first step; "
+                "look for extreme weights in the adapter, or try inversion.precision=fp32"
+            )
+        pixels = self._canvas.finish(self._backbone.denormalize(self._best)).mul(255).round().clamp(0, 255).to(torch.uint8)
+        return pixels.cpu(), self._best_prior.cpu()
+
+    def state(self) -> dict[str, Tensor]:
+        """On the CPU; of a batch that has run a step."""
+        state = {"step": torch.tensor(self.step)}
+        state |= {name: getattr(self, f"_{name}") for name in ("best", "best_loss", "best_prior")}
+        for i, parameter in enumerate(self._canvas.parameters()):
+            state[f"canvas.{i}"] = parameter.detach()
+            state |= {f"adam.{i}.{name}": value for name, value in self._optimizer.state[parameter].items()}
+        return {name: value.cpu().contiguous() for name, value in state.items()}
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what `state` gave."""
+        device = self._backbone.device
+        self.step = int(state["step"])
+        for name in ("best", "best_loss", "best_prior"):
+            setattr(self, f"_{name}", state[name].to(device))
+        for i, parameter in enumerate(self._canvas.parameters()):
+            parameter.copy_(state[f"canvas.{i}"])
+            moments = {name: state[f"adam.{i}.{name}"].to(device) for name in ("exp_avg", "exp_avg_sq")}
+            self._optimizer.state[parameter] = {"step": state[f"adam.{i}.step"], **moments}
 
 
 def teacher_logits_of(

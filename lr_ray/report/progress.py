@@ -1,17 +1,39 @@
 """Progress that a person sees: a bar with an ETA on a terminal, plain lines elsewhere, nothing when asked to be quiet."""
 
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 Advance = Callable[[str], None]
 """Called with a few words on what was just finished."""
 
 _SECONDS_BETWEEN_LINES = 15.0
+_SECONDS_BETWEEN_LOOKS = 1.0
+_LINES_UNDER_WAY = 8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UnderWay:
+    """A piece of work that is not finished.
+
+    Attributes:
+        share: done, 0 to 1.
+        note: a few words.
+    """
+
+    name: str
+    share: float
+    note: str
+
+
+def _nothing() -> Sequence[UnderWay]:
+    return ()
 
 
 class Reporter:
@@ -27,37 +49,84 @@ class Reporter:
             self._console.print(message, soft_wrap=True, markup=False)
 
     @contextmanager
-    def track(self, title: str, total: int) -> Iterator[Advance]:
-        """A bar of `total` pieces; yields what to call after each."""
+    def track(self, title: str, total: int, under_way: Callable[[], Sequence[UnderWay]] = _nothing) -> Iterator[Advance]:
+        """A bar of `total` pieces; yields what to call after each.
+
+        Args:
+            under_way: asked again and again, in another thread, for the pieces that are not finished yet.
+        """
         if self._quiet:
             yield lambda _note: None
-        elif sys.stderr.isatty():
-            columns = (
-                TextColumn("[bold]{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TextColumn("eta"),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}", style="dim", markup=False),
-            )
-            with Progress(*columns, console=self._console) as bar:
-                task = bar.add_task(title, total=total, note="")
-                yield lambda note: bar.update(task, advance=1, note=note)
-        else:
-            yield self._lines(title, total)
+            return
+        with self._bars(title, total, under_way) if sys.stderr.isatty() else self._lines(title, total, under_way) as advance:
+            yield advance
 
-    def _lines(self, title: str, total: int) -> Advance:
+    @contextmanager
+    def _bars(self, title: str, total: int, under_way: Callable[[], Sequence[UnderWay]]) -> Iterator[Advance]:
+        columns = (
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("eta"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}", style="dim", markup=False),
+        )
+        with Progress(*columns, console=self._console) as bar:
+            task = bar.add_task(title, total=total, note="")
+            shown: dict[str, TaskID] = {}
+
+            def look() -> None:
+                pieces = {piece.name: piece for piece in under_way()[:_LINES_UNDER_WAY]}
+                for name in shown.keys() - pieces.keys():
+                    bar.remove_task(shown.pop(name))
+                for name, piece in pieces.items():
+                    if name not in shown:
+                        shown[name] = bar.add_task(f"  {name}", total=100, note="")
+                    bar.update(shown[name], completed=round(100 * piece.share), note=piece.note)
+
+            with _again_and_again(look):
+                yield lambda note: bar.update(task, advance=1, note=note)
+
+    @contextmanager
+    def _lines(self, title: str, total: int, under_way: Callable[[], Sequence[UnderWay]]) -> Iterator[Advance]:
         """A line at the first, the last and every few seconds between."""
         start = last = time.monotonic()
         done = 0
 
-        def advance(note: str) -> None:
-            nonlocal done, last
-            done, now = done + 1, time.monotonic()
-            if done in (1, total) or now - last >= _SECONDS_BETWEEN_LINES:
-                last = now
-                eta_s = (now - start) / done * (total - done)
-                self.say(f"{title}: {done}/{total}, {now - start:.0f} s, eta {eta_s:.0f} s: {note}")
+        def say(note: str) -> None:
+            nonlocal last
+            last = time.monotonic()
+            eta = f"{(last - start) / done * (total - done):.0f} s" if done else "unknown"
+            self.say(f"{title}: {done}/{total}, {last - start:.0f} s, eta {eta}: {note}")
 
-        return advance
+        def advance(note: str) -> None:
+            nonlocal done
+            done += 1
+            if done in (1, total) or time.monotonic() - last >= _SECONDS_BETWEEN_LINES:
+                say(note)
+
+        def look() -> None:
+            if time.monotonic() - last >= _SECONDS_BETWEEN_LINES and (pieces := under_way()):
+                say("; ".join(f"{piece.name} {piece.share:.0%}, {piece.note}" for piece in pieces[:_LINES_UNDER_WAY]))
+
+        with _again_and_again(look):
+            yield advance
+
+
+@contextmanager
+def _again_and_again(look: Callable[[], None]) -> Iterator[None]:
+    """Call `look` every second, in another thread, as long as the context lasts."""
+    over = threading.Event()
+
+    def keep_looking() -> None:
+        while not over.wait(_SECONDS_BETWEEN_LOOKS):
+            look()
+
+    thread = threading.Thread(target=keep_looking, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()

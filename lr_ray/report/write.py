@@ -1,6 +1,7 @@
 """The report of a run: `contact_sheet.png` and `report.html` in its output folder."""
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 from lr_ray.config import ExperimentConfig
@@ -9,7 +10,7 @@ from lr_ray.report.pictures import accuracy_bars, contact_sheet, grid_bars, trai
 from lr_ray.storage.adapters import list_adapters
 from lr_ray.storage.filesystem import join, write_bytes
 from lr_ray.storage.manifest import read_manifest, versions
-from lr_ray.storage.synthetic import count_images, list_synthetic, read_pool
+from lr_ray.storage.synthetic import by_adapter, count_images, list_synthetic, read_pool
 
 _ADAPTERS_SHOWN = 6
 
@@ -24,7 +25,8 @@ def write_report(config: ExperimentConfig, rows: Sequence[dict[str, Any]]) -> li
     files = list_synthetic(config.synthetic_root)
     manifests = {"recycle": read_manifest(config.meta_lora_root), "oracle": read_manifest(config.oracle_root)}
     keep_ratio = config.training.keep_ratio if config.training.keep_ratio < 1 else 0.5
-    sheet = contact_sheet(read_pool(config.synthetic_root, files[:_ADAPTERS_SHOWN]), keep_ratio=keep_ratio)
+    shown = list(chain.from_iterable(by_adapter(files)[:_ADAPTERS_SHOWN]))
+    sheet = contact_sheet(read_pool(config.synthetic_root, shown), keep_ratio=keep_ratio)
     page = render_report(
         name=config.name,
         rows=rows,

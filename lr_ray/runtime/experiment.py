@@ -18,7 +18,7 @@ def run_experiment(config: ExperimentConfig, reporter: Reporter) -> list[dict[st
     with ray_session(config.ray):
         if config.data.tune is not None and config.adapters is None:
             tune_library(config, reporter)
-        invert_library(config, reporter)
+        invert_library(config, reporter, strict=True)
         train_meta_lora(config, reporter)
         if "oracle" in config.evaluation.methods:
             train_oracle(config, reporter)
@@ -33,7 +33,7 @@ def run_cell(cell: Cell, reporter: Reporter) -> list[dict[str, Any]]:
             tune_library(config, reporter)
         if "recycle" in config.evaluation.methods:
             if cell.stand_in is None or cell.stand_in.kind in ("shuffled", "mixed"):
-                invert_library(config.model_copy(update={"synthetic": cell.inverted_root}), reporter)
+                invert_library(config.model_copy(update={"synthetic": cell.inverted_root}), reporter, strict=True)
             if cell.stand_in is not None:
                 make_stand_ins(config, cell.stand_in, cell.inverted_root, reporter)
             train_meta_lora(config, reporter)

@@ -1,91 +1,231 @@
-"""`lr-ray invert`: one Ray actor per adapter in flight, each committing its own Parquet file."""
+"""`lr-ray invert`: a pool of Ray actors, each inverting one adapter, or some of its classes, at a time into its own file."""
 
-from collections.abc import Iterator
+import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+from torch import Tensor
 
 from lr_ray.config import ExperimentConfig
-from lr_ray.errors import AdapterError, InversionError, LrRayError
+from lr_ray.errors import InversionError, LrRayError, StorageError
 from lr_ray.inversion.invert import invert
 from lr_ray.inversion.priors import BatchNormPrior, load_prior
 from lr_ray.report.progress import Reporter
+from lr_ray.runtime.board import StepWriter, read_board, start_board
+from lr_ray.runtime.inversion_plan import PARTIAL, InversionItem, committed, plan_inversion
 from lr_ray.runtime.session import ray_session, user_error, worker_device
-from lr_ray.storage.adapters import list_adapters, read_adapter
-from lr_ray.storage.filesystem import exists, join
-from lr_ray.storage.manifest import claim_folder, digest_of
-from lr_ray.storage.synthetic import synthetic_name, write_synthetic
+from lr_ray.storage.adapters import read_adapter
+from lr_ray.storage.filesystem import delete, exists, read_bytes, write_bytes
+from lr_ray.storage.synthetic import read_rows, write_synthetic
 from lr_ray.vit.backbone import Backbone, load_backbone
 from lr_ray.vit.lora import check_adapter
 
+if TYPE_CHECKING:
+    from ray.data import Dataset
+
+_MOST_BLOCKS = 4000
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class InversionItem:
-    """One adapter to invert and where its images go."""
+class InversionReport:
+    """What came of it.
 
-    adapter_folder: str
-    adapter_id: str
-    uri: str
-    seed: int
+    Attributes:
+        uris: of all images, in the adapters' order.
+        failures: a line for every adapter, or part of one, that has no images.
+    """
+
+    uris: tuple[str, ...]
+    failures: tuple[str, ...]
 
 
 class InversionActor:
-    """Holds the backbone and the prior; inverts one adapter at a time and commits its images."""
+    """Holds the backbone and the prior; inverts one item at a time and commits its images."""
 
-    def __init__(self, config: ExperimentConfig) -> None:
+    def __init__(self, config: ExperimentConfig, board: Any = None) -> None:
+        from ray.util.metrics import Counter, Gauge
+
         device = worker_device(config.ray)
-        self._config = config
+        self._config, self._board = config, board
         self._backbone: Backbone = load_backbone(config.backbone, device=device)
         self._prior = _load_prior(config, device)
+        self._images = Counter("lr_ray_images", description="Synthetic images committed.")
+        self._failures = Counter("lr_ray_failures", description="Pieces of work that failed.")
+        self._cross_entropy = Gauge("lr_ray_cross_entropy", description="Of an inversion's last step.", tag_keys=("item",))
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """One row of `InversionItem` fields → adapter_id, uri, num_images, loss_ce, error; one row."""
-        item = InversionItem(**{name: values.tolist()[0] for name, values in batch.items()})
+        item = item_of(batch)
         try:
-            num_images, loss_ce = self._invert(item)
-            row: dict[str, Any] = {"num_images": [num_images], "loss_ce": [loss_ce], "error": [""]}
-        except LrRayError as error:
-            row = {"num_images": [0], "loss_ce": [0.0], "error": [str(error)]}
-        return {"adapter_id": [item.adapter_id], "uri": [item.uri], **row}
+            rows = self.commit(item)
+            num_images, loss_ce, error = rows.num_rows, pa.compute.mean(rows["loss_ce"]).as_py(), ""
+        except LrRayError as failure:
+            num_images, loss_ce, error = 0, 0.0, str(failure)
+            self._failures.inc()
+        found = {"adapter_id": item.adapter_id, "num_images": num_images, "loss_ce": loss_ce, "error": error}
+        return {name: [value] for name, value in found.items()}
 
-    def _invert(self, item: InversionItem) -> tuple[int, float]:
+    def commit(self, item: InversionItem) -> pa.Table:
+        """The rows of the item's file, which is made if it is not there.
+
+        Raises:
+            LrRayError: it cannot be made.
+        """
+        if not exists(item.uri):
+            self._invert(item)
+        rows = read_rows(item.uri)
+        self._images.inc(rows.num_rows)
+        return rows
+
+    def _invert(self, item: InversionItem) -> None:
         adapter = read_adapter(item.adapter_folder)
         check_adapter(adapter, self._backbone)
-        generator = torch.Generator().manual_seed(item.seed)
+        name = item.uri.rsplit("/", 1)[-1].removesuffix(".parquet")
+        writer = StepWriter(self._board, name, self._cross_entropy) if self._board else None
+        checkpoint = PartialFile(item.uri + PARTIAL, every_s=self._config.ray.checkpoint_every_s)
         synthetic = invert(
             adapter.to(self._backbone.device),
             self._backbone,
             self._config.inversion,
+            classes=item.classes,
             prior=self._prior,
-            generator=generator,
+            generator=torch.Generator().manual_seed(item.seed),
+            checkpoint=checkpoint,
+            on_step=writer or (lambda _step: None),
         )
         write_synthetic(item.uri, synthetic, adapter.spec, seed=item.seed)
-        return len(synthetic.labels), float(synthetic.loss_ce.mean())
+        checkpoint.delete()
+        if writer:
+            writer.finish()
 
 
-def invert_library(config: ExperimentConfig, reporter: Reporter) -> list[str]:
-    """Invert the adapters whose images are not there yet; returns the URIs of all images, in the adapters' order.
+class ImageActor:
+    """An `InversionActor` that gives the images themselves."""
+
+    def __init__(self, config: ExperimentConfig) -> None:
+        self._actor = InversionActor(config)
+
+    def __call__(self, batch: dict[str, Any]) -> pa.Table:
+        """One row of `InversionItem` fields → the rows of its file."""
+        return self._actor.commit(item_of(batch))
+
+
+def item_of(batch: dict[str, Any]) -> InversionItem:
+    """The item in a batch of one row."""
+    return InversionItem(**{name: values.tolist()[0] for name, values in batch.items()})
+
+
+class PartialFile:
+    """The state of an inversion under way, in a file beside its images-to-be."""
+
+    def __init__(self, uri: str, *, every_s: float) -> None:
+        self._uri, self._every_s = uri, every_s
+        self._saved_at = time.monotonic()
+        self._is_there = exists(uri)
+
+    def load(self) -> dict[str, Tensor] | None:
+        """Raises: StorageError, if it is damaged."""
+        if not self._is_there:
+            return None
+        try:
+            state: dict[str, Tensor] = load_safetensors(read_bytes(self._uri))
+        except SafetensorError as error:
+            raise StorageError(f"{self._uri}: damaged ({error}); delete it and run again") from error
+        return state
+
+    def due(self) -> bool:
+        return time.monotonic() - self._saved_at >= self._every_s
+
+    def save(self, state: dict[str, Tensor]) -> None:
+        write_bytes(self._uri, save_safetensors(state))
+        self._saved_at, self._is_there = time.monotonic(), True
+
+    def delete(self) -> None:
+        """Once the images are committed."""
+        if self._is_there:
+            delete(self._uri)
+
+
+def invert_library(config: ExperimentConfig, reporter: Reporter, *, strict: bool = False) -> InversionReport:
+    """Invert the adapters whose images are not there yet.
+
+    Args:
+        strict: stop at the first adapter that fails, before any work starts if that is seen by then; else the others
+            are inverted, and it is in the report.
 
     Raises:
-        AdapterError: no adapters.
-        InversionError: some adapters failed; the images of the others are kept.
+        AdapterError: no adapters, or with `strict` one that cannot be inverted.
+        InversionError: with `strict`, an inversion failed.
         StorageError: the folder holds images made with another config or from other adapters.
     """
     _load_prior(config, "cpu")
-    items = plan_inversion(config)
-    todo = [item for item in items if not exists(item.uri)]
-    reporter.say(f"invert: {len(items)} adapters into {config.synthetic_root}, {len(items) - len(todo)} done already")
-    failures = []
-    if todo:
-        with ray_session(config.ray), reporter.track("invert", len(todo)) as advance:
-            for row in _run(todo, config):
+    plan = plan_inversion(config, strict=strict)
+    for why in plan.rejected.values():
+        reporter.say(f"skipped: {why}")
+    done = len(plan.items) - len(plan.todo)
+    reporter.say(f"invert: {_counted(plan.items)} into {config.synthetic_root}, {done} done already")
+    failures = list(plan.rejected.values())
+    if plan.todo:
+        with ray_session(config.ray) as dashboard:
+            if dashboard:
+                reporter.say(f"dashboard: http://{dashboard}")
+            failures += _invert_all(plan.todo, config, reporter, strict=strict)
+    there = committed(config)
+    return InversionReport(uris=tuple(item.uri for item in plan.items if item.uri in there), failures=tuple(failures))
+
+
+def _counted(items: Sequence[InversionItem]) -> str:
+    num_adapters = len({item.adapter_id for item in items})
+    return f"{num_adapters} adapters" + (f" in {len(items)} parts" if len(items) > num_adapters else "")
+
+
+def _invert_all(todo: Sequence[InversionItem], config: ExperimentConfig, reporter: Reporter, *, strict: bool) -> list[str]:
+    """Show the rows as they come; returns what failed."""
+    import ray
+
+    board, start, num_images = start_board(), time.monotonic(), 0
+    failures: list[str] = []
+    with reporter.track("invert", len(todo), partial(read_board, board)) as advance:
+        try:
+            for row in _pool(todo, config, InversionActor, board).iter_rows():
                 if row["error"]:
+                    if strict:
+                        raise InversionError(f"{row['error']}; what was finished is kept")
                     failures.append(row["error"])
-                advance(row["error"] or f"{row['adapter_id']}: {row['num_images']} images, cross-entropy {row['loss_ce']:.3f}")
-    if failures:
-        raise InversionError(f"{len(failures)} of {len(items)} adapters failed, the others are kept: {failures[0]}")
-    return [item.uri for item in items]
+                    advance(f"failed: {row['error']}")
+                    continue
+                num_images += row["num_images"]
+                per_s = num_images / (time.monotonic() - start)
+                advance(
+                    f"{row['adapter_id']}: {row['num_images']} images, cross-entropy {row['loss_ce']:.3f}; {per_s:.1f} images/s"
+                )
+        except ray.exceptions.RayError as error:
+            raise user_error(error) from error
+    return failures
+
+
+def invert_dataset(config: ExperimentConfig) -> "Dataset":
+    """Every row of the synthetic set, as a Ray Dataset that gives rows while the inversion goes on.
+
+    Adapters whose images are there already come first. Each file is committed before its rows are given, so that what a
+    consumer saw is kept. Needs a Ray that runs (`ray_session`) for as long as the dataset is read.
+
+    Raises:
+        AdapterError: an adapter that cannot be inverted.
+        StorageError: the folder holds images made with another config or from other adapters.
+        ray.exceptions.RayTaskError: an inversion failed, by the InversionError that it holds; when its rows are read.
+    """
+    plan = plan_inversion(config, strict=True)
+    todo = set(plan.todo)
+    there = [item for item in plan.items if item not in todo]
+    return _pool([*there, *plan.todo], config, ImageActor)
 
 
 def _load_prior(config: ExperimentConfig, device: str) -> BatchNormPrior | None:
@@ -94,43 +234,8 @@ def _load_prior(config: ExperimentConfig, device: str) -> BatchNormPrior | None:
     return load_prior(config.inversion.prior, device=device)
 
 
-def plan_inversion(config: ExperimentConfig) -> list[InversionItem]:
-    """The work items; an item's name derives from adapter, backbone, config and seed.
-
-    Raises:
-        StorageError: the folder holds images made with another config, backbone or seed.
-    """
-    backbone = load_backbone(config.backbone)
-    shared = {
-        "step": "invert",
-        "seed": config.seed,
-        "backbone": backbone.identity,
-        "inversion": config.inversion.model_dump(mode="json"),
-    }
-    folders = list_adapters(config.adapters_root)
-    claim_folder(config.synthetic_root, shared, config=config.resolved())
-    items, seen = [], dict[str, str]()
-    for folder in folders:
-        spec = read_adapter(folder).spec
-        if spec.adapter_id in seen:
-            raise AdapterError(
-                f"adapters {folder} and {seen[spec.adapter_id]} have the same id {spec.adapter_id!r}; rename or remove one"
-            )
-        seen[spec.adapter_id] = folder
-        digest = digest_of({**shared, "adapter": spec.digest})
-        items.append(
-            InversionItem(
-                adapter_folder=folder,
-                adapter_id=spec.adapter_id,
-                uri=join(config.synthetic_root, synthetic_name(spec.adapter_id, digest)),
-                seed=int(digest[:12], 16),
-            )
-        )
-    return items
-
-
-def _run(todo: list[InversionItem], config: ExperimentConfig) -> Iterator[dict[str, Any]]:
-    """Rows as they come, from a pool of actors; Ray Data runs an item again whose actor or node was lost."""
+def _pool(items: Sequence[InversionItem], config: ExperimentConfig, actor: type, *arguments: Any) -> "Dataset":
+    """What actors make of the items, as they finish; Ray Data runs an item again whose actor or node was lost."""
     import ray
     from ray.data import ActorPoolStrategy, DataContext
 
@@ -139,16 +244,14 @@ def _run(todo: list[InversionItem], config: ExperimentConfig) -> Iterator[dict[s
     fits = int(cluster.get("CPU", 1) // config.ray.cpus_per_actor)
     if config.ray.num_gpus_per_actor:
         fits = min(fits, int(cluster.get("GPU", 0) / config.ray.num_gpus_per_actor))
-    largest = max(1, min(len(todo), config.ray.max_actors or fits))
-    rows = ray.data.from_items([asdict(item) for item in todo], override_num_blocks=len(todo)).map_batches(
-        InversionActor,
-        fn_constructor_args=(config,),
+    largest = max(config.ray.min_actors, min(len(items), config.ray.max_actors or fits))
+    rows = ray.data.from_items([asdict(item) for item in items], override_num_blocks=min(len(items), _MOST_BLOCKS))
+    found: Dataset = rows.map_batches(
+        actor,
+        fn_constructor_args=(config, *arguments),
         batch_size=1,
         num_cpus=config.ray.cpus_per_actor,
         num_gpus=config.ray.num_gpus_per_actor,
-        compute=ActorPoolStrategy(min_size=1, max_size=largest, initial_size=min(largest, max(fits, 1))),
+        compute=ActorPoolStrategy(min_size=config.ray.min_actors, max_size=largest, initial_size=largest),
     )
-    try:
-        yield from rows.iter_rows()
-    except ray.exceptions.RayError as error:
-        raise user_error(error) from error
+    return found

@@ -24,8 +24,10 @@ Result = TypeVar("Result")
 
 
 @contextmanager
-def ray_session(config: RayConfig) -> Iterator[None]:
+def ray_session(config: RayConfig) -> Iterator[str]:
     """Ray, started here or joined, for as long as the context lasts; one that runs already is used and left alone.
+
+    Yields the dashboard's host and port, or "" if it has none or was not started here.
 
     Raises:
         ClusterError: it cannot be started or joined.
@@ -36,13 +38,13 @@ def ray_session(config: RayConfig) -> Iterator[None]:
     import ray
 
     if ray.is_initialized():
-        yield
+        yield ""
         return
     resources: dict[str, Any] = {}
     if config.address == "local":
         resources = {"num_cpus": config.num_cpus, "_node_ip_address": "127.0.0.1"}
     try:
-        ray.init(config.address, logging_level="error", log_to_driver=False, **resources)
+        context = ray.init(config.address, logging_level="error", log_to_driver=False, **resources)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise ClusterError(
             f"Ray at {config.address!r}: {error}; ray.address is 'local', 'auto' or the address of a running cluster"
@@ -53,7 +55,7 @@ def ray_session(config: RayConfig) -> Iterator[None]:
     for noisy in ("ray.data", "ray.train"):  # they set their levels when imported
         logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
-        yield
+        yield context.dashboard_url or ""
     finally:
         ray.shutdown()
 

@@ -5,6 +5,7 @@ import tempfile
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from lr_ray.runtime.session import ray_session, user_error
 from lr_ray.storage.adapters import CONFIG_NAME, list_adapters, read_adapter, read_adapters, with_digest, write_adapter
 from lr_ray.storage.filesystem import exists, join
 from lr_ray.storage.manifest import claim_folder, digest_of, read_manifest
-from lr_ray.storage.synthetic import adapter_id_of, list_synthetic, read_pool
+from lr_ray.storage.synthetic import adapter_id_of, by_adapter, list_synthetic, read_pool
 from lr_ray.vit.backbone import Backbone, load_backbone
 from lr_ray.vit.lora import Adapter, AdapterSpec, average_deltas
 
@@ -69,11 +70,12 @@ def train_meta_lora(config: ExperimentConfig, reporter: Reporter) -> dict[str, A
     backbone = load_backbone(config.backbone)
     files = list_synthetic(config.synthetic_root)
     num_holdout = 0 if config.data.validation else config.training.holdout_adapters
-    if num_holdout >= len(files):
+    groups = by_adapter(files)
+    if num_holdout >= len(groups):
         raise EpisodeError(
-            f"training.holdout_adapters {num_holdout} of {len(files)} adapters leaves none to train on; lower it"
+            f"training.holdout_adapters {num_holdout} of {len(groups)} adapters leaves none to train on; lower it"
         )
-    kept = files[: len(files) - num_holdout]
+    kept, held_out = groups[: len(groups) - num_holdout], groups[len(groups) - num_holdout :]
     teachers: list[AdapterSpec] = []
     if config.training.init_scale or config.training.relations.share:
         teachers = [read_adapter(folder).spec for folder in list_adapters(config.adapters_root)]
@@ -83,9 +85,9 @@ def train_meta_lora(config: ExperimentConfig, reporter: Reporter) -> dict[str, A
         config=config,
         training=config.training,
         folder=config.meta_lora_root,
-        files=tuple(kept),
+        files=tuple(chain.from_iterable(kept)),
         feature_uris=(),
-        holdout_files=tuple(files[len(kept) :]),
+        holdout_files=tuple(chain.from_iterable(held_out)),
         real_classes=(),
         inputs={
             **_shared_inputs(config, config.training, backbone),
@@ -155,7 +157,8 @@ def _train(job: TrainingJob, backbone: Backbone, reporter: Reporter) -> dict[str
         reporter.say(f"train: {job.folder} is finished already")
         return read_manifest(job.folder) or {}
     reporter.say(
-        f"train: {job.kind} on {len(job.files) or len(job.real_classes)} {'adapters' if job.files else 'real classes'}"
+        f"train: {job.kind} on "
+        + (f"{len(by_adapter(job.files))} adapters" if job.files else f"{len(job.real_classes)} real classes")
     )
     with ray_session(job.config.ray):
         if job.training.relations.share:

@@ -13,7 +13,7 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
-from lr_ray.errors import AdapterError
+from lr_ray.errors import AdapterError, StorageError
 from lr_ray.storage.filesystem import join, list_files, read_bytes, write_bytes
 from lr_ray.storage.manifest import read_manifest, write_manifest
 from lr_ray.vit.embedded import digest_tensors
@@ -88,7 +88,7 @@ def read_adapter(folder: str) -> Adapter:
         config: dict[str, Any] = json.loads(read_bytes(join(folder, CONFIG_NAME)))
         if not isinstance(config, dict):
             raise ValueError(f"{CONFIG_NAME} holds no JSON object")
-        tensors: dict[str, Tensor] = load_safetensors(read_bytes(join(folder, WEIGHTS_NAME)))
+        tensors: dict[str, Tensor] = load_safetensors(_read_weights(folder))
     except (ValueError, SafetensorError) as error:
         raise AdapterError(f"adapter {folder}: damaged ({error}); get it again from its source or remove it") from error
     if config.get("peft_type") != "LORA" or config.get("use_dora"):
@@ -97,7 +97,7 @@ def read_adapter(folder: str) -> Adapter:
     modules: dict[str, LowRank] = {}
     heads: dict[str, Tensor] = {}
     unknown: list[str] = []
-    for key, tensor in tensors.items():
+    for key, tensor in sorted(tensors.items()):
         module, _, part = key.removeprefix(_PREFIX).rpartition(".lora_")
         if part == "A.weight":
             partner = tensors.get(key.replace(".lora_A.", ".lora_B."))
@@ -139,6 +139,17 @@ def read_adapter(folder: str) -> Adapter:
         head_bias=head_bias,
     )
     return with_digest(adapter)
+
+
+def _read_weights(folder: str) -> bytes:
+    try:
+        return read_bytes(join(folder, WEIGHTS_NAME))
+    except StorageError as error:
+        if not isinstance(error.__cause__, FileNotFoundError):
+            raise
+        raise AdapterError(
+            f"adapter {folder} has no {WEIGHTS_NAME}; only safetensors are read, never pickles: save it as that or remove it"
+        ) from error
 
 
 def _scale_of(config: dict[str, Any], module: str, num_rows: int, folder: str) -> float:

@@ -51,6 +51,13 @@ def write_bytes(uri: str, content: bytes) -> None:
             Path(temporary).unlink(missing_ok=True)
 
 
+def delete(uri: str) -> None:
+    """Remove the file of that name, if there is one."""
+    with _resolved(uri, "delete") as (filesystem, path):
+        if filesystem.get_file_info(path).type == fs.FileType.File:
+            filesystem.delete_file(path)
+
+
 def exists(uri: str) -> bool:
     """Whether a file of that name has been committed."""
     with _resolved(uri, "look up") as (filesystem, path):

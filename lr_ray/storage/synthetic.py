@@ -1,4 +1,4 @@
-"""Synthetic images at rest: one Parquet file an adapter, a row an image, a row group a class."""
+"""Synthetic images at rest: Parquet files, each of one adapter or some of its classes; a row an image, a row group a class."""
 
 import io
 import json
@@ -37,7 +37,7 @@ _SCHEMA = pa.schema(
 
 
 def write_synthetic(uri: str, synthetic: SyntheticImages, spec: AdapterSpec, *, seed: int) -> None:
-    """Commit the images of one adapter as one Parquet file, lossless (PNG), in one atomic write."""
+    """Commit images of one adapter as one Parquet file, lossless (PNG), in one atomic write."""
     labels = synthetic.labels.tolist()
     with ThreadPoolExecutor(max_workers=2) as pool:
         encoded = list(pool.map(_encode_png, synthetic.images))
@@ -72,7 +72,7 @@ def _encode_png(image: Tensor) -> bytes:
 
 
 def synthetic_name(adapter_id: str, digest: str) -> str:
-    """Name of the file that holds the images of an adapter, made from inputs of that digest."""
+    """Name of the file that holds images of an adapter, made from inputs of that digest."""
     return f"{adapter_id}-{digest[:_DIGEST_LENGTH]}.parquet"
 
 
@@ -93,31 +93,59 @@ def list_synthetic(root: str) -> list[str]:
     return files
 
 
+def by_adapter(files: Sequence[str]) -> list[tuple[str, ...]]:
+    """Files of a synthetic set, those of one adapter together, in the order of its first."""
+    groups: dict[str, list[str]] = {}
+    for file in files:
+        groups.setdefault(adapter_id_of(file), []).append(file)
+    return [tuple(group) for group in groups.values()]
+
+
+def read_rows(uri: str) -> pa.Table:
+    """The rows of one file of a synthetic set.
+
+    Raises:
+        StorageError: unreadable, or not of a synthetic set.
+    """
+    try:
+        table = pq.read_table(pa.BufferReader(read_bytes(uri)), schema=_SCHEMA)
+    except pa.ArrowException as error:
+        raise StorageError(f"synthetic images {uri}: {error}; run `lr-ray invert` again") from error
+    if not table.num_rows or any(column.null_count for column in table.columns):
+        raise StorageError(f"{uri} is no file of synthetic images; remove it and run `lr-ray invert` again")
+    return table
+
+
+def _adapter_tables(root: str, files: Sequence[str]) -> list[pa.Table]:
+    """A table an adapter, by class; the adapters in the order of their first files."""
+    parts: dict[str, list[pa.Table]] = {}
+    for file in files:
+        table = read_rows(join(root, file))
+        parts.setdefault(table["adapter_id"][0].as_py(), []).append(table)
+    tables = []
+    for found in parts.values():
+        table = pa.concat_tables(found)
+        order = np.argsort(table["class_index"].to_numpy(), kind="stable")
+        tables.append(table.take(order).combine_chunks())
+    return tables
+
+
 def read_pool(root: str, files: Sequence[str]) -> ImagePool:
-    """The images of some files of a synthetic set as one pool, classes numbered in the order of the files.
+    """The images of some files of a synthetic set as one pool, classes numbered in the order of the files' adapters.
 
     Raises:
         StorageError: a file that is not a synthetic set's, or sets of different image sizes.
     """
-    tables = []
-    for file in files:
-        try:
-            table = pq.read_table(pa.BufferReader(read_bytes(join(root, file))), schema=_SCHEMA)
-        except pa.ArrowException as error:
-            raise StorageError(f"synthetic images {join(root, file)}: {error}; run `lr-ray invert` again") from error
-        if not table.num_rows or any(column.null_count for column in table.columns):
-            raise StorageError(f"{join(root, file)} is no file of synthetic images; remove it and run `lr-ray invert` again")
-        tables.append(table)
-    num_classes = [int(table["class_index"].to_numpy().max()) + 1 for table in tables]
-    starts = np.concatenate([[0], np.cumsum(num_classes)]).astype(int)
-    widest = max(num_classes)
-    class_names = [""] * int(starts[-1])
-    logits, class_of = [], []
-    for table, start in zip(tables, starts, strict=False):
-        indices = table["class_index"].to_numpy()
-        class_of.append(indices + start)
-        for index, name in zip(indices, table["class_name"].to_pylist(), strict=True):
-            class_names[start + index] = name
+    tables = _adapter_tables(root, files)
+    widest = max(len(table["teacher_logits"][0]) for table in tables)
+    class_names: list[str] = []
+    class_of, adapter_of, slot_of, logits = [], [], [], []
+    for adapter, table in enumerate(tables):
+        slots, first, own = np.unique(table["class_index"].to_numpy(), return_index=True, return_inverse=True)
+        class_of.append(own + len(class_names))
+        class_names += table["class_name"].take(first).to_pylist()
+        adapter_of += [adapter] * len(slots)
+        slot_of += slots.tolist()
         rows = torch.from_numpy(np.stack(table["teacher_logits"].to_numpy()).astype(np.float32))
         logits.append(torch.nn.functional.pad(rows, (0, widest - rows.shape[1])))
     images = [_decode(content) for table in tables for content in table["image"].combine_chunks().field("bytes")]
@@ -128,8 +156,8 @@ def read_pool(root: str, files: Sequence[str]) -> ImagePool:
         images=torch.stack(images),
         class_of=np.concatenate(class_of),
         class_names=tuple(class_names),
-        adapter_of=np.repeat(np.arange(len(tables)), num_classes),
-        slot_of=np.concatenate([np.arange(count) for count in num_classes]),
+        adapter_of=np.array(adapter_of),
+        slot_of=np.array(slot_of),
         teacher_logits=torch.cat(logits),
         patch_order=torch.from_numpy(orders),
     )

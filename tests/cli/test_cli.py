@@ -21,7 +21,7 @@ OPTIONS = {
     "run": {"CONFIG", "--set", "--output", "-o", "--json"},
     "demo": {"--set", "--output", "-o", "--json"},
     "tune": {"--config", "-c", "--set", "--data", "--classes", "--output", "-o", "--json"},
-    "invert": {"--config", "-c", "--set", "--adapters", "--synthetic", "--output", "-o", "--json"},
+    "invert": {"--config", "-c", "--set", "--adapters", "--synthetic", "--output", "-o", "--strict", "--json"},
     "train": {"--config", "-c", "--set", "--adapters", "--synthetic", "--output", "-o", "--oracle", "--json"},
     "eval": {
         "--config", "-c", "--set", "--data", "--classes", "--adapters", "--output", "-o", "--method", "--json",

@@ -5,10 +5,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
 from lr_ray.errors import AdapterError, InversionError
-from lr_ray.inversion.invert import InversionConfig, SyntheticImages, invert
+from lr_ray.inversion.invert import InversionConfig, InversionStep, SyntheticImages, invert
 from lr_ray.inversion.priors import BatchNormPrior
 from lr_ray.vit.augment import AugmentationConfig, random_views
 from lr_ray.vit.backbone import Backbone
@@ -175,9 +177,60 @@ def test_patch_order_begins_with_the_patches_kept(backbone: Backbone, make_adapt
 
 
 def test_on_step_is_called_once_per_step_and_batch(backbone: Backbone, make_adapter: MakeAdapter):
-    calls = []
-    run(make_adapter(), backbone, config(batch_size=5, num_steps=3), on_step=lambda: calls.append(None))
-    assert len(calls) == 3 * 3
+    steps: list[InversionStep] = []
+    run(make_adapter(), backbone, config(batch_size=5, num_steps=3), on_step=steps.append)
+    assert [step.done for step in steps] == list(range(1, 10))
+    assert {step.total for step in steps} == {9}
+    assert [len(step.loss_ce) for step in steps] == [5] * 6 + [2] * 3
+
+
+class PreemptedError(Exception):
+    pass
+
+
+class Saving:
+    """Saves at every `every`th step, through bytes; says that the process is lost after `last` steps."""
+
+    def __init__(self, *, every: int) -> None:
+        self.every, self.steps, self.last, self.content = every, 0, -1, b""
+
+    def load(self) -> dict[str, Tensor] | None:
+        return load_safetensors(self.content) if self.content else None
+
+    def due(self) -> bool:
+        self.steps += 1
+        return self.steps % self.every == 0
+
+    def save(self, state: dict[str, Tensor]) -> None:
+        self.content = save_safetensors(state)
+
+    def on_step(self, step: InversionStep) -> None:
+        if step.done == self.last:
+            raise PreemptedError
+
+
+@pytest.mark.parametrize("canvas", ["pixels", "spectrum", "two-colour"])
+@pytest.mark.parametrize("last", [1, 5, 8, 9, 11, 24])
+def test_it_goes_on_from_a_checkpoint_bit_by_bit(backbone: Backbone, make_adapter: MakeAdapter, canvas: str, last: int):
+    drawn = config(canvas=canvas, batch_size=5, views={"roll": 0.25, "flip": True, "noise": 0.1}, keep_ratios={0: 0.5})
+    undisturbed = run(make_adapter(), backbone, drawn)
+    saving = Saving(every=3)
+    saving.last = last
+    with pytest.raises(PreemptedError):
+        run(make_adapter(), backbone, drawn, checkpoint=saving, on_step=saving.on_step)
+    counted: list[InversionStep] = []
+    found = run(make_adapter(), backbone, drawn, seed=99, checkpoint=saving, on_step=counted.append)
+    saved = max((last - 1) // 3 * 3, 0)
+    assert [step.done for step in counted] == list(range(saved + 1, 25))
+    if saved:
+        for name in SyntheticImages.__dataclass_fields__:
+            assert torch.equal(getattr(found, name), getattr(undisturbed, name)), name
+
+
+def test_some_classes_of_an_adapter(backbone: Backbone, make_adapter: MakeAdapter):
+    found = run(make_adapter(), backbone, config(num_steps=60), classes=[2, 0])
+    assert found.labels.tolist() == [0] * 4 + [2] * 4
+    assert adapter_logits(make_adapter(), backbone, found.images).argmax(dim=1).tolist() == found.labels.tolist()
 
 
 def make_prior() -> BatchNormPrior:

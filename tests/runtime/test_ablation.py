@@ -16,23 +16,14 @@ from lr_ray.data.load import load_data
 from lr_ray.errors import ConfigError, DataError
 from lr_ray.fewshot.episodes import ImagePool
 from lr_ray.grid import StandInConfig, load_grid
-from lr_ray.report.progress import Reporter
 from lr_ray.runtime.ablation import run_grid, summarise
-from lr_ray.runtime.inversion import invert_library
 from lr_ray.runtime.stand_ins import make_stand_ins
-from lr_ray.runtime.tuning import tune_library
 from lr_ray.storage.adapters import read_adapters
 from lr_ray.storage.synthetic import list_synthetic, read_pool
+from tests.jobs import QUIET
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
-QUIET = Reporter(quiet=True)
 EACH = 4
-
-
-@pytest.fixture
-def library(tiny_experiment: ExperimentConfig) -> ExperimentConfig:
-    tune_library(tiny_experiment, QUIET)
-    return tiny_experiment
 
 
 def stand_ins(config: ExperimentConfig, **settings: Any) -> ImagePool:
@@ -87,30 +78,28 @@ def test_real_images_of_the_adapters_classes_few_and_many(library: ExperimentCon
             assert len(set(found_in(images, real_images(library, name)))) == different
 
 
-def test_mixed_are_the_inverted_and_some_real_ones(library: ExperimentConfig):
-    invert_library(library, QUIET)
-    inverted = read_pool(library.synthetic_root, list_synthetic(library.synthetic_root))
-    pool = stand_ins(library, kind="mixed", per_class=2)
+def test_mixed_are_the_inverted_and_some_real_ones(inverted: ExperimentConfig):
+    originals = read_pool(inverted.synthetic_root, list_synthetic(inverted.synthetic_root))
+    pool = stand_ins(inverted, kind="mixed", per_class=2)
     for c, name in enumerate(pool.class_names):
         images = pool.images[torch.from_numpy(pool.class_of == c)]
-        assert torch.equal(images[:EACH], inverted.images[torch.from_numpy(inverted.class_of == c)])
-        assert len(set(found_in(images[EACH:], real_images(library, name)))) == 2
+        assert torch.equal(images[:EACH], originals.images[torch.from_numpy(originals.class_of == c)])
+        assert len(set(found_in(images[EACH:], real_images(inverted, name)))) == 2
 
 
-def test_shuffled_are_the_inverted_ones_patch_by_patch(library: ExperimentConfig):
-    invert_library(library, QUIET)
-    inverted = read_pool(library.synthetic_root, list_synthetic(library.synthetic_root))
-    pool = stand_ins(library, kind="shuffled")
+def test_shuffled_are_the_inverted_ones_patch_by_patch(inverted: ExperimentConfig):
+    originals = read_pool(inverted.synthetic_root, list_synthetic(inverted.synthetic_root))
+    pool = stand_ins(inverted, kind="shuffled")
 
     def patches(images: torch.Tensor) -> torch.Tensor:
         return images.unfold(2, 16, 16).unfold(3, 16, 16).permute(0, 2, 3, 1, 4, 5).flatten(1, 2).flatten(2)
 
     moved = 0
-    for image, original in zip(patches(pool.images), patches(inverted.images), strict=True):
+    for image, original in zip(patches(pool.images), patches(originals.images), strict=True):
         assert sorted(map(tuple, image.tolist())) == sorted(map(tuple, original.tolist()))
         moved += not torch.equal(image, original)
     assert moved > 0.8 * len(pool.images)
-    assert np.array_equal(pool.class_of, inverted.class_of)
+    assert np.array_equal(pool.class_of, originals.class_of)
 
 
 def test_stand_ins_are_made_once(library: ExperimentConfig):

@@ -4,40 +4,25 @@ import json
 import threading
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from lr_ray.cli.main import app
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from lr_ray.config import ExperimentConfig
-from lr_ray.errors import ConfigError, DataError, EpisodeError, InversionError, StorageError
+from lr_ray.errors import ConfigError, DataError, EpisodeError, StorageError
 from lr_ray.fewshot.relations import directions
-from lr_ray.report.progress import Reporter
 from lr_ray.runtime.evaluation import evaluate_methods
-from lr_ray.runtime.inversion import invert_library, plan_inversion
 from lr_ray.runtime.relations import relation_targets, see_with_every_adapter
 from lr_ray.runtime.training import train_meta_lora
 from lr_ray.runtime.tuning import tune_library
 from lr_ray.storage.adapters import list_adapters, read_adapter
 from lr_ray.storage.synthetic import list_synthetic, read_pool
 from lr_ray.vit.backbone import load_backbone
+from tests.jobs import QUIET, changed, kill_worker, snapshot
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
-QUIET = Reporter(quiet=True)
-
-
-def changed(config: ExperimentConfig, **sections: dict[str, object]) -> ExperimentConfig:
-    """The config with some values of some sections replaced."""
-    updates = {name: getattr(config, name).model_copy(update=values) for name, values in sections.items()}
-    return config.model_copy(update=updates)
-
-
-def snapshot(folder: str) -> dict[str, tuple[int, bytes]]:
-    """Every file below the folder: when it was written, and its content."""
-    files = [path for path in Path(folder).rglob("*") if path.is_file()]
-    return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
 
 
 def test_whole_job_through_the_command_line(tiny_experiment: ExperimentConfig, tmp_path: Path) -> None:
@@ -111,80 +96,8 @@ def test_too_little_data_to_tune_on(tiny_experiment: ExperimentConfig, tuning: d
         tune_library(changed(tiny_experiment, tuning=tuning), QUIET)
 
 
-def test_inversion_survives_a_killed_actor(tiny_experiment: ExperimentConfig) -> None:
-    tune_library(tiny_experiment, QUIET)
-    config = changed(tiny_experiment, inversion={"num_steps": 60}, ray={"max_actors": 1})
-    result: list[list[str]] = []
-    job = threading.Thread(target=lambda: result.append(invert_library(config, QUIET)))
-
-    job.start()
-    while not list(Path(config.synthetic_root).glob("*.parquet")):
-        job.join(timeout=0.05)
-        assert job.is_alive()
-    kill_worker("InversionActor")
-    job.join()
-
-    assert sorted(result[0]) == sorted(item.uri for item in plan_inversion(config))
-    assert len(list_synthetic(config.synthetic_root)) == 3
-    assert len(read_pool(config.synthetic_root, list_synthetic(config.synthetic_root)).images) == 3 * 3 * 4
-    assert not list(Path(config.synthetic_root).rglob("*.tmp"))
-
-
-def kill_worker(title: str) -> None:
-    """Kill the one worker of this process's Ray whose title has that in it."""
-    workers = [child for child in psutil.Process().children(recursive=True) if title in "".join(child.cmdline()[:1])]
-    (worker,) = workers
-    worker.kill()
-
-
-def test_inversion_is_reproducible_and_idempotent(tiny_experiment: ExperimentConfig, tmp_path: Path) -> None:
-    tune_library(tiny_experiment, QUIET)
-    other = tiny_experiment.model_copy(update={"synthetic": str(tmp_path / "again")})
-
-    uris = invert_library(tiny_experiment, QUIET)
-    before = snapshot(tiny_experiment.synthetic_root)
-    assert invert_library(tiny_experiment, QUIET) == uris
-    invert_library(other, QUIET)
-
-    after = snapshot(tiny_experiment.synthetic_root)
-    assert {uri: after[uri] for uri in uris} == {uri: before[uri] for uri in uris}
-    assert [Path(uri).read_bytes() for uri in uris] == [(tmp_path / "again" / Path(uri).name).read_bytes() for uri in uris]
-
-
-def test_inversion_with_another_config_is_refused(tiny_experiment: ExperimentConfig) -> None:
-    tune_library(tiny_experiment, QUIET)
-    invert_library(tiny_experiment, QUIET)
-    before = snapshot(tiny_experiment.synthetic_root)
-
-    with pytest.raises(StorageError, match="inversion.num_steps was 4, now 5"):
-        invert_library(changed(tiny_experiment, inversion={"num_steps": 5}), QUIET)
-
-    assert snapshot(tiny_experiment.synthetic_root) == before
-
-
-def test_a_damaged_adapter_is_named_and_the_others_are_kept(tiny_experiment: ExperimentConfig) -> None:
-    tune_library(tiny_experiment, QUIET)
-    victim = Path(list_adapters(tiny_experiment.adapters_root)[1])
-    tensors = load_file(victim / "adapter_model.safetensors")
-    save_file({name: torch.full_like(t, torch.nan) for name, t in tensors.items()}, victim / "adapter_model.safetensors")
-
-    with pytest.raises(InversionError, match=rf"1 of 3 adapters failed, the others are kept: adapter {victim.name} has NaN"):
-        invert_library(tiny_experiment, QUIET)
-
-    assert len(list_synthetic(tiny_experiment.synthetic_root)) == 2
-
-
-def test_an_adapter_of_another_backbone_is_refused(tiny_experiment: ExperimentConfig) -> None:
-    tune_library(tiny_experiment, QUIET)
-
-    with pytest.raises(InversionError, match="was tuned on 'vit_tiny_patch16_224'.*not on 'vit_small_patch16_224'"):
-        invert_library(changed(tiny_experiment, backbone={"name": "vit_small_patch16_224"}), QUIET)
-
-
-def test_training_survives_a_killed_worker_bit_by_bit(tiny_experiment: ExperimentConfig, tmp_path: Path) -> None:
-    tune_library(tiny_experiment, QUIET)
-    invert_library(tiny_experiment, QUIET)
-    config = changed(tiny_experiment, training={"num_steps": 60, "validate_every": 5})
+def test_training_survives_a_killed_worker_bit_by_bit(inverted: ExperimentConfig, tmp_path: Path) -> None:
+    config = changed(inverted, training={"num_steps": 60, "validate_every": 5})
     twin = config.model_copy(
         update={"output": str(tmp_path / "twin"), "adapters": config.adapters_root, "synthetic": config.synthetic_root}
     )
@@ -205,13 +118,11 @@ def test_training_survives_a_killed_worker_bit_by_bit(tiny_experiment: Experimen
     assert [entry["step"] for entry in history] == list(range(1, 61))
 
 
-def test_two_training_workers_agree_with_one(tiny_experiment: ExperimentConfig, tmp_path: Path) -> None:
-    tune_library(tiny_experiment, QUIET)
-    invert_library(tiny_experiment, QUIET)
-    shared = {"adapters": tiny_experiment.adapters_root, "synthetic": tiny_experiment.synthetic_root}
+def test_two_training_workers_agree_with_one(inverted: ExperimentConfig, tmp_path: Path) -> None:
+    shared = {"adapters": inverted.adapters_root, "synthetic": inverted.synthetic_root}
     found = []
     for num_workers in (1, 2):
-        config = tiny_experiment.model_copy(update={**shared, "output": str(tmp_path / f"workers-{num_workers}")})
+        config = inverted.model_copy(update={**shared, "output": str(tmp_path / f"workers-{num_workers}")})
         training = {"num_steps": 3, "episodes_per_step": 2, "num_workers": num_workers, "precision": "fp32"}
         config = changed(config, training={**training, "holdout_adapters": 0})
         train_meta_lora(config, QUIET)
@@ -220,22 +131,20 @@ def test_two_training_workers_agree_with_one(tiny_experiment: ExperimentConfig, 
     assert all(torch.allclose(found[0][name], found[1][name], atol=1e-5) for name in found[0])
 
 
-def test_features_of_every_adapter_are_committed_once(tiny_experiment: ExperimentConfig) -> None:
-    tune_library(tiny_experiment, QUIET)
-    invert_library(tiny_experiment, QUIET)
-    files = list_synthetic(tiny_experiment.synthetic_root)
-    first, *others = see_with_every_adapter(tiny_experiment, files, QUIET)
-    before = snapshot(f"{tiny_experiment.output_root}/relations")
+def test_features_of_every_adapter_are_committed_once(inverted: ExperimentConfig) -> None:
+    files = list_synthetic(inverted.synthetic_root)
+    first, *others = see_with_every_adapter(inverted, files, QUIET)
+    before = snapshot(f"{inverted.output_root}/relations")
     Path(others[0]).unlink()
 
-    assert list(see_with_every_adapter(tiny_experiment, files, QUIET)) == [first, *others]
+    assert list(see_with_every_adapter(inverted, files, QUIET)) == [first, *others]
 
-    after = snapshot(f"{tiny_experiment.output_root}/relations")
+    after = snapshot(f"{inverted.output_root}/relations")
     assert {name: content for name, (_, content) in after.items()} == {name: content for name, (_, content) in before.items()}
     assert after[first] == before[first]
-    backbone = load_backbone(tiny_experiment.backbone)
-    pool = read_pool(tiny_experiment.synthetic_root, files)
-    targets = relation_targets(tiny_experiment, pool, [first, *others], backbone)
+    backbone = load_backbone(inverted.backbone)
+    pool = read_pool(inverted.synthetic_root, files)
+    targets = relation_targets(inverted, pool, [first, *others], backbone)
     assert len(targets.images) == len(targets.features) == 2 * 3 * 3 * 4
     assert targets.keep_indices is not None
     concatenated = torch.cat([directions(load_file(uri)["features"].float()) for uri in (first, *others)], dim=1)
@@ -244,27 +153,25 @@ def test_features_of_every_adapter_are_committed_once(tiny_experiment: Experimen
 
     Path(first).write_bytes(b"damaged")
     with pytest.raises(StorageError, match=r"features .*damaged.*delete the file"):
-        relation_targets(tiny_experiment, pool, [first, *others], backbone)
+        relation_targets(inverted, pool, [first, *others], backbone)
 
 
-def test_errors_before_and_inside_training(tiny_experiment: ExperimentConfig) -> None:
+def test_errors_before_and_inside_training(inverted: ExperimentConfig) -> None:
     with pytest.raises(StorageError, match="no Parquet files; run `lr-ray invert` first"):
-        train_meta_lora(tiny_experiment, QUIET)
-    tune_library(tiny_experiment, QUIET)
-    invert_library(tiny_experiment, QUIET)
-    images = Path(tiny_experiment.synthetic_root, list_synthetic(tiny_experiment.synthetic_root)[0])
+        train_meta_lora(inverted.model_copy(update={"synthetic": f"{inverted.output_root}/absent"}), QUIET)
+    images = Path(inverted.synthetic_root, list_synthetic(inverted.synthetic_root)[0])
     stale = images.with_name("removed-0123456789ab.parquet")
     stale.write_bytes(images.read_bytes())
     with pytest.raises(
         StorageError, match=r"removed-0123456789ab.parquet are of an adapter that .* does not hold; remove the file"
     ):
-        train_meta_lora(tiny_experiment, QUIET)
+        train_meta_lora(inverted, QUIET)
     stale.unlink()
     with pytest.raises(EpisodeError, match="holdout_adapters 3 of 3"):
-        train_meta_lora(changed(tiny_experiment, training={"holdout_adapters": 3}), QUIET)
-    shape = tiny_experiment.training.episode.model_copy(update={"n_query": 15})
+        train_meta_lora(changed(inverted, training={"holdout_adapters": 3}), QUIET)
+    shape = inverted.training.episode.model_copy(update={"n_query": 15})
     with pytest.raises(EpisodeError, match="4 images, but 1 shots and 15 queries need 16"):
-        train_meta_lora(changed(tiny_experiment, training={"episode": shape}), QUIET)
+        train_meta_lora(changed(inverted, training={"episode": shape}), QUIET)
 
 
 def test_evaluation_errors(tiny_experiment: ExperimentConfig) -> None:

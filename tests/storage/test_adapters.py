@@ -241,10 +241,15 @@ def test_an_unreadable_adapter_is_named_in_one_line(folder, damage):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", [CONFIG_NAME, WEIGHTS_NAME])
-def test_an_absent_file_is_a_storage_error(folder, name):
-    (folder / name).unlink()
-    with pytest.raises(StorageError, match=name):
+def test_an_absent_config_is_a_storage_error(folder):
+    (folder / CONFIG_NAME).unlink()
+    with pytest.raises(StorageError, match=CONFIG_NAME):
+        read_adapter(str(folder))
+
+
+def test_a_pickle_is_not_read(folder):
+    (folder / WEIGHTS_NAME).rename(folder / "adapter_model.bin")
+    with pytest.raises(AdapterError, match=f"no {WEIGHTS_NAME}; only safetensors are read, never pickles"):
         read_adapter(str(folder))
 
 

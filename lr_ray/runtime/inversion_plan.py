@@ -1,0 +1,125 @@
+"""What an inversion has to do: its pieces of work, and their names."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+from lr_ray.config import ExperimentConfig
+from lr_ray.errors import AdapterError
+from lr_ray.storage.adapters import list_adapters, read_adapter
+from lr_ray.storage.filesystem import delete, join, list_files
+from lr_ray.storage.manifest import claim_folder, digest_of
+from lr_ray.storage.synthetic import synthetic_name
+from lr_ray.vit.backbone import Backbone, load_backbone
+from lr_ray.vit.lora import AdapterSpec, check_adapter
+
+PARTIAL = ".partial"
+"""Ends the name of the state of an inversion under way."""
+_READERS = 8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InversionItem:
+    """Classes of one adapter to invert, and where their images go.
+
+    Attributes:
+        classes: class indices of the adapter.
+        uri: derived from all that determines the images.
+    """
+
+    adapter_folder: str
+    adapter_id: str
+    classes: tuple[int, ...]
+    uri: str
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InversionPlan:
+    """What there is to do.
+
+    Attributes:
+        items: of all adapters that can be inverted.
+        todo: those whose images are not there yet, the largest first.
+        rejected: {adapter's folder: why it cannot be inverted}.
+    """
+
+    items: tuple[InversionItem, ...]
+    todo: tuple[InversionItem, ...]
+    rejected: dict[str, str]
+
+
+def plan_inversion(config: ExperimentConfig, *, strict: bool = True) -> InversionPlan:
+    """The work items; an item's name derives from adapter, classes, backbone, config and seed.
+
+    Raises:
+        AdapterError: no adapters; two of the same id; with `strict`, one that cannot be inverted, else if none can.
+        StorageError: the folder holds images made with another config, backbone or seed.
+    """
+    backbone = load_backbone(config.backbone)
+    inversion = config.inversion.model_dump(mode="json")
+    classes_per_item = inversion.pop("classes_per_item")
+    shared = {"step": "invert", "seed": config.seed, "backbone": backbone.identity, "inversion": inversion}
+    folders = list_adapters(config.adapters_root)
+    with ThreadPoolExecutor(_READERS) as pool:
+        inspected = list(pool.map(partial(_inspect, backbone=backbone), folders))
+    rejected = {folder: str(found) for folder, found in zip(folders, inspected, strict=True) if isinstance(found, AdapterError)}
+    if rejected and (strict or len(rejected) == len(folders)):
+        raise AdapterError(next(iter(rejected.values())))
+    claim_folder(config.synthetic_root, shared | {"classes_per_item": classes_per_item}, config=config.resolved())
+    items: list[InversionItem] = []
+    seen: dict[str, str] = {}
+    for folder, spec in zip(folders, inspected, strict=True):
+        if isinstance(spec, AdapterError):
+            continue
+        if spec.adapter_id in seen:
+            raise AdapterError(
+                f"adapters {folder} and {seen[spec.adapter_id]} have the same id {spec.adapter_id!r}; rename or remove one"
+            )
+        seen[spec.adapter_id] = folder
+        items += _items_of(folder, spec, shared, config, classes_per_item)
+    there = committed(config)
+    for left_over in list_files(config.synthetic_root, suffix=PARTIAL):
+        if (uri := join(config.synthetic_root, left_over)).removesuffix(PARTIAL) in there:
+            delete(uri)  # its worker was lost between the commit and this
+    todo = sorted((item for item in items if item.uri not in there), key=lambda item: -len(item.classes))
+    return InversionPlan(items=tuple(items), todo=tuple(todo), rejected=rejected)
+
+
+def committed(config: ExperimentConfig) -> set[str]:
+    """URIs of the files of images that are there."""
+    return {join(config.synthetic_root, file) for file in list_files(config.synthetic_root, suffix=".parquet")}
+
+
+def _inspect(folder: str, *, backbone: Backbone) -> AdapterSpec | AdapterError:
+    """What the adapter is, or why it cannot be inverted."""
+    try:
+        adapter = read_adapter(folder)
+        check_adapter(adapter, backbone)
+    except AdapterError as error:
+        return error
+    if adapter.head_weight is None:
+        return AdapterError(f"adapter {folder} has no head, so it has no classes to invert; remove it")
+    return adapter.spec
+
+
+def _items_of(
+    folder: str, spec: AdapterSpec, shared: dict[str, Any], config: ExperimentConfig, classes_per_item: int
+) -> Iterator[InversionItem]:
+    """The adapter in as few parts as `classes_per_item` allows, of about the same size."""
+    num_classes = len(spec.class_names)
+    num_parts = -(-num_classes // classes_per_item)
+    bounds = [num_classes * part // num_parts for part in range(num_parts + 1)]
+    for first, last in pairwise(bounds):
+        inputs = {**shared, "adapter": spec.digest} | ({"classes": [first, last]} if num_parts > 1 else {})
+        digest = digest_of(inputs)
+        yield InversionItem(
+            adapter_folder=folder,
+            adapter_id=spec.adapter_id,
+            classes=tuple(range(first, last)),
+            uri=join(config.synthetic_root, synthetic_name(spec.adapter_id, digest)),
+            seed=int(digest[:12], 16),
+        )

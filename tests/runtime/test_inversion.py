@@ -1,0 +1,218 @@
+"""Inversion on Ray: exactly once, whatever is lost on the way; what is damaged is named and the rest is done."""
+
+import json
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lr_ray.cli.main import app
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from lr_ray.config import ExperimentConfig
+from lr_ray.errors import AdapterError, InversionError, StorageError
+from lr_ray.report.progress import UnderWay
+from lr_ray.runtime.board import Board
+from lr_ray.runtime.inversion import PartialFile, invert_dataset, invert_library
+from lr_ray.runtime.inversion_plan import plan_inversion
+from lr_ray.storage.adapters import list_adapters, read_adapters
+from lr_ray.storage.synthetic import list_synthetic, read_pool
+from tests.jobs import QUIET, changed, kill_worker, snapshot
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+def undisturbed(config: ExperimentConfig, folder: Path) -> dict[str, bytes]:
+    """The files of a set that nothing happens to."""
+    other = config.model_copy(update={"synthetic": str(folder)})
+    return {Path(uri).name: Path(uri).read_bytes() for uri in invert_library(other, QUIET).uris}
+
+
+def files_of(config: ExperimentConfig) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in Path(config.synthetic_root).iterdir() if path.name != "claim.json"}
+
+
+def invert_and_kill_actor_once_there_is(pattern: str, config: ExperimentConfig) -> None:
+    job = threading.Thread(target=lambda: invert_library(config, QUIET))
+    job.start()
+    while not list(Path(config.synthetic_root).glob(pattern)):
+        job.join(timeout=0.05)
+        assert job.is_alive()
+    kill_worker("InversionActor")
+    job.join()
+
+
+def test_a_killed_actor_costs_nothing(library: ExperimentConfig, tmp_path: Path) -> None:
+    config = changed(library, inversion={"num_steps": 60}, ray={"max_actors": 1})
+
+    invert_and_kill_actor_once_there_is("*.parquet", config)
+
+    assert files_of(config) == undisturbed(config, tmp_path / "twin")
+    assert len(files_of(config)) == 3
+
+
+def test_an_inversion_goes_on_where_its_killed_actor_saved_it(library: ExperimentConfig, tmp_path: Path) -> None:
+    config = changed(library, inversion={"num_steps": 100}, ray={"max_actors": 1, "checkpoint_every_s": 0.05})
+
+    invert_and_kill_actor_once_there_is("*.partial", config)
+
+    assert files_of(config) == undisturbed(config, tmp_path / "twin")
+
+
+def test_a_saved_state_is_used_and_a_left_over_one_is_removed(library: ExperimentConfig) -> None:
+    first, second, third = plan_inversion(library).items
+    invert_library(library, QUIET)
+    kept = files_of(library)
+    Path(first.uri).unlink()
+    Path(second.uri + ".partial").write_bytes(b"left over")
+    Path(first.uri + ".partial").write_bytes(b"damaged")
+
+    with pytest.raises(InversionError, match=r"\.partial: damaged .* delete it and run again"):
+        invert_library(library, QUIET, strict=True)
+    Path(first.uri + ".partial").unlink()
+    invert_library(library, QUIET)
+
+    assert files_of(library) == kept
+    assert Path(third.uri).exists()
+
+
+def test_a_partial_file_keeps_the_last_state(tmp_path: Path) -> None:
+    uri = str(tmp_path / "a.partial")
+    file = PartialFile(uri, every_s=1e-9)
+    assert file.load() is None
+    for step in (1, 2):
+        assert file.due()
+        file.save({"step": torch.tensor(step)})
+    assert not PartialFile(uri, every_s=1e9).due()
+    again = PartialFile(uri, every_s=1)
+    assert again.load() == load_safetensors(Path(uri).read_bytes()) == {"step": torch.tensor(2)}
+    again.delete()
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_adapter_of_many_classes_is_several_pieces_of_work(library: ExperimentConfig) -> None:
+    whole = changed(library, inversion={"classes_per_item": 3})
+    config = changed(library, inversion={"classes_per_item": 2})
+    items = plan_inversion(config).items
+    assert [item.classes for item in items] == [(0,), (1, 2)] * 3
+    assert len({item.seed for item in items}) == len({item.uri for item in items}) == 6
+
+    assert invert_library(config, QUIET).uris == tuple(item.uri for item in items)
+
+    pool = read_pool(config.synthetic_root, list_synthetic(config.synthetic_root))
+    assert pool.slot_of.tolist() == [0, 1, 2] * 3
+    assert pool.adapter_of.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert np.bincount(pool.class_of).tolist() == [4] * 9
+    names = [name for adapter in read_adapters(config.adapters_root) for name in adapter.spec.class_names]
+    assert list(pool.class_names) == names
+    with pytest.raises(StorageError, match="classes_per_item was 2, now 3"):
+        plan_inversion(whole)
+    Path(items[0].uri).unlink()
+    lacking = read_pool(config.synthetic_root, list_synthetic(config.synthetic_root))
+    assert lacking.slot_of.tolist() == [1, 2, 0, 1, 2, 0, 1, 2]
+    assert np.bincount(lacking.class_of).tolist() == [4] * 8
+
+
+def test_inversion_is_reproducible_and_idempotent(library: ExperimentConfig, tmp_path: Path) -> None:
+    report = invert_library(library, QUIET)
+    before = snapshot(library.synthetic_root)
+    assert invert_library(library, QUIET) == report
+    assert report.failures == ()
+    assert snapshot(library.synthetic_root) == before
+    assert files_of(library) == undisturbed(library, tmp_path / "again")
+
+
+def test_inversion_with_another_config_is_refused(inverted: ExperimentConfig) -> None:
+    before = snapshot(inverted.synthetic_root)
+
+    with pytest.raises(StorageError, match="inversion.num_steps was 4, now 5"):
+        invert_library(changed(inverted, inversion={"num_steps": 5}), QUIET)
+
+    assert snapshot(inverted.synthetic_root) == before
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "NaN or infinite weights": lambda weights: save_file(
+        {name: torch.full_like(tensor, torch.nan) for name, tensor in load_file(weights).items()}, weights
+    ),
+    "damaged": lambda weights: weights.write_bytes(weights.read_bytes()[:-100]),
+    "only safetensors are read": lambda weights: weights.rename(weights.with_suffix(".bin")),
+}
+
+
+@pytest.mark.parametrize("reason", DAMAGES)
+def test_a_damaged_adapter_is_skipped_and_the_rest_is_done(library: ExperimentConfig, tmp_path: Path, reason: str) -> None:
+    victim = Path(list_adapters(library.adapters_root)[1])
+    DAMAGES[reason](victim / "adapter_model.safetensors")
+    path = tmp_path / "tiny.yaml"
+    path.write_text(json.dumps(library.resolved()))
+
+    strict = CliRunner().invoke(app, ["invert", "-c", str(path), "--strict"])
+    assert isinstance(strict.exception, AdapterError)
+    assert not Path(library.synthetic_root).exists()
+
+    done = CliRunner().invoke(app, ["invert", "-c", str(path), "--json"])
+    assert done.exit_code == 2
+    report = json.loads(done.stdout)
+    assert len(report["uris"]) == len(list_synthetic(library.synthetic_root)) == 2
+    (failure,) = report["failures"]
+    assert victim.name in failure
+    assert reason in failure
+    spoken = CliRunner().invoke(app, ["invert", "-c", str(path)])
+    assert (spoken.exit_code, len(spoken.stderr.splitlines())) == (2, 3)
+    assert f"lr-ray: failed: {failure}" in spoken.stderr
+
+
+def test_an_inversion_that_fails_on_the_way(library: ExperimentConfig) -> None:
+    victim = Path(list_adapters(library.adapters_root)[1], "adapter_model.safetensors")
+    tensors = load_file(victim)
+    save_file({name: torch.full_like(t, 1e30) if "lora_B" in name else t for name, t in tensors.items()}, victim)
+    (uri,) = [item.uri for item in plan_inversion(library).items if item.adapter_folder == str(victim.parent)]
+
+    report = invert_library(library, QUIET)
+
+    assert uri not in report.uris
+    assert len(report.uris) == 2
+    assert [("NaN or infinite" in line, victim.parent.name in line) for line in report.failures] == [(True, True)]
+    with pytest.raises(InversionError, match="NaN or infinite from the first step.*what was finished is kept"):
+        invert_library(library, QUIET, strict=True)
+
+
+def test_no_adapter_fits(library: ExperimentConfig) -> None:
+    with pytest.raises(AdapterError, match="was tuned on 'vit_tiny_patch16_224'.*not on 'vit_small_patch16_224'"):
+        invert_library(changed(library, backbone={"name": "vit_small_patch16_224"}), QUIET)
+    assert not Path(library.synthetic_root).exists()
+
+
+def test_a_dataset_gives_rows_while_the_inversion_goes_on(library: ExperimentConfig) -> None:
+    config = changed(library, inversion={"num_steps": 300}, ray={"max_actors": 1})
+    there = plan_inversion(config).items[0].uri
+    invert_library(config, QUIET)
+    for uri in {item.uri for item in plan_inversion(config).items} - {there}:
+        Path(uri).unlink()
+
+    rows = iter(invert_dataset(config).iter_rows())
+    first = next(rows)
+    assert first["adapter_id"] == plan_inversion(config).items[0].adapter_id
+    assert len(list_synthetic(config.synthetic_root)) < 3
+    others = list(rows)
+
+    assert len(list_synthetic(config.synthetic_root)) == 3
+    found = [(row["adapter_id"], row["class_index"]) for row in [first, *others]]
+    expected = [(item.adapter_id, c) for item in plan_inversion(config).items for c in item.classes for _ in range(4)]
+    assert sorted(found) == sorted(expected)
+    assert {len(row["image"]["bytes"]) > 100 for row in others} == {True}
+
+
+def test_a_board_shows_what_is_under_way() -> None:
+    board = Board()
+    for name, share in (("b", 0.5), ("a", 0.1), ("b", 0.7)):
+        board.write(UnderWay(name=name, share=share, note=""))
+    assert [(line.name, line.share) for line in board.read()] == [("a", 0.1), ("b", 0.7)]
+    board.erase("a")
+    board.erase("a")
+    assert [line.name for line in board.read()] == ["b"]
