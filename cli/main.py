@@ -8,6 +8,7 @@ from lr_ray.cli.demo import demo
 from lr_ray.cli.evaluate import evaluate
 from lr_ray.cli.fetch import fetch
 from lr_ray.cli.invert import invert
+from lr_ray.cli.report import report
 from lr_ray.cli.run import run
 from lr_ray.cli.train import train
 from lr_ray.cli.tune import tune
@@ -26,6 +27,7 @@ app.command()(tune)
 app.command()(invert)
 app.command()(train)
 app.command(name="eval")(evaluate)
+app.command()(report)
 app.command()(ablate)
 app.command()(fetch)
 

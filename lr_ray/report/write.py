@@ -1,5 +1,6 @@
 """The report of a run: `contact_sheet.png` and `report.html` in its output folder."""
 
+import threading
 from collections.abc import Sequence
 from itertools import chain
 from typing import Any
@@ -7,12 +8,15 @@ from typing import Any
 from lr_ray.config import ExperimentConfig
 from lr_ray.report.html import render_report
 from lr_ray.report.pictures import accuracy_bars, contact_sheet, grid_bars, training_curves
+from lr_ray.report.progress import Reporter
 from lr_ray.storage.adapters import list_adapters
-from lr_ray.storage.filesystem import join, write_bytes
+from lr_ray.storage.filesystem import join, list_files, write_bytes
 from lr_ray.storage.manifest import read_manifest, versions
-from lr_ray.storage.synthetic import by_adapter, count_images, list_synthetic, read_pool
+from lr_ray.storage.synthetic import adapter_id_of, by_adapter, count_images, list_synthetic, read_pool
 
+SHEET_NAME = "contact_sheet.png"
 _ADAPTERS_SHOWN = 6
+_SECONDS_BETWEEN_LOOKS = 2.0
 
 
 def write_report(config: ExperimentConfig, rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -23,10 +27,8 @@ def write_report(config: ExperimentConfig, rows: Sequence[dict[str, Any]]) -> li
     """
     root = config.output_root
     files = list_synthetic(config.synthetic_root)
+    sheet = _sheet(config, by_adapter(files))
     manifests = {"recycle": read_manifest(config.meta_lora_root), "oracle": read_manifest(config.oracle_root)}
-    keep_ratio = config.training.keep_ratio if config.training.keep_ratio < 1 else 0.5
-    shown = list(chain.from_iterable(by_adapter(files)[:_ADAPTERS_SHOWN]))
-    sheet = contact_sheet(read_pool(config.synthetic_root, shown), keep_ratio=keep_ratio)
     page = render_report(
         name=config.name,
         rows=rows,
@@ -40,10 +42,40 @@ def write_report(config: ExperimentConfig, rows: Sequence[dict[str, Any]]) -> li
             "curves": training_curves({name: found["history"] for name, found in manifests.items() if found}),
         },
     )
-    written = {join(root, "contact_sheet.png"): sheet, join(root, "report.html"): page.encode()}
+    written = {join(root, SHEET_NAME): sheet, join(root, "report.html"): page.encode()}
     for uri, content in written.items():
         write_bytes(uri, content)
     return list(written)
+
+
+def _sheet(config: ExperimentConfig, adapters: Sequence[Sequence[str]]) -> bytes:
+    """PNG of the first of these adapters, each given by its files."""
+    keep_ratio = config.training.keep_ratio if config.training.keep_ratio < 1 else 0.5
+    shown = list(chain.from_iterable(adapters[:_ADAPTERS_SHOWN]))
+    return contact_sheet(read_pool(config.synthetic_root, shown), keep_ratio=keep_ratio)
+
+
+def watch_synthetic(config: ExperimentConfig, reporter: Reporter, over: threading.Event) -> None:
+    """Draw `contact_sheet.png` again whenever there are new images, those that came last first, until it is over.
+
+    Raises:
+        StorageError: unreadable images, or the sheet cannot be written.
+    """
+    uri = join(config.output_root, SHEET_NAME)
+    reporter.say(f"watching {config.synthetic_root}; Ctrl-C ends it")
+    drawn: set[str] = set()
+    latest: list[tuple[str, ...]] = []
+    while not over.is_set():
+        files = list_files(config.synthetic_root, suffix=".parquet")
+        if new := set(files) - drawn:
+            groups = by_adapter(files)
+            fresh = [group for group in groups if new.intersection(group)]
+            ids = {adapter_id_of(group[0]) for group in fresh}
+            latest = [*fresh, *(group for group in latest if adapter_id_of(group[0]) not in ids)]
+            write_bytes(uri, _sheet(config, latest))
+            reporter.say(f"{uri}: {len(groups)} adapters in {len(files)} files, the latest {adapter_id_of(fresh[-1][0])}")
+            drawn.update(files)
+        over.wait(_SECONDS_BETWEEN_LOOKS)
 
 
 def write_grid_chart(root: str, summary: Sequence[dict[str, Any]]) -> str:

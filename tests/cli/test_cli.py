@@ -26,6 +26,7 @@ OPTIONS = {
     "eval": {
         "--config", "-c", "--set", "--data", "--classes", "--adapters", "--output", "-o", "--method", "--json",
     },
+    "report": {"--config", "-c", "--set", "--synthetic", "--output", "-o", "--watch", "--json"},
     "ablate": {"GRID", "--cell", "--output", "-o", "--json"},
     "fetch": set(),
 }  # fmt: skip

@@ -1,0 +1,66 @@
+import sys
+import threading
+
+import pytest
+
+from lr_ray.report import progress
+from lr_ray.report.progress import Reporter, UnderWay
+
+
+def under_way() -> list[UnderWay]:
+    return [UnderWay(name="a", share=0.4, note="step 4"), UnderWay(name="b", share=0.9, note="step 9")]
+
+
+def test_lines_at_the_first_and_the_last(capsys: pytest.CaptureFixture[str]):
+    with Reporter().track("invert", 3) as advance:
+        for note in ("one", "two", "three"):
+            advance(note)
+    first, last = capsys.readouterr().err.splitlines()
+    assert first.startswith("invert: 1/3, 0 s, eta 0 s: one")
+    assert last.startswith("invert: 3/3, 0 s, eta 0 s: three")
+
+
+def test_a_line_says_what_is_under_way(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LOOKS", 0.001)
+    said: list[str] = []
+    twice = threading.Event()
+    reporter = Reporter()
+
+    def say(message: str) -> None:
+        said.append(message)
+        if len(said) == 2:
+            twice.set()
+
+    monkeypatch.setattr(reporter, "say", say)
+    with reporter.track("invert", 3, under_way):
+        assert twice.wait(10)
+    assert said[0] == "invert: 0/3, 0 s, eta unknown: a 40%, step 4; b 90%, step 9"
+
+
+def test_a_terminal_has_a_bar_for_each_piece_under_way(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LOOKS", 0.001)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    asked = threading.Event()
+    pieces = under_way()
+
+    def ask() -> list[UnderWay]:
+        if len(pieces) == 1:
+            asked.set()
+        return [pieces.pop()] if pieces else []
+
+    with Reporter().track("invert", 2, ask) as advance:
+        advance("one")
+        assert asked.wait(10)
+    shown = capsys.readouterr().err
+    assert "invert" in shown
+    assert "1/2" in shown
+
+
+def test_quiet_says_and_asks_nothing(capsys: pytest.CaptureFixture[str]):
+    def never() -> list[UnderWay]:
+        raise AssertionError
+
+    with Reporter(quiet=True).track("invert", 1, never) as advance:
+        advance("one")
+    assert capsys.readouterr().err == ""
