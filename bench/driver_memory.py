@@ -1,8 +1,9 @@
-"""Whether the driver's memory grows with the number of adapters: peak resident memory of planning an inversion.
+"""Whether memory grows with the number of adapters: peaks of the driver and of Ray's object store in an inversion.
 
     python bench/driver_memory.py
 
-Prints a table and writes bench/results/driver_memory.json. Each size is planned in a process of its own.
+Prints a table and writes bench/results/driver_memory.json. Each size is inverted, by one step an image, in a process of its
+own.
 """
 
 import json
@@ -10,6 +11,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,24 +20,50 @@ from rich.console import Console
 from rich.table import Table
 
 from lr_ray.config import ExperimentConfig
-from lr_ray.runtime.inversion_plan import plan_inversion
+from lr_ray.report.progress import Reporter
+from lr_ray.runtime.inversion import invert_library
+from lr_ray.runtime.session import ray_session
 from lr_ray.storage.adapters import with_digest, write_adapter
 from lr_ray.storage.manifest import versions
 from lr_ray.vit.backbone import load_backbone
 from lr_ray.vit.lora import Adapter, AdapterSpec, LoRAConfig, attach_lora, extract_lora
 
-SIZES = (10, 100, 300)
+SIZES = (10, 100, 1000)
 RESULT = Path(__file__).parent / "results" / "driver_memory.json"
 
 
 def experiment(root: str) -> ExperimentConfig:
-    return ExperimentConfig.model_validate({"name": "memory", "output": root, "backbone": {"name": "embedded", "image_px": 42}})
+    return ExperimentConfig.model_validate(
+        {
+            "name": "memory",
+            "output": root,
+            "backbone": {"name": "embedded", "image_px": 42},
+            "inversion": {"images_per_class": 4, "num_steps": 1, "prior": None},
+        }
+    )
 
 
-def plan(root: str) -> None:
-    """Print the number of work items and this process's peak memory in MiB."""
-    items = plan_inversion(experiment(root)).items
-    print(json.dumps([len(items), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024]))
+def invert(root: str) -> None:
+    """Print the number of files, the peak memory of this process, and that of the object store, in MiB."""
+    config = experiment(root)
+    with ray_session(config.ray):
+        over, used = threading.Event(), [0]
+        watcher = threading.Thread(target=watch_object_store, args=(over, used), daemon=True)
+        watcher.start()
+        report = invert_library(config, Reporter(quiet=True), strict=True)
+        over.set()
+        watcher.join()
+    print(json.dumps([len(report.uris), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, max(used) / 2**20]))
+
+
+def watch_object_store(over: threading.Event, used: list[int]) -> None:
+    """Append the bytes in use, ten times a second, until it is over."""
+    import ray
+    from ray._private.internal_api import get_memory_info_reply, get_state_from_address
+
+    state = get_state_from_address(ray.get_runtime_context().gcs_address)
+    while not over.wait(0.1):
+        used.append(get_memory_info_reply(state).store_stats.object_store_bytes_used)
 
 
 def make_library(root: str, count: int) -> None:
@@ -63,18 +91,18 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as root:
             make_library(root, count)
             done = subprocess.run([sys.executable, __file__, root], capture_output=True, text=True, check=True)
-        num_items, peak_mib = json.loads(done.stdout)
-        assert num_items == count
-        rows.append({"adapters": count, "peak_mib": round(peak_mib)})
-    table = Table("adapters", "peak memory of the driver, MiB")
+        num_files, driver_mib, store_mib = json.loads(done.stdout)
+        assert num_files == count
+        rows.append({"adapters": count, "driver_mib": round(driver_mib), "object_store_mib": round(store_mib, 1)})
+    table = Table("adapters", "peak of the driver, MiB", "peak of the object store, MiB")
     for row in rows:
-        table.add_row(str(row["adapters"]), str(row["peak_mib"]))
+        table.add_row(*map(str, row.values()))
     Console().print(table)
     RESULT.write_text(json.dumps({"rows": rows, "versions": versions()}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        plan(sys.argv[1])
+        invert(sys.argv[1])
     else:
         main()

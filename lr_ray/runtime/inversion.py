@@ -13,7 +13,7 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
-from lr_ray.config import ExperimentConfig
+from lr_ray.config import ExperimentConfig, RayConfig
 from lr_ray.errors import InversionError, LrRayError, StorageError
 from lr_ray.inversion.invert import invert
 from lr_ray.inversion.priors import BatchNormPrior, load_prior
@@ -194,7 +194,7 @@ def _invert_all(todo: Sequence[InversionItem], config: ExperimentConfig, reporte
     failures: list[str] = []
     with reporter.track("invert", len(todo), partial(read_board, board)) as advance:
         try:
-            for row in _pool(todo, config, InversionActor, board).iter_rows():
+            for row in actor_pool(todo, config.ray, InversionActor, config, board).iter_rows():
                 if row["error"]:
                     if strict:
                         raise InversionError(f"{row['error']}; what was finished is kept")
@@ -225,7 +225,7 @@ def invert_dataset(config: ExperimentConfig) -> "Dataset":
     plan = plan_inversion(config, strict=True)
     todo = set(plan.todo)
     there = [item for item in plan.items if item not in todo]
-    return _pool([*there, *plan.todo], config, ImageActor)
+    return actor_pool([*there, *plan.todo], config.ray, ImageActor, config)
 
 
 def _load_prior(config: ExperimentConfig, device: str) -> BatchNormPrior | None:
@@ -234,24 +234,29 @@ def _load_prior(config: ExperimentConfig, device: str) -> BatchNormPrior | None:
     return load_prior(config.inversion.prior, device=device)
 
 
-def _pool(items: Sequence[InversionItem], config: ExperimentConfig, actor: type, *arguments: Any) -> "Dataset":
-    """What actors make of the items, as they finish; Ray Data runs an item again whose actor or node was lost."""
+def actor_pool(items: Sequence[InversionItem], config: RayConfig, actor: type, *arguments: Any) -> "Dataset":
+    """What actors make of the items, as they finish; Ray Data runs an item again whose actor or node was lost.
+
+    Args:
+        actor: a class, called with a batch of one row of `InversionItem` fields.
+        arguments: of its constructor.
+    """
     import ray
     from ray.data import ActorPoolStrategy, DataContext
 
     DataContext.get_current().enable_progress_bars = False
     cluster = ray.cluster_resources()
-    fits = int(cluster.get("CPU", 1) // config.ray.cpus_per_actor)
-    if config.ray.num_gpus_per_actor:
-        fits = min(fits, int(cluster.get("GPU", 0) / config.ray.num_gpus_per_actor))
-    largest = max(config.ray.min_actors, min(len(items), config.ray.max_actors or fits))
+    fits = int(cluster.get("CPU", 1) // config.cpus_per_actor)
+    if config.num_gpus_per_actor:
+        fits = min(fits, int(cluster.get("GPU", 0) / config.num_gpus_per_actor))
+    largest = max(config.min_actors, min(len(items), config.max_actors or fits))
     rows = ray.data.from_items([asdict(item) for item in items], override_num_blocks=min(len(items), _MOST_BLOCKS))
     found: Dataset = rows.map_batches(
         actor,
-        fn_constructor_args=(config, *arguments),
+        fn_constructor_args=arguments,
         batch_size=1,
-        num_cpus=config.ray.cpus_per_actor,
-        num_gpus=config.ray.num_gpus_per_actor,
-        compute=ActorPoolStrategy(min_size=config.ray.min_actors, max_size=largest, initial_size=largest),
+        num_cpus=config.cpus_per_actor,
+        num_gpus=config.num_gpus_per_actor,
+        compute=ActorPoolStrategy(min_size=config.min_actors, max_size=largest, initial_size=largest),
     )
     return found

@@ -1,0 +1,115 @@
+"""How inversion scales: actors against one on this machine, and what scheduling costs on a simulated cluster of 64 GPUs.
+
+    python bench/scaling.py actors      # the demo's backbone, 1 and 2 actors, on this machine's processors
+    python bench/scaling.py scheduling  # 2,000 items of 10 s, the inversion replaced by a sleep, on 64 logical GPUs
+
+Prints a table and writes bench/results/scaling-PART.json. Items and pool are those of `lr-ray invert`.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from driver_memory import make_library
+from rich.console import Console
+from rich.table import Table
+
+from lr_ray.config import ExperimentConfig, RayConfig
+from lr_ray.report.progress import Reporter
+from lr_ray.runtime.inversion import InversionActor, actor_pool
+from lr_ray.runtime.inversion_plan import InversionItem, plan_inversion
+from lr_ray.runtime.session import ray_session
+from lr_ray.storage.manifest import versions
+
+RESULTS = Path(__file__).parent / "results"
+
+
+class SleepActor:
+    """An inversion that takes a given time and no processor."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+
+    def __call__(self, _batch: dict[str, Any]) -> dict[str, Any]:
+        begun = time.time()
+        time.sleep(self._seconds)
+        return {"begun": [begun], "ended": [time.time()]}
+
+
+def scheduling(num_gpus: int = 64, num_items: int = 2000, item_s: float = 10.0) -> dict[str, Any]:
+    """Busy share of the GPUs from the first item's start to the last one's end, and the gap between an actor's items."""
+    config = RayConfig(num_gpus_per_actor=1, max_actors=num_gpus)
+    items = [
+        InversionItem(adapter_folder=f"adapter-{i}", adapter_id=f"adapter-{i}", classes=(0,), uri=f"/nowhere/{i}", seed=i)
+        for i in range(num_items)
+    ]
+    import ray
+
+    ray.init("local", num_cpus=num_gpus, num_gpus=num_gpus, logging_level="error", log_to_driver=False)
+    start, rows = time.time(), []
+    with Reporter().track("items", num_items) as advance:
+        for row in actor_pool(items, config, SleepActor, item_s).iter_rows():
+            rows.append(row)
+            advance("")
+    ray.shutdown()
+    begun, ended = min(row["begun"] for row in rows), max(row["ended"] for row in rows)
+    asleep = sum(row["ended"] - row["begun"] for row in rows)
+    # the last wave is not full (2,000 = 31 · 64 + 16): what any schedule leaves idle is no overhead of this one
+    ideal = -(-num_items // num_gpus) * asleep / num_items
+    return {
+        "gpus": num_gpus,
+        "items": num_items,
+        "item_s": item_s,
+        "seconds_to_first_item": round(begun - start, 1),
+        "seconds_of_work": round(ended - begun, 1),
+        "busy_percent": round(100 * asleep / (num_gpus * (ended - begun)), 2),
+        "overhead_percent": round(100 * ((ended - begun) / ideal - 1), 2),
+    }
+
+
+def actors(count: int = 8) -> list[dict[str, Any]]:
+    """The same adapters by 1 and by 2 actors of one processor each; the time from the first item's start."""
+    rows = []
+    with tempfile.TemporaryDirectory() as root:
+        make_library(root, count)
+        for num_actors in (1, 2):
+            config = ExperimentConfig.model_validate(
+                {
+                    "name": "scaling",
+                    "output": f"{root}/{num_actors}",
+                    "adapters": f"{root}/adapters",
+                    "backbone": {"name": "embedded", "image_px": 42},
+                    "inversion": {"images_per_class": 6, "num_steps": 60, "prior": None},
+                    "ray": {"max_actors": num_actors},
+                }
+            )
+            plan = plan_inversion(config)
+            with ray_session(config.ray):
+                warm = actor_pool(plan.todo, config.ray, InversionActor, config).iter_rows()
+                ends = [(time.monotonic(), row["num_images"]) for row in warm]
+            # the first rows mark when all actors are at work
+            (first, _), *others = ends[num_actors - 1 :]
+            seconds, images = ends[-1][0] - first, sum(number for _, number in others)
+            rows.append({"actors": num_actors, "images_per_s": round(images / seconds, 2)})
+    for row in rows:
+        row["efficiency"] = round(row["images_per_s"] / row["actors"] / rows[0]["images_per_s"], 3)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("actors", "scheduling"))
+    part = parser.parse_args().part
+    rows = actors() if part == "actors" else [scheduling()]
+    table = Table(*(name.replace("_", " ") for name in rows[0]))
+    for row in rows:
+        table.add_row(*map(str, row.values()))
+    Console().print(table)
+    (RESULTS / f"scaling-{part}.json").write_text(json.dumps({"rows": rows, "versions": versions()}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
