@@ -1,0 +1,103 @@
+"""What inverting 100, 10,000 and 1,000,000 adapters takes: GPU hours, hours on 64 GPUs, dollars. Prints docs/cost.md.
+
+    python bench/cost.py > docs/cost.md
+
+Nothing is measured here. Steps a second are the paper's, or its FLOPs at an assumed share of a GPU's peak; the busy share of
+the GPUs is that of `bench/scaling.py scheduling`; prices are inputs. Change them in place.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+STEP_TFLOP = (
+    25 * 50.59 / 1000
+)  # a step of 25 images at 224 px through ViT-B/16, there and back: the paper's 50.59 GFLOP an image
+PAPER_STEPS_PER_S = {"dense": 5.56, "{11: 0.75}": 5.81, "{6: 0.75}": 7.15}
+SHARE_OF_PEAK = 0.3
+COUNTS = (100, 10_000, 1_000_000)
+NUM_GPUS = 64
+SCHEDULING = Path(__file__).parent / "results" / "scaling-scheduling.json"
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Peak: dense bf16 (T4: fp16) TFLOP/s of its data sheet. Price: dollars an hour of one GPU, on demand, an assumption."""
+
+    name: str
+    peak_tflops: float
+    dollars_per_h: float
+
+
+GPUS = (
+    Gpu("T4 (AWS g4dn.xlarge)", 65, 0.53),
+    Gpu("L4 (AWS g6.xlarge, GCP g2-standard-4)", 121, 0.80),
+    Gpu("A100 40 GB (an eighth of AWS p4d.24xlarge)", 312, 2.75),
+    Gpu("H100 (an eighth of AWS p5.48xlarge)", 989, 6.90),
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is made of one adapter."""
+
+    name: str
+    num_images: int
+    num_steps: int
+
+    @property
+    def steps(self) -> float:
+        """Of 25 images."""
+        return self.num_images / 25 * self.num_steps
+
+
+RECIPES = (
+    Recipe("the paper's: 5 classes, 20 images each, 2,000 steps", 100, 2000),
+    Recipe("configs/cifar-fs.yaml's: 5 classes, 8 images each, 60 steps", 40, 60),
+)
+
+
+def number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
+
+
+def table(recipe: Recipe, busy: float) -> list[str]:
+    lines = [
+        f"**{recipe.name[0].upper()}{recipe.name[1:]}** ({number(recipe.steps)} steps of 25 images an adapter)",
+        "",
+        "| GPU | steps/s | " + " | ".join(f"{count:,} adapters" for count in COUNTS) + " |",
+        "|---|---|" + "---|" * len(COUNTS),
+    ]
+    rates = [(f"the paper's, {name}", rate, None) for name, rate in PAPER_STEPS_PER_S.items()]
+    rates += [(gpu.name, SHARE_OF_PEAK * gpu.peak_tflops / STEP_TFLOP, gpu.dollars_per_h) for gpu in GPUS]
+    for name, rate, price in rates:
+        cells = []
+        for count in COUNTS:
+            gpu_h = count * recipe.steps / rate / 3600 / busy
+            money = f", ${number(gpu_h * price)}" if price else ""
+            cells.append(f"{number(gpu_h)} GPU h ({number(gpu_h / NUM_GPUS)} h on {NUM_GPUS}){money}")
+        lines.append(f"| {name} | {number(rate)} | " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+def main() -> None:
+    busy = json.loads(SCHEDULING.read_text())["rows"][0]["busy_percent"] / 100
+    print("# What it costs\n")
+    print("Written by `python bench/cost.py`; nothing in it was run on a GPU by this project.\n")
+    print(
+        f"""Assumptions. A backbone of ViT-B/16 at 224 px, batches of 25, no prior network. The paper's rows are its own steps a
+second on its one GPU, which it does not name. The others are its FLOPs, {STEP_TFLOP:.2f} TFLOP a step, at
+{SHARE_OF_PEAK:.0%} of the data sheet's dense bf16 peak, which well-filled transformers reach; the paper's own figure is
+{PAPER_STEPS_PER_S["dense"] * STEP_TFLOP:.0f} TFLOP/s. GPUs are busy {busy:.1%} of the time, as {NUM_GPUS} simulated ones were
+(`bench/scaling.py scheduling`). Prices are on-demand ones of one region, rounded, and change; spot machines, which
+`cluster/*.yaml` ask for, are often a third to a half of them, and a preempted one costs at most `ray.checkpoint_every_s`.
+Start-up (minutes a node), storage (an image of 224 px is about 105 kB as PNG: 100 of each of a million adapters are
+10.5 TB) and traffic are not in it.
+"""
+    )
+    for recipe in RECIPES:
+        print("\n".join(table(recipe, busy)))
+
+
+if __name__ == "__main__":
+    main()
