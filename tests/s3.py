@@ -12,12 +12,13 @@ from typing import Literal
 
 from moto.server import ThreadedMotoServer
 
-Fault = Literal["slow down", "server error", "reset", "lost answer", "truncated", "damaged", "delay", "stall"]
-"""503 and 500; the connection reset before or after the request was carried out; half of a body; a body with one byte
+Fault = Literal["forbidden", "slow down", "server error", "reset", "lost answer", "truncated", "damaged", "delay", "stall"]
+"""403, 503 and 500; the connection reset before or after the request was carried out; half of a body; a body with one byte
 changed; an answer that is late, and one that never comes."""
 FAULTS: tuple[Fault, ...] = ("slow down", "server error", "reset", "lost answer", "truncated", "damaged", "delay")
 _DELAY_S = 0.3
 _REFUSALS: dict[Fault, tuple[int, bytes]] = {
+    "forbidden": (403, b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"),
     "slow down": (503, b"<Error><Code>SlowDown</Code><Message>Reduce your request rate.</Message></Error>"),
     "server error": (500, b"<Error><Code>InternalError</Code><Message>We met an internal error.</Message></Error>"),
 }

@@ -58,8 +58,7 @@ _REMEDIES: dict[type[Exception] | tuple[type[Exception], ...], str] = {
     (boto.NoCredentialsError, boto.PartialCredentialsError, boto.CredentialRetrievalError, boto.ProfileNotFound): _CREDENTIALS,
     boto.NoRegionError: "set AWS_REGION",
     (boto.ConnectionError, boto.HTTPClientError): "check AWS_ENDPOINT_URL and the network, and run again",
-    (ValueError, boto.ParamValidationError, NotImplementedError): "give a local path or a URI such as s3://bucket/prefix, and "
-    "AWS_ENDPOINT_URL, where it is set, as http://HOST:PORT",
+    (ValueError, boto.ParamValidationError, NotImplementedError): "correct the URI (s3://bucket/prefix) or AWS_ENDPOINT_URL",
 }
 
 Item = TypeVar("Item")
