@@ -80,9 +80,9 @@ def test_inversion_into_a_bad_bucket_fails_before_any_work(
     )
     monkeypatch.setattr("lr_ray.runtime.inversion._run", lambda *_: pytest.fail("work has started"))
 
-    with pytest.raises(SystemExit) as exit:
+    with pytest.raises(SystemExit) as stopped:
         main()
 
-    assert exit.value.code == 1
+    assert stopped.value.code == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"lr-ray: cannot read {root}/synthetic/claim.json: {message}")
