@@ -1,7 +1,8 @@
 """The whole job with everything on S3, over a network that fails, is the job on local disk."""
 
 import json
-from itertools import cycle
+from collections.abc import Iterator
+from itertools import cycle, repeat
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,10 @@ import pytest
 from lr_ray.cli.main import app, main
 from typer.testing import CliRunner
 
+from lr_ray.config import load_config
+from lr_ray.errors import StorageError
+from lr_ray.report.progress import Reporter
+from lr_ray.runtime.training import train_meta_lora
 from lr_ray.storage.filesystem import list_files, read_bytes
 from tests.s3 import Fault, FaultyProxy
 
@@ -86,3 +91,27 @@ def test_inversion_into_a_bad_bucket_fails_before_any_work(
     assert stopped.value.code == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"lr-ray: cannot read {root}/synthetic/claim.json: {message}")
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_training(
+    local_run: tuple[Path, list[dict[str, Any]]], bucket: str, s3: FaultyProxy
+) -> None:
+    """When rights are lost midway: one line, and not as many attempts as a lost worker gets."""
+    path, _ = local_run
+    folders = {name: str(path.parent / "run" / name) for name in ("adapters", "synthetic", "relations")}
+    config = load_config(path, [f"output={bucket}", *(f"{name}={folder}" for name, folder in folders.items())])
+
+    def faults() -> Iterator[Fault | None]:
+        while not any(request.startswith("PUT") and "/checkpoint_" in request for request in s3.requests):
+            yield None
+        yield from repeat("forbidden")
+
+    s3.set_faults(faults())
+
+    with pytest.raises(
+        StorageError,
+        match=rf"^cannot write a checkpoint to {bucket}/meta_lora/training: (Access Denied|Forbidden); check the rights",
+    ):
+        train_meta_lora(config, Reporter(quiet=True))
+
+    assert len([request for request in s3.requests if request.startswith("PUT") and "/checkpoint_" in request]) <= 2

@@ -127,11 +127,12 @@ def test_requests_are_needed_once(bucket: str, s3: FaultyProxy, fault: Fault) ->
     assert len(s3.requests) == 3
 
 
-@pytest.mark.parametrize("fault", ["slow down", "server error", "reset", "truncated", "damaged"])
-@pytest.mark.parametrize("action", ["read", "write"])
+@pytest.mark.parametrize(
+    ("action", "fault"),
+    [(action, fault) for action in ("read", "write") for fault in ("slow down", "server error", "reset")]
+    + [("read", "truncated"), ("read", "damaged")],
+)
 def test_a_fault_that_stays_is_an_error(bucket: str, s3: FaultyProxy, action: str, fault: Fault) -> None:
-    if action == "write" and fault in ("truncated", "damaged"):
-        pytest.skip("the answer to a write has no body")
     uri = f"{bucket}/a/b.bin"
     write_bytes(uri, b"old")
     s3.set_faults(repeat(fault))
