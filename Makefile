@@ -26,6 +26,7 @@ lint: $(VENV)/.ready
 bench: $(VENV)/.ready
 	$(BIN)/python bench/inversion_step.py
 	$(BIN)/python bench/driver_memory.py
+	$(BIN)/python -m bench.storage
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

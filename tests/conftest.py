@@ -1,24 +1,49 @@
 """What several test folders share: a tiny backbone and adapters for it, a tiny experiment, and one Ray for the session."""
 
 import shutil
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import boto3
 import pytest
 import torch
+from fsspec import get_filesystem_class
 from timm.models.vision_transformer import VisionTransformer
 
 from lr_ray.config import ExperimentConfig, RayConfig
 from lr_ray.vit.backbone import Backbone
 from lr_ray.vit.lora import Adapter, AdapterSpec, LowRank
 from tests.jobs import QUIET, tiny
+from tests.s3 import FaultyProxy, environment, s3_server
 
 torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[None]:
-    """One local Ray of two processors, bound to loopback."""
+def s3() -> Iterator[FaultyProxy]:
+    """An S3 server for the session, in the environment of this process and of those that it starts from then on."""
+    with s3_server() as proxy, pytest.MonkeyPatch.context() as patch:
+        for name, value in environment(proxy).items():
+            patch.setenv(name, value)
+        yield proxy
+
+
+@pytest.fixture
+def bucket(s3: FaultyProxy) -> Iterator[str]:
+    """URI of a new bucket, `s3` as good as new."""
+    get_filesystem_class("s3").clear_instance_cache()
+    s3.set_faults(())
+    name = f"bucket-{uuid.uuid4().hex}"
+    boto3.client("s3").create_bucket(Bucket=name)
+    s3.set_faults(())
+    yield f"s3://{name}"
+    s3.set_faults(())
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(s3: FaultyProxy) -> Iterator[None]:
+    """One local Ray of two processors, bound to loopback, whose workers know `s3`."""
     from lr_ray.runtime.session import ray_session
 
     with ray_session(RayConfig(num_cpus=2)):

@@ -11,7 +11,7 @@ from lr_ray.report.pictures import accuracy_bars, contact_sheet, grid_bars, trai
 from lr_ray.report.progress import Reporter
 from lr_ray.storage.adapters import list_adapters
 from lr_ray.storage.filesystem import join, list_files, write_bytes
-from lr_ray.storage.manifest import read_manifest, versions
+from lr_ray.storage.manifest import read_manifest, read_manifests, versions
 from lr_ray.storage.synthetic import adapter_id_of, by_adapter, count_images, list_synthetic, read_pool
 
 SHEET_NAME = "contact_sheet.png"
@@ -32,7 +32,7 @@ def write_report(config: ExperimentConfig, rows: Sequence[dict[str, Any]]) -> li
     page = render_report(
         name=config.name,
         rows=rows,
-        adapters=[read_manifest(folder) or {} for folder in list_adapters(config.adapters_root)],
+        adapters=read_manifests(list_adapters(config.adapters_root)),
         num_images=count_images(config.synthetic_root, files),
         config=config.resolved(),
         versions=versions(),

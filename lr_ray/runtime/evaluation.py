@@ -16,8 +16,8 @@ from lr_ray.fewshot.evaluate import AccuracyReport, episode_accuracies
 from lr_ray.fewshot.methods import MethodInputs, find_method
 from lr_ray.report.progress import Reporter
 from lr_ray.runtime.session import work_through, worker_device
-from lr_ray.storage.adapters import CONFIG_NAME, list_adapters, read_adapter, read_adapters
-from lr_ray.storage.filesystem import exists, join, read_bytes, write_bytes
+from lr_ray.storage.adapters import CONFIG_NAME, list_adapters, read_adapter, read_adapters, read_specs
+from lr_ray.storage.filesystem import exists, join, read_if_there, write_bytes
 from lr_ray.storage.manifest import digest_of
 from lr_ray.vit.backbone import load_backbone
 
@@ -49,7 +49,7 @@ def evaluate_methods(config: ExperimentConfig, reporter: Reporter) -> list[dict[
         draw_test_episodes(data.labels, shape, num_episodes=1, seed=config.seed)
     tasks = _plan(config, data.digest())
     uri = join(config.output_root, RESULTS_NAME)
-    known: list[dict[str, Any]] = json.loads(read_bytes(uri)) if exists(uri) else []
+    known: list[dict[str, Any]] = json.loads(read_if_there(uri) or b"[]")
     wanted = {task.digest for task in tasks}
     others = [row for row in known if row["digest"] not in wanted]
     rows = [row for row in known if row["digest"] in wanted]
@@ -75,7 +75,7 @@ def _plan(config: ExperimentConfig, data_digest: str) -> list[EvaluationTask]:
         base = method.partition(":")[0]
         ingredients: dict[str, Any] = {}
         if base == "loras-avg":
-            ingredients = {"adapters": [read_adapter(folder).spec.digest for folder in list_adapters(config.adapters_root)]}
+            ingredients = {"adapters": [spec.digest for spec in read_specs(list_adapters(config.adapters_root))]}
         elif base in ("recycle", "oracle"):
             folder = config.meta_lora_root if base == "recycle" else config.oracle_root
             if not exists(join(folder, CONFIG_NAME)):

@@ -15,8 +15,8 @@ from lr_ray.fewshot.episodes import ImagePool
 from lr_ray.fewshot.relations import RelationTargets, directions, draw_views, project
 from lr_ray.report.progress import Reporter
 from lr_ray.runtime.session import work_through, worker_device
-from lr_ray.storage.adapters import list_adapters, read_adapter
-from lr_ray.storage.filesystem import exists, join, read_bytes, write_bytes
+from lr_ray.storage.adapters import list_adapters, read_adapter, read_specs
+from lr_ray.storage.filesystem import join, list_uris, read_bytes, write_bytes
 from lr_ray.storage.manifest import digest_of
 from lr_ray.storage.synthetic import read_pool
 from lr_ray.vit.backbone import Backbone, autocast, load_backbone
@@ -59,12 +59,13 @@ def see_with_every_adapter(config: ExperimentConfig, files: Sequence[str], repor
         "files": list(files),
     }
     tasks = []
-    for folder in list_adapters(config.adapters_root):
-        spec = read_adapter(folder).spec
+    folders = list_adapters(config.adapters_root)
+    for folder, spec in zip(folders, read_specs(folders), strict=True):
         name = f"{spec.adapter_id}-{digest_of({**shared, 'adapter': spec.digest})[:12]}.safetensors"
         uri = join(config.relations_root, name)
         tasks.append(RelationTask(config=config, adapter_folder=folder, files=tuple(files), uri=uri))
-    todo = [task for task in tasks if not exists(task.uri)]
+    done = list_uris(config.relations_root, suffix=".safetensors")
+    todo = [task for task in tasks if task.uri not in done]
     reporter.say(f"relations: {len(tasks)} adapters see the images of all, {len(tasks) - len(todo)} have already")
 
     def take(task: RelationTask, num_views: int) -> str:

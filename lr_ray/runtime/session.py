@@ -19,6 +19,9 @@ _ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 
+_SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Set by Ray in a submitted job, whose workers have the environment that it was submitted with."""
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -28,6 +31,7 @@ def ray_session(config: RayConfig) -> Iterator[str]:
     """Ray, started here or joined, for as long as the context lasts; one that runs already is used and left alone.
 
     Yields the dashboard's host and port, or "" if it has none or was not started here.
+    Workers started here inherit the environment; to those of a cluster that is joined goes `storage_environment`.
 
     Raises:
         ClusterError: it cannot be started or joined.
@@ -40,11 +44,13 @@ def ray_session(config: RayConfig) -> Iterator[str]:
     if ray.is_initialized():
         yield ""
         return
-    resources: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     if config.address == "local":
-        resources = {"num_cpus": config.num_cpus, "_node_ip_address": "127.0.0.1"}
+        options = {"num_cpus": config.num_cpus, "_node_ip_address": "127.0.0.1"}
+    elif _SUBMITTED not in os.environ and (variables := storage_environment()):
+        options = {"runtime_env": {"env_vars": variables}}
     try:
-        context = ray.init(config.address, logging_level="error", log_to_driver=False, **resources)
+        context = ray.init(config.address, logging_level="error", log_to_driver=False, **options)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise ClusterError(
             f"Ray at {config.address!r}: {error}; ray.address is 'local', 'auto' or the address of a running cluster"
@@ -58,6 +64,11 @@ def ray_session(config: RayConfig) -> Iterator[str]:
         yield context.dashboard_url or ""
     finally:
         ray.shutdown()
+
+
+def storage_environment() -> dict[str, str]:
+    """The AWS variables of this process: endpoint, region, profile, credentials. Never to be printed or saved."""
+    return {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
 
 
 def worker_device(config: RayConfig) -> str:

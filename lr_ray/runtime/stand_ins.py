@@ -16,8 +16,8 @@ from lr_ray.inversion.invert import SyntheticImages, describe
 from lr_ray.inversion.objective import cross_entropy
 from lr_ray.report.progress import Reporter
 from lr_ray.runtime.session import work_through, worker_device
-from lr_ray.storage.adapters import list_adapters, read_adapter
-from lr_ray.storage.filesystem import exists, join
+from lr_ray.storage.adapters import list_adapters, read_adapter, read_specs
+from lr_ray.storage.filesystem import join, list_uris
 from lr_ray.storage.manifest import claim_folder, digest_of
 from lr_ray.storage.synthetic import adapter_id_of, list_synthetic, read_pool, synthetic_name, write_synthetic
 from lr_ray.vit.backbone import Backbone, load_backbone
@@ -60,11 +60,12 @@ def make_stand_ins(config: ExperimentConfig, stand_in: StandInConfig, inverted_r
     }
     claim_folder(config.synthetic_root, inputs, config=config.resolved())
     tasks = []
-    for index, folder in enumerate(list_adapters(config.adapters_root)):
-        spec = read_adapter(folder).spec
+    folders = list_adapters(config.adapters_root)
+    done = list_uris(config.synthetic_root, suffix=".parquet")
+    for index, (folder, spec) in enumerate(zip(folders, read_specs(folders), strict=True)):
         name = synthetic_name(spec.adapter_id, digest_of({**inputs, "adapter": spec.digest}))
         uri = join(config.synthetic_root, name)
-        if not exists(uri):
+        if uri not in done:
             task = StandInTask(
                 config=config, stand_in=stand_in, inverted_root=inverted_root, adapter_folder=folder, index=index, uri=uri
             )

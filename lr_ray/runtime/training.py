@@ -25,8 +25,8 @@ from lr_ray.fewshot.relations import RelationsConfig
 from lr_ray.report.progress import Reporter
 from lr_ray.runtime.relations import relation_targets, see_with_every_adapter
 from lr_ray.runtime.session import ray_session, user_error
-from lr_ray.storage.adapters import CONFIG_NAME, list_adapters, read_adapter, read_adapters, with_digest, write_adapter
-from lr_ray.storage.filesystem import exists, join
+from lr_ray.storage.adapters import CONFIG_NAME, list_adapters, read_adapters, read_specs, with_digest, write_adapter
+from lr_ray.storage.filesystem import arrow_filesystem, exists, join, storage_errors
 from lr_ray.storage.manifest import claim_folder, digest_of, read_manifest
 from lr_ray.storage.synthetic import adapter_id_of, by_adapter, list_synthetic, read_pool
 from lr_ray.vit.backbone import Backbone, load_backbone
@@ -78,7 +78,7 @@ def train_meta_lora(config: ExperimentConfig, reporter: Reporter) -> dict[str, A
     kept, held_out = groups[: len(groups) - num_holdout], groups[len(groups) - num_holdout :]
     teachers: list[AdapterSpec] = []
     if config.training.init_scale or config.training.relations.share:
-        teachers = [read_adapter(folder).spec for folder in list_adapters(config.adapters_root)]
+        teachers = read_specs(list_adapters(config.adapters_root))
         _check_synthetic(config, files, teachers)
     job = TrainingJob(
         kind="meta_lora",
@@ -122,7 +122,7 @@ def train_oracle(config: ExperimentConfig, reporter: Reporter) -> dict[str, Any]
         update={"init_scale": 0.0, "adapter_share": 0.0, "keep_ratio": 1.0, "relations": RelationsConfig()}
     )
     data = load_data(config.data.tune)
-    known = {name for adapter in read_adapters(config.adapters_root) for name in adapter.spec.class_names}
+    known = {name for spec in read_specs(list_adapters(config.adapters_root)) for name in spec.class_names}
     classes = tuple(name for name in data.class_names if name in known)
     if not classes:
         raise ConfigError(f"data.tune {data.name} has none of the adapters' classes; the oracle needs the adapters' own data")
@@ -163,8 +163,7 @@ def _train(job: TrainingJob, backbone: Backbone, reporter: Reporter) -> dict[str
     with ray_session(job.config.ray):
         if job.training.relations.share:
             job = replace(job, feature_uris=see_with_every_adapter(job.config, job.files, reporter))
-        checkpoint = _fit(job, reporter)
-        tensors, facts = _read_checkpoint(checkpoint)
+        tensors, facts = _fit(job, reporter)
     write_adapter(
         job.folder,
         _meta_lora(job, backbone, tensors),
@@ -180,14 +179,15 @@ def _train(job: TrainingJob, backbone: Backbone, reporter: Reporter) -> dict[str
     return read_manifest(job.folder) or {}
 
 
-def _fit(job: TrainingJob, reporter: Reporter) -> Path:
-    """Run Ray Train and show its steps; the folder of the last checkpoint. A run of the same name goes on by itself."""
+def _fit(job: TrainingJob, reporter: Reporter) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Run Ray Train and show its steps; what the last checkpoint holds. A run of the same name goes on by itself."""
     import ray
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.util.queue import Empty, Queue
 
     config = job.config.ray
+    filesystem, path = arrow_filesystem(_checkpoints(job))
     steps: Any = Queue(actor_options={"num_cpus": 0})
     trainer = TorchTrainer(
         train_loop_per_worker,
@@ -200,7 +200,8 @@ def _fit(job: TrainingJob, reporter: Reporter) -> Path:
         ),
         run_config=RunConfig(
             name=f"{job.kind}-{digest_of(job.inputs)[:12]}",
-            storage_path=join(job.folder, "training"),
+            storage_path=path,
+            storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=config.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=1),
         ),
@@ -240,7 +241,11 @@ def _fit(job: TrainingJob, reporter: Reporter) -> Path:
         for failure in failures.values():
             raise user_error(failure) from result
         raise ClusterError(f"meta-training failed: {result}") from result
-    return Path(result.checkpoint.to_directory())
+    return _read_checkpoint(job, result.checkpoint)
+
+
+def _checkpoints(job: TrainingJob) -> str:
+    return join(job.folder, "training")
 
 
 def train_loop_per_worker(arguments: dict[str, Any]) -> None:
@@ -276,8 +281,7 @@ def _train_loop(job: TrainingJob, steps: Any) -> None:
         wrap=prepare_model,
     )
     if (checkpoint := ray.train.get_checkpoint()) is not None:
-        with checkpoint.as_directory() as folder:
-            trainer.load_state(*_read_checkpoint(Path(folder)))
+        trainer.load_state(*_read_checkpoint(job, checkpoint))
     while trainer.step < training.num_steps:
         metrics = trainer.run_step()
         if trainer.step % training.validate_every == 0 or trainer.step == training.num_steps:
@@ -286,7 +290,8 @@ def _train_loop(job: TrainingJob, steps: Any) -> None:
                 metrics |= {} if accuracy is None else {"validation_accuracy": accuracy}
                 if rank == 0:
                     _write_checkpoint(trainer, Path(folder))
-                ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder) if rank == 0 else None)
+                with storage_errors("write a checkpoint to", _checkpoints(job)):
+                    ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder) if rank == 0 else None)
         if rank == 0:
             steps.put(metrics)
 
@@ -340,8 +345,10 @@ def _write_checkpoint(trainer: MetaTrainer, folder: Path) -> None:
         raise StorageError(f"cannot write a checkpoint below {folder}: {error}; make room there and run again") from error
 
 
-def _read_checkpoint(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    return load_file(folder / "state.safetensors"), json.loads((folder / "state.json").read_text())
+def _read_checkpoint(job: TrainingJob, checkpoint: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """From wherever Ray Train has put it."""
+    with storage_errors("read a checkpoint from", _checkpoints(job)), checkpoint.as_directory() as folder:
+        return load_file(Path(folder, "state.safetensors")), json.loads(Path(folder, "state.json").read_text())
 
 
 def _meta_lora(job: TrainingJob, backbone: Backbone, tensors: dict[str, torch.Tensor]) -> Adapter:

@@ -13,8 +13,8 @@ from lr_ray.errors import ConfigError, DataError
 from lr_ray.report.progress import Reporter
 from lr_ray.runtime.session import work_through, worker_device
 from lr_ray.storage.adapters import CONFIG_NAME, with_digest, write_adapter
-from lr_ray.storage.filesystem import exists, join
-from lr_ray.storage.manifest import claim_folder, digest_of, read_manifest
+from lr_ray.storage.filesystem import join, list_uris
+from lr_ray.storage.manifest import claim_folder, digest_of, read_manifests
 from lr_ray.tuning.tune import tune
 from lr_ray.vit.backbone import load_backbone
 from lr_ray.vit.lora import Adapter, AdapterSpec
@@ -42,14 +42,15 @@ def tune_library(config: ExperimentConfig, reporter: Reporter) -> list[dict[str,
     tasks = plan_tuning(config)
     library = {key: value for key, value in tasks[0].inputs.items() if key not in ("index", "class_names")}
     claim_folder(config.adapters_root, library, config=config.resolved())
-    todo = [task for task in tasks if not exists(join(task.folder, CONFIG_NAME))]
+    done = list_uris(config.adapters_root, suffix=CONFIG_NAME)
+    todo = [task for task in tasks if join(task.folder, CONFIG_NAME) not in done]
     reporter.say(f"tune: {len(tasks)} adapters into {config.adapters_root}, {len(tasks) - len(todo)} there already")
 
     def take(task: TuningTask, accuracy: float) -> str:
         return f"{task.folder.rsplit('/', 1)[-1]} {100 * accuracy:.0f} % on images it did not see"
 
     work_through("tune", tune_one, todo, config.ray, reporter, take)
-    return [read_manifest(task.folder) or {} for task in tasks]
+    return read_manifests([task.folder for task in tasks])
 
 
 def plan_tuning(config: ExperimentConfig) -> list[TuningTask]:

@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from lr_ray.errors import AdapterError, StorageError
-from lr_ray.storage.filesystem import join, list_files, read_bytes, write_bytes
+from lr_ray.storage.filesystem import join, list_files, read_bytes, read_many, write_bytes
 from lr_ray.storage.manifest import read_manifest, write_manifest
 from lr_ray.vit.embedded import digest_tensors
 from lr_ray.vit.lora import Adapter, AdapterSpec, LowRank
@@ -190,6 +190,11 @@ def list_adapters(root: str) -> list[str]:
     if not folders:
         raise AdapterError(f"adapters {root}: no folder with an {CONFIG_NAME} in it; run `lr-ray tune` first")
     return folders
+
+
+def read_specs(folders: Sequence[str]) -> list[AdapterSpec]:
+    """What is known of the adapters in these folders, of which a few at a time are in memory."""
+    return read_many(lambda folder: read_adapter(folder).spec, folders)
 
 
 def read_adapters(root: str) -> Iterator[Adapter]:

@@ -1,15 +1,68 @@
-"""Files under a local path or a URI, committed atomically: a name is either absent or holds the whole content."""
+"""Files under a local path or a URI, committed atomically: a name is either absent or holds the whole content.
+
+`s3://bucket/prefix` and what else fsspec knows (`gs://`, …) by fsspec, local paths and `file://` by the operating system.
+Endpoint, region and credentials of S3 are those of the AWS environment and profile. botocore tries a request that is
+throttled, refused, cut off or answered by a 5xx again, with backoff, AWS_MAX_ATTEMPTS (5) times in all; a body that does
+not arrive whole is asked for again here.
+"""
 
 import os
+import random
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypeVar
 
 import pyarrow as pa
+from aiohttp import ClientError, ClientPayloadError
+from botocore import exceptions as boto
+from botocore.parsers import ResponseParserError
+from fsspec import AbstractFileSystem
+from fsspec.core import url_to_fs
+from fsspec.registry import known_implementations
 from pyarrow import fs
 
 from lr_ray.errors import StorageError
+
+_ATTEMPTS = 5
+_PATIENCE_S = 30.0
+"""After this long no body is asked for again."""
+_CONNECT_TIMEOUT_S, _READ_TIMEOUT_S = 5.0, 15.0
+_READERS = 8
+
+_TORN = (
+    ClientPayloadError,
+    ResponseParserError,
+    boto.FlexibleChecksumError,
+    boto.IncompleteReadError,
+    boto.ReadTimeoutError,
+    boto.ResponseStreamingError,
+)
+"""A response that broke off or arrived damaged, once botocore has handed over its body."""
+_FAILURES = (
+    OSError,
+    ValueError,
+    NotImplementedError,
+    boto.BotoCoreError,
+    boto.ClientError,
+    ClientError,
+    ResponseParserError,
+    pa.ArrowException,
+)
+_CREDENTIALS = "set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+_REMEDIES: dict[type[Exception] | tuple[type[Exception], ...], str] = {
+    PermissionError: f"check the rights on it and, for S3, the credentials ({_CREDENTIALS})",
+    (boto.NoCredentialsError, boto.PartialCredentialsError, boto.CredentialRetrievalError, boto.ProfileNotFound): _CREDENTIALS,
+    boto.NoRegionError: "set AWS_REGION",
+    (boto.ConnectionError, boto.HTTPClientError): "check AWS_ENDPOINT_URL and the network, and run again",
+    (ValueError, boto.ParamValidationError, NotImplementedError): "correct the URI (s3://bucket/prefix) or AWS_ENDPOINT_URL",
+}
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def join(root: str, *parts: str) -> str:
@@ -23,9 +76,31 @@ def read_bytes(uri: str) -> bytes:
     Raises:
         StorageError: absent or unreadable.
     """
-    with _resolved(uri, "read") as (filesystem, path), filesystem.open_input_stream(path) as stream:
-        content: bytes = stream.read()
+
+    def read(store: AbstractFileSystem, path: str) -> bytes:
+        content: bytes = store.cat_file(path)
         return content
+
+    return _run("read", uri, read, lambda path: Path(path).read_bytes())
+
+
+def read_if_there(uri: str) -> bytes | None:
+    """The whole content, or None if the name is absent; one request where `exists` and `read_bytes` are two.
+
+    Raises:
+        StorageError: unreadable.
+    """
+
+    def read(store: AbstractFileSystem, path: str) -> bytes | None:
+        with _absent_is_fine():
+            content: bytes = store.cat_file(path)
+            return content
+        return None
+
+    def read_local(path: str) -> bytes | None:
+        return Path(path).read_bytes() if os.path.isfile(path) else None
+
+    return _run("read", uri, read, read_local)
 
 
 def write_bytes(uri: str, content: bytes) -> None:
@@ -34,21 +109,38 @@ def write_bytes(uri: str, content: bytes) -> None:
     Raises:
         StorageError: not writable, or no space left; the name keeps what it had.
     """
-    with _resolved(uri, "write") as (filesystem, path):
-        if not isinstance(filesystem, fs.LocalFileSystem):
-            with filesystem.open_output_stream(path) as stream:  # object stores show it once it is complete
-                stream.write(content)
-            return
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        temporary = f"{path}.{uuid.uuid4().hex}.tmp"
-        try:
-            with open(temporary, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
+
+    def write(store: AbstractFileSystem, path: str) -> None:
+        store.pipe_file(path, content)  # one put, or an upload in parts that shows once it is complete
+
+    _run("write", uri, write, lambda path: _write_local(path, content))
+
+
+def _write_local(path: str, content: bytes) -> None:
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    temporary = f"{path}.{uuid.uuid4().hex}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def delete(uri: str) -> None:
+    """Remove a file; one that is absent is no error.
+
+    Raises:
+        StorageError: it cannot be removed.
+    """
+
+    def remove(store: AbstractFileSystem, path: str) -> None:
+        with _absent_is_fine():
+            store.rm_file(path)
+
+    _run("delete", uri, remove, lambda path: Path(path).unlink(missing_ok=True))
 
 
 def delete(uri: str) -> None:
@@ -59,24 +151,139 @@ def delete(uri: str) -> None:
 
 
 def exists(uri: str) -> bool:
-    """Whether a file of that name has been committed."""
-    with _resolved(uri, "look up") as (filesystem, path):
-        return bool(filesystem.get_file_info(path).type == fs.FileType.File)
+    """Whether a file of that name has been committed. To look up many, `list_uris` once."""
+
+    def is_file(store: AbstractFileSystem, path: str) -> bool:
+        with _absent_is_fine():
+            return bool(store.info(path)["type"] == "file")
+        return False
+
+    return _run("look up", uri, is_file, os.path.isfile)
 
 
 def list_files(uri: str, *, suffix: str) -> list[str]:
     """Names, relative to the folder and sorted, of all files below it that end in `suffix`; none if it is absent."""
-    with _resolved(uri, "list") as (filesystem, path):
+
+    def names(store: AbstractFileSystem, path: str) -> list[str]:
+        root = path.rstrip("/") + "/"
+        with _absent_is_fine():
+            found = [file for file in store.find(root) if file.startswith(root) and not file.endswith("/")]
+            return sorted(file.removeprefix(root) for file in found if file.endswith(suffix))
+        return []
+
+    def local_names(path: str) -> list[str]:
         selector = fs.FileSelector(path, recursive=True, allow_not_found=True)
-        found = [info.path for info in filesystem.get_file_info(selector) if info.type == fs.FileType.File]
+        found = [info.path for info in fs.LocalFileSystem().get_file_info(selector) if info.type == fs.FileType.File]
         return sorted(os.path.relpath(file, path) for file in found if file.endswith(suffix))
+
+    return _run("list", uri, names, local_names)
+
+
+def list_uris(root: str, *, suffix: str) -> set[str]:
+    """The URIs of all files below `root` that end in `suffix`."""
+    return {join(root, name) for name in list_files(root, suffix=suffix)}
+
+
+def read_many(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+    """What a function that reads makes of each item; several at once, since an object store lets each of them wait."""
+    with ThreadPoolExecutor(_READERS) as pool:
+        return list(pool.map(function, items))
+
+
+def arrow_filesystem(uri: str) -> tuple[fs.FileSystem, str]:
+    """The filesystem and the path in it, for libraries that read and write by pyarrow.
+
+    Raises:
+        StorageError: no such scheme.
+    """
+    with storage_errors("use", uri):
+        if (path := _local_path(uri)) is not None:
+            return fs.LocalFileSystem(), path
+        store, path = _open_store(uri)
+        return fs.PyFileSystem(fs.FSSpecHandler(store)), path
 
 
 @contextmanager
-def _resolved(uri: str, verb: str) -> Iterator[tuple[fs.FileSystem, str]]:
-    """The filesystem and the path in it; what goes wrong inside becomes a StorageError that names the URI."""
+def storage_errors(verb: str, uri: str) -> Iterator[None]:
+    """What goes wrong inside becomes a StorageError that names the URI and what to do."""
     try:
-        yield fs.FileSystem.from_uri(uri) if "://" in uri else (fs.LocalFileSystem(), os.path.abspath(uri))
-    except (OSError, pa.ArrowException) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise StorageError(f"cannot {verb} {uri}: {reason}; nothing was changed: mend that and run again") from error
+        yield
+    except _FAILURES as error:
+        raise StorageError(f"cannot {verb} {uri}: {_explain(error, uri)}") from error
+
+
+def _explain(error: Exception, uri: str) -> str:
+    """What went wrong, and the remedy."""
+    if _no_bucket(error):
+        return f"there is no bucket {uri.split('/')[2]!r}; create it or correct the URI"
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    remedies = [remedy for kinds, remedy in _REMEDIES.items() if isinstance(error, kinds)]
+    return f"{reason.rstrip('.')}; {(remedies or ['nothing was changed: mend that and run again'])[0]}"
+
+
+def _no_bucket(error: Exception) -> bool:
+    response: dict[str, Any] = getattr(error.__cause__, "response", {})
+    return bool(response.get("Error", {}).get("Code") == "NoSuchBucket")
+
+
+@contextmanager
+def _absent_is_fine() -> Iterator[None]:
+    """Leave the context where a file is absent; that its bucket is absent stays an error."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        if _no_bucket(error):
+            raise
+
+
+def _run(verb: str, uri: str, remote: Callable[[AbstractFileSystem, str], Result], local: Callable[[str], Result]) -> Result:
+    """The one or the other action on the URI's path; a response that breaks off is asked for again."""
+    with storage_errors(verb, uri):
+        if (path := _local_path(uri)) is not None:
+            return local(path)
+        store, path = _open_store(uri, max_concurrency=1)
+        store.retries = 1  # of s3fs: they would multiply botocore's
+        start = time.monotonic()
+        for attempt in range(_ATTEMPTS - 1):
+            try:
+                return remote(store, path)
+            except _TORN:
+                if time.monotonic() - start > _PATIENCE_S:
+                    raise
+                time.sleep(random.uniform(0, 0.2 * 2**attempt))
+        return remote(store, path)
+
+
+def _local_path(uri: str) -> str | None:
+    """The absolute path that a path or `file://` URI means; None for other URIs."""
+    scheme, separator, path = uri.partition("://")
+    if not separator:
+        return os.path.abspath(uri)
+    if scheme != "file":
+        return None
+    if not path.startswith("/"):
+        raise ValueError(f"file:// needs an absolute path, such as file:///data, not {path!r}")
+    return os.path.abspath(path)
+
+
+def _open_store(uri: str, **s3_options: Any) -> tuple[AbstractFileSystem, str]:
+    """fsspec's filesystem, which it keeps for later calls with the same options, and the path in it."""
+    scheme, _, path = uri.partition("://")
+    if scheme not in known_implementations:
+        raise ValueError(f"unknown scheme {scheme}://")
+    if not path.strip("/") or path.startswith("/"):
+        raise ValueError(f"{scheme}:// needs the name of a bucket")
+    if scheme in ("s3", "s3a"):
+        retries = {"mode": "standard", "total_max_attempts": int(os.environ.get("AWS_MAX_ATTEMPTS", _ATTEMPTS))}
+        timeouts = {"connect_timeout": _CONNECT_TIMEOUT_S, "read_timeout": _READ_TIMEOUT_S}
+        s3_options["config_kwargs"] = {"retries": retries, **timeouts}
+    else:
+        s3_options = {}
+    try:
+        store, path = url_to_fs(uri, use_listings_cache=False, **s3_options)
+    except ImportError as error:
+        package = known_implementations[scheme]["class"].partition(".")[0]
+        raise StorageError(
+            f"cannot use {uri}: {scheme}:// needs a package that is not installed ({error}); `pip install {package}`"
+        ) from error
+    return store, path

@@ -2,11 +2,12 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from lr_ray.errors import StorageError
-from lr_ray.storage.filesystem import exists, join, read_bytes, write_bytes
+from lr_ray.storage.filesystem import join, read_if_there, read_many, write_bytes
 
 MANIFEST_NAME = "lr_ray.json"
 CLAIM_NAME = "claim.json"
@@ -36,13 +37,19 @@ def read_manifest(folder: str) -> dict[str, Any] | None:
         StorageError: it is there but damaged.
     """
     uri = join(folder, MANIFEST_NAME)
-    if not exists(uri):
+    content = read_if_there(uri)
+    if content is None:
         return None
     try:
-        manifest: dict[str, Any] = json.loads(read_bytes(uri))
+        manifest: dict[str, Any] = json.loads(content)
     except ValueError as error:
         raise StorageError(f"manifest {uri} is damaged ({error}); delete it and run again") from error
     return manifest
+
+
+def read_manifests(folders: Sequence[str]) -> list[dict[str, Any]]:
+    """Of each folder, empty where there is none."""
+    return [manifest or {} for manifest in read_many(read_manifest, folders)]
 
 
 def write_manifest(folder: str, inputs: dict[str, Any], facts: dict[str, Any]) -> None:
@@ -61,12 +68,13 @@ def claim_folder(folder: str, inputs: dict[str, Any], *, config: dict[str, Any])
         StorageError: it holds the results of other inputs; the message says which differ.
     """
     uri = join(folder, CLAIM_NAME)
-    if not exists(uri):
+    content = read_if_there(uri)
+    if content is None:
         claim = {"inputs": inputs, "config": config, "versions": versions()}
         write_bytes(uri, json.dumps(claim, indent=2, ensure_ascii=False).encode())
         return
     try:
-        found = json.loads(read_bytes(uri))["inputs"]
+        found = json.loads(content)["inputs"]
     except (ValueError, KeyError, TypeError) as error:
         raise StorageError(f"{uri} is damaged ({error!r}); choose another --output, or delete {folder}") from error
     if differences := list(_differences(found, json.loads(json.dumps(inputs)), "")):

@@ -3,6 +3,7 @@
 import json
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,14 +26,10 @@ from tests.jobs import QUIET, changed, kill_worker, snapshot
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 
-def test_whole_job_through_the_command_line(tiny_experiment: ExperimentConfig, tmp_path: Path) -> None:
-    path = tmp_path / "tiny.yaml"
-    path.write_text(json.dumps(tiny_experiment.resolved()))
-    root = Path(tiny_experiment.output_root)
+def test_whole_job_through_the_command_line(local_run: tuple[Path, list[dict[str, Any]]]) -> None:
+    path, rows = local_run
+    root = path.parent / "run"
 
-    first = CliRunner().invoke(app, ["run", str(path), "--json"], catch_exceptions=False)
-
-    rows = json.loads(first.stdout)
     assert [row["method"] for row in rows] == ["raw-pixels", "nn", "loras-avg", "recycle", "oracle"]
     assert rows == json.loads((root / "results.json").read_text())
     assert all(0 <= row["accuracy"] <= 100 and row["episodes"] == 20 and row["seconds"] > 0 for row in rows)

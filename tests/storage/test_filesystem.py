@@ -8,7 +8,17 @@ from typing import Any
 import pytest
 
 from lr_ray.errors import StorageError
-from lr_ray.storage.filesystem import exists, join, list_files, read_bytes, write_bytes
+from lr_ray.storage.filesystem import (
+    delete,
+    exists,
+    join,
+    list_files,
+    list_uris,
+    read_bytes,
+    read_if_there,
+    read_many,
+    write_bytes,
+)
 
 
 def no_space(*_args: object) -> None:
@@ -175,3 +185,30 @@ def test_list_files_of_an_absent_folder(tmp_path: Path):
 def test_an_unknown_scheme(call: Any, verb: str):
     with pytest.raises(StorageError, match=f"cannot {verb} gopher://host/a: .*gopher"):
         call("gopher://host/a")
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_deleting_and_reading_what_may_be_absent(tmp_path: Path, scheme: str):
+    uri = f"{scheme}{tmp_path}/a.bin"
+    write_bytes(uri, b"x")
+    assert read_if_there(uri) == b"x"
+    assert list_uris(f"{scheme}{tmp_path}/", suffix=".bin") == {uri}
+    delete(uri)
+    delete(uri)
+    assert read_if_there(uri) is None
+    assert files_below(tmp_path) == []
+
+
+def test_deleting_a_folder(tmp_path: Path):
+    with pytest.raises(StorageError, match=f"cannot delete {tmp_path}: "):
+        delete(str(tmp_path))
+
+
+def test_items_are_read_in_order_and_the_first_error_is_raised(tmp_path: Path):
+    uris = [f"{tmp_path}/{index}" for index in range(30)]
+    for uri in uris:
+        write_bytes(uri, uri.encode())
+    assert read_many(read_bytes, uris) == [uri.encode() for uri in uris]
+    delete(uris[7])
+    with pytest.raises(StorageError, match=f"cannot read {uris[7]}: No such file"):
+        read_many(read_bytes, uris)
