@@ -24,8 +24,8 @@ lint: $(VENV)/.ready
 	$(BIN)/lint-imports
 
 bench: $(VENV)/.ready
-	$(BIN)/python bench/inversion_step.py
-	$(BIN)/python bench/driver_memory.py
+	$(BIN)/python -m bench.inversion_step
+	$(BIN)/python -m bench.driver_memory
 	$(BIN)/python -m bench.storage
 
 clean:

@@ -1,6 +1,6 @@
 """Kill, starve and cut off `lr-ray invert` at random points, run it again, and count rows lost, doubled and changed.
 
-    python bench/chaos.py [--rounds 4] [--seed 0]
+    python -m bench.chaos [--rounds 4] [--seed 0]
 
 Prints a table and writes bench/results/chaos.json. The adapters are tiny; Ray, its nodes, the processes and the signals are
 real. `tests/chaos` runs some of it.

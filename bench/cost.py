@@ -1,9 +1,9 @@
 """What inverting 100, 10,000 and 1,000,000 adapters takes: GPU hours, hours on 64 GPUs, dollars. Prints docs/cost.md.
 
-    python bench/cost.py > docs/cost.md
+    python -m bench.cost > docs/cost.md
 
 Nothing is measured here. Steps a second are the paper's, or its FLOPs at an assumed share of a GPU's peak; the busy share of
-the GPUs is that of `bench/scaling.py scheduling`; prices are inputs. Change them in place.
+the GPUs is that of `python -m bench.scaling scheduling`; prices are inputs. Change them in place.
 """
 
 import json
@@ -83,13 +83,13 @@ def table(recipe: Recipe, busy: float) -> list[str]:
 def main() -> None:
     busy = json.loads(SCHEDULING.read_text())["rows"][0]["busy_percent"] / 100
     print("# What it costs\n")
-    print("Written by `python bench/cost.py`; nothing in it was run on a GPU by this project.\n")
+    print("Written by `python -m bench.cost`; nothing in it was run on a GPU by this project.\n")
     print(
         f"""Assumptions. A backbone of ViT-B/16 at 224 px, batches of 25, no prior network. The paper's rows are its own steps a
 second on its one GPU, which it does not name. The others are its FLOPs, {STEP_TFLOP:.2f} TFLOP a step, at
 {SHARE_OF_PEAK:.0%} of the data sheet's dense bf16 peak, which well-filled transformers reach; the paper's own figure is
 {PAPER_STEPS_PER_S["dense"] * STEP_TFLOP:.0f} TFLOP/s. GPUs are busy {busy:.1%} of the time, as {NUM_GPUS} simulated ones were
-(`bench/scaling.py scheduling`). Prices are on-demand ones of one region, rounded, and change; spot machines, which
+(`python -m bench.scaling scheduling`). Prices are on-demand ones of one region, rounded, and change; spot machines, which
 `cluster/*.yaml` ask for, are often a third to a half of them, and a preempted one costs at most `ray.checkpoint_every_s`.
 Start-up (minutes a node), storage (an image of 224 px is about 105 kB as PNG: 100 of each of a million adapters are
 10.5 TB) and traffic are not in it.

@@ -1,7 +1,7 @@
 """How inversion scales: actors against one on this machine, and what scheduling costs on a simulated cluster of 64 GPUs.
 
-    python bench/scaling.py actors      # the demo's backbone, 1 and 2 actors, on this machine's processors
-    python bench/scaling.py scheduling  # 2,000 items of 10 s, the inversion replaced by a sleep, on 64 logical GPUs
+    python -m bench.scaling actors      # the demo's backbone, 1 and 2 actors, on this machine's processors
+    python -m bench.scaling scheduling  # 2,000 items of 10 s, the inversion replaced by a sleep, on 64 logical GPUs
 
 Prints a table and writes bench/results/scaling-PART.json. Items and pool are those of `lr-ray invert`.
 """
@@ -13,10 +13,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from driver_memory import make_library
 from rich.console import Console
 from rich.table import Table
 
+from bench.driver_memory import make_library
 from lr_ray.config import ExperimentConfig, RayConfig
 from lr_ray.report.progress import Reporter
 from lr_ray.runtime.inversion import InversionActor, actor_pool

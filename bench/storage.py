@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.driver_memory import experiment, make_library
-from lr_ray.runtime.inversion import plan_inversion
+from lr_ray.runtime.inversion_plan import plan_inversion
 from lr_ray.storage.adapters import list_adapters, read_adapters, read_specs
 from lr_ray.storage.filesystem import list_uris, write_bytes
 from lr_ray.storage.manifest import versions
@@ -40,7 +40,7 @@ def measure(proxy: FaultyProxy) -> list[dict[str, str | int | float]]:
 
     count("write the library", lambda: make_library(config.output_root, NUM_ADAPTERS))
     count("plan its inversion", lambda: plan_inversion(config))
-    items = plan_inversion(config)
+    items = plan_inversion(config).items
     for item in items:
         write_bytes(item.uri, b"")
     count("plan again", lambda: plan_inversion(config))

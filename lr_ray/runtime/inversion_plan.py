@@ -1,7 +1,6 @@
 """What an inversion has to do: its pieces of work, and their names."""
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -10,7 +9,7 @@ from typing import Any
 from lr_ray.config import ExperimentConfig
 from lr_ray.errors import AdapterError
 from lr_ray.storage.adapters import list_adapters, read_adapter
-from lr_ray.storage.filesystem import delete, join, list_files
+from lr_ray.storage.filesystem import delete, join, list_uris, read_many
 from lr_ray.storage.manifest import claim_folder, digest_of
 from lr_ray.storage.synthetic import synthetic_name
 from lr_ray.vit.backbone import Backbone, load_backbone
@@ -18,7 +17,6 @@ from lr_ray.vit.lora import AdapterSpec, check_adapter
 
 PARTIAL = ".partial"
 """Ends the name of the state of an inversion under way."""
-_READERS = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,8 +62,7 @@ def plan_inversion(config: ExperimentConfig, *, strict: bool = True) -> Inversio
     classes_per_item = inversion.pop("classes_per_item")
     shared = {"step": "invert", "seed": config.seed, "backbone": backbone.identity, "inversion": inversion}
     folders = list_adapters(config.adapters_root)
-    with ThreadPoolExecutor(_READERS) as pool:
-        inspected = list(pool.map(partial(_inspect, backbone=backbone), folders))
+    inspected = read_many(partial(_inspect, backbone=backbone), folders)
     rejected = {folder: str(found) for folder, found in zip(folders, inspected, strict=True) if isinstance(found, AdapterError)}
     if rejected and (strict or len(rejected) == len(folders)):
         raise AdapterError(next(iter(rejected.values())))
@@ -82,16 +79,16 @@ def plan_inversion(config: ExperimentConfig, *, strict: bool = True) -> Inversio
         seen[spec.adapter_id] = folder
         items += _items_of(folder, spec, shared, config, classes_per_item)
     there = committed(config)
-    for left_over in list_files(config.synthetic_root, suffix=PARTIAL):
-        if (uri := join(config.synthetic_root, left_over)).removesuffix(PARTIAL) in there:
-            delete(uri)  # its worker was lost between the commit and this
+    for left_over in list_uris(config.synthetic_root, suffix=PARTIAL):
+        if left_over.removesuffix(PARTIAL) in there:
+            delete(left_over)  # its worker was lost between the commit and this
     todo = sorted((item for item in items if item.uri not in there), key=lambda item: -len(item.classes))
     return InversionPlan(items=tuple(items), todo=tuple(todo), rejected=rejected)
 
 
 def committed(config: ExperimentConfig) -> set[str]:
     """URIs of the files of images that are there."""
-    return {join(config.synthetic_root, file) for file in list_files(config.synthetic_root, suffix=".parquet")}
+    return list_uris(config.synthetic_root, suffix=".parquet")
 
 
 def _inspect(folder: str, *, backbone: Backbone) -> AdapterSpec | AdapterError:

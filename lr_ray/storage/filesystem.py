@@ -143,13 +143,6 @@ def delete(uri: str) -> None:
     _run("delete", uri, remove, lambda path: Path(path).unlink(missing_ok=True))
 
 
-def delete(uri: str) -> None:
-    """Remove the file of that name, if there is one."""
-    with _resolved(uri, "delete") as (filesystem, path):
-        if filesystem.get_file_info(path).type == fs.FileType.File:
-            filesystem.delete_file(path)
-
-
 def exists(uri: str) -> bool:
     """Whether a file of that name has been committed. To look up many, `list_uris` once."""
 
