@@ -1,6 +1,7 @@
 """Where workers write how far they are, and the driver reads it."""
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,12 @@ class Board:
 
     def __init__(self) -> None:
         self._lines: dict[str, tuple[float, UnderWay]] = {}
+        self._attempts: Counter[tuple[str, str]] = Counter()
+
+    def begin(self, name: str, mark: str) -> int:
+        """The how-manieth attempt this is at that piece of work from the point that the mark stands for."""
+        self._attempts[name, mark] += 1
+        return self._attempts[name, mark]
 
     def write(self, line: UnderWay) -> None:
         """In the place of what that piece of work wrote before."""
@@ -32,19 +39,21 @@ class Board:
 
 
 def start_board() -> Any:
-    """A handle to a board of this driver's."""
+    """A handle to a board beside this driver, which is lost only with it."""
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    return ray.remote(num_cpus=0)(Board).remote()
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
 
 
 def read_board(board: Any) -> Sequence[UnderWay]:
-    """What is under way; nothing if the board was lost with its node: it is for the eye alone."""
+    """What is under way; nothing if the board does not answer soon, since this is for the eye alone."""
     import ray
 
     try:
         lines: list[UnderWay] = ray.get(board.read.remote(), timeout=5)
-    except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
+    except ray.exceptions.RayError:
         return ()
     return lines
 

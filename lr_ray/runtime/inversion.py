@@ -1,5 +1,6 @@
 """`lr-ray invert`: a pool of Ray actors, each inverting one adapter, or some of its classes, at a time into its own file."""
 
+import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -22,7 +23,7 @@ from lr_ray.runtime.board import StepWriter, read_board, start_board
 from lr_ray.runtime.inversion_plan import PARTIAL, InversionItem, committed, plan_inversion
 from lr_ray.runtime.session import ray_session, user_error, worker_device
 from lr_ray.storage.adapters import read_adapter
-from lr_ray.storage.filesystem import delete, exists, read_bytes, write_bytes
+from lr_ray.storage.filesystem import delete, exists, read_if_there, write_bytes
 from lr_ray.storage.synthetic import read_rows, write_synthetic
 from lr_ray.vit.backbone import Backbone, load_backbone
 from lr_ray.vit.lora import check_adapter
@@ -49,7 +50,7 @@ class InversionReport:
 class InversionActor:
     """Holds the backbone and the prior; inverts one item at a time and commits its images."""
 
-    def __init__(self, config: ExperimentConfig, board: Any = None) -> None:
+    def __init__(self, config: ExperimentConfig, board: Any) -> None:
         from ray.util.metrics import Counter, Gauge
 
         device = worker_device(config.ray)
@@ -79,17 +80,31 @@ class InversionActor:
             LrRayError: it cannot be made.
         """
         if not exists(item.uri):
-            self._invert(item)
+            name = item.uri.rsplit("/", 1)[-1].removesuffix(".parquet")
+            checkpoint = PartialFile(item.uri + PARTIAL, every_s=self._config.ray.checkpoint_every_s)
+            self._begin(name, checkpoint)
+            writer = StepWriter(self._board, name, self._cross_entropy)
+            self._invert(item, checkpoint, writer)
+            checkpoint.delete()
+            writer.finish()
         rows = read_rows(item.uri)
         self._images.inc(rows.num_rows)
         return rows
 
-    def _invert(self, item: InversionItem) -> None:
+    def _begin(self, name: str, checkpoint: "PartialFile") -> None:
+        """Raise an `InversionError` if that cost too many workers: Ray Data would try it again for ever."""
+        import ray
+
+        attempt, most = ray.get(self._board.begin.remote(name, checkpoint.mark)), self._config.ray.max_failures + 1
+        if attempt > most:
+            raise InversionError(
+                f"{name}: its worker was lost {most} times at the same point; if memory ran out, lower inversion.batch_size; "
+                "if nodes are taken away sooner, lower ray.checkpoint_every_s or raise ray.max_failures"
+            )
+
+    def _invert(self, item: InversionItem, checkpoint: "PartialFile", on_step: StepWriter) -> None:
         adapter = read_adapter(item.adapter_folder)
         check_adapter(adapter, self._backbone)
-        name = item.uri.rsplit("/", 1)[-1].removesuffix(".parquet")
-        writer = StepWriter(self._board, name, self._cross_entropy) if self._board else None
-        checkpoint = PartialFile(item.uri + PARTIAL, every_s=self._config.ray.checkpoint_every_s)
         synthetic = invert(
             adapter.to(self._backbone.device),
             self._backbone,
@@ -98,19 +113,16 @@ class InversionActor:
             prior=self._prior,
             generator=torch.Generator().manual_seed(item.seed),
             checkpoint=checkpoint,
-            on_step=writer or (lambda _step: None),
+            on_step=on_step,
         )
         write_synthetic(item.uri, synthetic, adapter.spec, seed=item.seed)
-        checkpoint.delete()
-        if writer:
-            writer.finish()
 
 
 class ImageActor:
     """An `InversionActor` that gives the images themselves."""
 
-    def __init__(self, config: ExperimentConfig) -> None:
-        self._actor = InversionActor(config)
+    def __init__(self, config: ExperimentConfig, board: Any) -> None:
+        self._actor = InversionActor(config, board)
 
     def __call__(self, batch: dict[str, Any]) -> pa.Table:
         """One row of `InversionItem` fields → the rows of its file."""
@@ -128,14 +140,19 @@ class PartialFile:
     def __init__(self, uri: str, *, every_s: float) -> None:
         self._uri, self._every_s = uri, every_s
         self._saved_at = time.monotonic()
-        self._is_there = exists(uri)
+        self._content = read_if_there(uri)
+
+    @property
+    def mark(self) -> str:
+        """Differs from that of another state."""
+        return hashlib.sha256(self._content or b"").hexdigest()
 
     def load(self) -> dict[str, Tensor] | None:
         """Raises: StorageError, if it is damaged."""
-        if not self._is_there:
+        if self._content is None:
             return None
         try:
-            state: dict[str, Tensor] = load_safetensors(read_bytes(self._uri))
+            state: dict[str, Tensor] = load_safetensors(self._content)
         except SafetensorError as error:
             raise StorageError(f"{self._uri}: damaged ({error}); delete it and run again") from error
         return state
@@ -144,12 +161,13 @@ class PartialFile:
         return time.monotonic() - self._saved_at >= self._every_s
 
     def save(self, state: dict[str, Tensor]) -> None:
-        write_bytes(self._uri, save_safetensors(state))
-        self._saved_at, self._is_there = time.monotonic(), True
+        self._content = save_safetensors(state)
+        write_bytes(self._uri, self._content)
+        self._saved_at = time.monotonic()
 
     def delete(self) -> None:
         """Once the images are committed."""
-        if self._is_there:
+        if self._content is not None:
             delete(self._uri)
 
 
@@ -225,7 +243,7 @@ def invert_dataset(config: ExperimentConfig) -> "Dataset":
     plan = plan_inversion(config, strict=True)
     todo = set(plan.todo)
     there = [item for item in plan.items if item not in todo]
-    return actor_pool([*there, *plan.todo], config.ray, ImageActor, config)
+    return actor_pool([*there, *plan.todo], config.ray, ImageActor, config, start_board())
 
 
 def _load_prior(config: ExperimentConfig, device: str) -> BatchNormPrior | None:

@@ -1,14 +1,18 @@
 """Inversion on Ray: exactly once, whatever is lost on the way; what is damaged is named and the rest is done."""
 
 import json
+import os
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from lr_ray.cli.main import app
+from ray import cloudpickle
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
@@ -16,8 +20,8 @@ from typer.testing import CliRunner
 from lr_ray.config import ExperimentConfig
 from lr_ray.errors import AdapterError, InversionError, StorageError
 from lr_ray.report.progress import UnderWay
-from lr_ray.runtime.board import Board
-from lr_ray.runtime.inversion import PartialFile, invert_dataset, invert_library
+from lr_ray.runtime.board import Board, start_board
+from lr_ray.runtime.inversion import InversionActor, PartialFile, actor_pool, invert_dataset, invert_library
 from lr_ray.runtime.inversion_plan import plan_inversion
 from lr_ray.storage.adapters import list_adapters, read_adapters
 from lr_ray.storage.synthetic import list_synthetic, read_pool
@@ -208,11 +212,35 @@ def test_a_dataset_gives_rows_while_the_inversion_goes_on(library: ExperimentCon
     assert {len(row["image"]["bytes"]) > 100 for row in others} == {True}
 
 
+class DyingActor(InversionActor):
+    def _invert(self, *_arguments: Any) -> None:
+        os._exit(1)
+
+
+def test_a_piece_of_work_that_kills_its_process_is_given_up_and_the_rest_is_done(inverted: ExperimentConfig) -> None:
+    config = changed(inverted, ray={"max_failures": 1, "max_actors": 1})
+    deadly, *others = plan_inversion(config).items
+    Path(deadly.uri).unlink()
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+    rows = actor_pool([deadly, *others], config.ray, DyingActor, config, start_board()).take_all()
+
+    errors = {row["adapter_id"]: row["error"] for row in rows}
+    assert "its worker was lost 2 times at the same point" in errors[deadly.adapter_id]
+    assert [errors[item.adapter_id] for item in others] == ["", ""]
+
+
 def test_a_board_shows_what_is_under_way() -> None:
     board = Board()
     for name, share in (("b", 0.5), ("a", 0.1), ("b", 0.7)):
         board.write(UnderWay(name=name, share=share, note=""))
     assert [(line.name, line.share) for line in board.read()] == [("a", 0.1), ("b", 0.7)]
+    assert [board.begin("a", "start"), board.begin("a", "start"), board.begin("a", "saved"), board.begin("b", "start")] == [
+        1,
+        2,
+        1,
+        1,
+    ]
     board.erase("a")
     board.erase("a")
     assert [line.name for line in board.read()] == ["b"]
