@@ -8,8 +8,12 @@ Prints a table and writes bench/results/scaling-PART.json. Items and pool are th
 
 import argparse
 import json
+import os
+import statistics
 import tempfile
 import time
+from collections import defaultdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +40,11 @@ class SleepActor:
     def __call__(self, _batch: dict[str, Any]) -> dict[str, Any]:
         begun = time.time()
         time.sleep(self._seconds)
-        return {"begun": [begun], "ended": [time.time()]}
+        return {"actor": [os.getpid()], "begun": [begun], "ended": [time.time()]}
 
 
 def scheduling(num_gpus: int = 64, num_items: int = 2000, item_s: float = 10.0) -> dict[str, Any]:
-    """Busy share of the GPUs from the first item's start to the last one's end, and the gap between an actor's items."""
+    """How busy the GPUs are while all actors are there and items are left, and the gap between two items of an actor."""
     config = RayConfig(num_gpus_per_actor=1, max_actors=num_gpus)
     items = [
         InversionItem(adapter_folder=f"adapter-{i}", adapter_id=f"adapter-{i}", classes=(0,), uri=f"/nowhere/{i}", seed=i)
@@ -49,24 +53,26 @@ def scheduling(num_gpus: int = 64, num_items: int = 2000, item_s: float = 10.0) 
     import ray
 
     ray.init("local", num_cpus=num_gpus, num_gpus=num_gpus, logging_level="error", log_to_driver=False)
-    start, rows = time.time(), []
+    start, by_actor = time.time(), defaultdict(list)
     with Reporter().track("items", num_items) as advance:
         for row in actor_pool(items, config, SleepActor, item_s).iter_rows():
-            rows.append(row)
+            by_actor[row["actor"]].append((row["begun"], row["ended"]))
             advance("")
     ray.shutdown()
-    begun, ended = min(row["begun"] for row in rows), max(row["ended"] for row in rows)
-    asleep = sum(row["ended"] - row["begun"] for row in rows)
-    # the last wave is not full (2,000 = 31 · 64 + 16): what any schedule leaves idle is no overhead of this one
-    ideal = -(-num_items // num_gpus) * asleep / num_items
+    spans = [sorted(spans) for spans in by_actor.values()]
+    all_there = max(own[0][0] for own in spans)
+    last_handed_out = max(own[-1][0] for own in spans)
+    asleep = sum(max(0.0, min(end, last_handed_out) - max(begun, all_there)) for own in spans for begun, end in own)
+    gaps = [after[0] - before[1] for own in spans for before, after in pairwise(own)]
     return {
-        "gpus": num_gpus,
+        "gpus": len(spans),
         "items": num_items,
         "item_s": item_s,
-        "seconds_to_first_item": round(begun - start, 1),
-        "seconds_of_work": round(ended - begun, 1),
-        "busy_percent": round(100 * asleep / (num_gpus * (ended - begun)), 2),
-        "overhead_percent": round(100 * ((ended - begun) / ideal - 1), 2),
+        "seconds_to_first_actor": round(min(own[0][0] for own in spans) - start, 1),
+        "seconds_to_last_actor": round(all_there - start, 1),
+        "busy_percent": round(100 * asleep / (len(spans) * (last_handed_out - all_there)), 2),
+        "overhead_percent": round(100 * statistics.mean(gaps) / item_s, 2),
+        "longest_gap_s": round(max(gaps), 2),
     }
 
 
