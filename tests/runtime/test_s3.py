@@ -83,7 +83,7 @@ def test_inversion_into_a_bad_bucket_fails_before_any_work(
     monkeypatch.setattr(
         "sys.argv", ["lr-ray", "invert", "-c", str(path), "--adapters", adapters, "--synthetic", f"{root}/synthetic"]
     )
-    monkeypatch.setattr("lr_ray.runtime.inversion._run", lambda *_: pytest.fail("work has started"))
+    monkeypatch.setattr("lr_ray.runtime.inversion._pool", lambda *_: pytest.fail("work has started"))
 
     with pytest.raises(SystemExit) as stopped:
         main()
@@ -102,7 +102,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_training(
     config = load_config(path, [f"output={bucket}", *(f"{name}={folder}" for name, folder in folders.items())])
 
     def faults() -> Iterator[Fault | None]:
-        while not any(request.startswith("PUT") and "/checkpoint_" in request for request in s3.requests):
+        while not any(request.startswith("PUT") and "/state." in request for request in s3.requests):
             yield None
         yield from repeat("forbidden")
 
@@ -114,4 +114,4 @@ def test_a_checkpoint_that_cannot_be_written_ends_training(
     ):
         train_meta_lora(config, Reporter(quiet=True))
 
-    assert len([request for request in s3.requests if request.startswith("PUT") and "/checkpoint_" in request]) <= 2
+    assert len([request for request in s3.requests if request.startswith("PUT") and "/state." in request]) <= 2

@@ -1,5 +1,6 @@
 """Which Ray errors a user can act on."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -43,7 +44,7 @@ def test_a_cluster_that_is_joined_is_told_where_and_as_whom_to_store(
     options: dict[str, Any] = {}
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "shutdown", lambda: None)
-    monkeypatch.setattr(ray, "init", lambda _address, **given: options.update(given))
+    monkeypatch.setattr(ray, "init", lambda _address, **given: options.update(given) or SimpleNamespace(dashboard_url=""))
     for name, value in {"AWS_PROFILE": "lab", "AWS_REGION": "eu-central-1", "HOME": "/home/ada"}.items():
         monkeypatch.setenv(name, value)
     if submitted:
