@@ -1,13 +1,16 @@
 """Clusters of Ray's launcher: check a cluster's YAML, bring it up and down, reach the job server on its head."""
 
+import io
+import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -39,10 +42,7 @@ def check_cluster(path: str | Path) -> str:
     else:
         provider = _provider(path, content)
         config = _validated(path, lambda: content)
-    most = {name: node["max_workers"] for name, node in config["available_node_types"].items()}
-    most.pop(config["head_node_type"], None)
-    workers = ", ".join(f"{number} of {name}" for name, number in most.items())
-    return f"{provider}, cluster {config['cluster_name']!r}, at most {workers or '0 workers'}"
+    return f"{provider}, cluster {config['cluster_name']!r}, at most {config['max_workers']} workers"
 
 
 def bring_up(path: str) -> None:
@@ -108,7 +108,7 @@ def job_server(cluster: str) -> Iterator[str]:
         raise ClusterError(f"cluster {cluster} is not up; add --up, or run `lr-ray cluster up {cluster}`")
     port = _free_port()
     with tempfile.TemporaryFile("w+") as log:
-        command = [sys.executable, "-m", "ray.scripts.scripts", "dashboard", cluster, "--port", str(port)]
+        command = _tunnel_command(cluster, port)
         tunnel = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
         try:
             _wait_for_tunnel(tunnel, port, cluster, log)
@@ -138,17 +138,27 @@ def _provider(path: str | Path, content: dict[str, Any]) -> str:
     return str(kind)
 
 
-def _validated(path: str | Path, make: Any) -> dict[str, Any]:
+def _validated(path: str | Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """The config with Ray's defaults, valid by Ray's schema."""
+    from click import ClickException
     from jsonschema import ValidationError
     from ray.autoscaler._private.util import prepare_config, validate_config
 
+    logging.getLogger("ray.autoscaler").setLevel(logging.WARNING)
     try:
-        config: dict[str, Any] = prepare_config(deepcopy(make()))
-        validate_config(config)
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # it prints what it also raises
+            config: dict[str, Any] = prepare_config(deepcopy(make()))
+            validate_config(config)
     except ValidationError as error:
         raise ClusterError(f"cluster {path}: {error.json_path.removeprefix('$.')}: {error.message}") from error
-    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:  # Ray's reader expects a valid file
+    except (
+        KeyError,
+        TypeError,
+        AttributeError,
+        ValueError,
+        RuntimeError,
+        ClickException,
+    ) as error:  # Ray's reader expects a valid file
         raise ClusterError(f"cluster {path}: Ray does not accept it: {type(error).__name__}: {error}") from error
     return config
 
@@ -199,6 +209,15 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def _tunnel_command(path: str, port: int) -> list[str]:
+    return [sys.executable, "-m", "ray.scripts.scripts", "dashboard", path, "--port", str(port)]
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
 def _wait_for_tunnel(tunnel: subprocess.Popen[bytes], port: int, cluster: str, log: Any) -> None:
     deadline = time.monotonic() + _TUNNEL_SECONDS
     while time.monotonic() < deadline:
@@ -206,9 +225,8 @@ def _wait_for_tunnel(tunnel: subprocess.Popen[bytes], port: int, cluster: str, l
             tunnel.wait(timeout=0.5)
             break
         except subprocess.TimeoutExpired:
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    return
+            if _listens(port):
+                return
     log.seek(0)
     last = " ".join(log.read().split()[-40:])
     raise ClusterError(f"cluster {cluster}: no SSH tunnel to its dashboard within {_TUNNEL_SECONDS} s: {last}")
@@ -216,8 +234,6 @@ def _wait_for_tunnel(tunnel: subprocess.Popen[bytes], port: int, cluster: str, l
 
 def _end_session(process: subprocess.Popen[bytes]) -> None:
     """End a process that leads a session, and what it started: `ray dashboard` leaves its ssh to itself."""
-    import signal
-
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGTERM)
     process.wait()

@@ -2,14 +2,15 @@
 
 import asyncio
 import json
+import logging
 import os
 import shlex
 import shutil
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +23,7 @@ from lr_ray.config import ExperimentConfig
 from lr_ray.data.load import EMBEDDED_DATA
 from lr_ray.errors import ClusterError
 from lr_ray.report.progress import Reporter
+from lr_ray.report.relay import Relay
 from lr_ray.runtime.clusters import bring_up, check_cluster, is_launcher_yaml, is_up, job_server
 from lr_ray.storage.manifest import digest_of
 
@@ -81,6 +83,8 @@ def connect(url: str) -> "JobSubmissionClient":
     os.environ["RAY_API_SERVER_ADDRESS"] = url  # else RAY_ADDRESS, where it is set, would win over the argument
     from ray.job_submission import JobSubmissionClient
 
+    for chatty in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging"):
+        logging.getLogger(f"ray.{chatty}").setLevel(logging.WARNING)  # they set their levels when imported
     with _errors_of(url):
         return JobSubmissionClient(url, headers=headers)
 
@@ -240,11 +244,13 @@ def _follow(client: "JobSubmissionClient", job: str, *, stop: str, reporter: Rep
     import aiohttp
 
     async def tail() -> None:
-        async for text in client.tail_job_logs(job):
-            print(text, end="", flush=True)
+        async for line in _lines(client.tail_job_logs(job)):
+            relay.show(line)
 
+    relay = Relay(reporter)
     try:
-        asyncio.run(tail())
+        with closing(relay):
+            asyncio.run(tail())
         info = client.get_job_info(job)
     except KeyboardInterrupt:
         reporter.say(f"detached from job {job}, which goes on; the same command comes back to it, `{stop}` ends it")
@@ -257,3 +263,16 @@ def _follow(client: "JobSubmissionClient", job: str, *, stop: str, reporter: Rep
     if code is None or info.status == "STOPPED":
         raise ClusterError(f"job {job} {info.status.lower()}: {info.message}; the same command starts it again")
     return int(code)
+
+
+async def _lines(chunks: AsyncIterator[str]) -> AsyncIterator[str]:
+    """Whole lines of a job's log, without those that Ray puts before the job's own."""
+    rest, started = "", False
+    async for chunk in chunks:
+        *lines, rest = (rest + chunk).split("\n")
+        for line in lines:
+            if started:
+                yield line
+            started = started or line.startswith("Running entrypoint for job ")
+    if rest:
+        yield rest
