@@ -22,9 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 
+from lr_ray.storage.adapters import with_digest, write_adapter
 from lr_ray.storage.manifest import versions
-from tests.jobs import QUIET, changed, tiny
+from lr_ray.vit.backbone import load_backbone
+from lr_ray.vit.lora import Adapter, AdapterSpec, LoRAConfig, attach_lora, extract_lora
+from tests.jobs import changed, tiny
 
 MOST_WORKERS = 2
 IDLE_S = 6
@@ -116,16 +120,23 @@ def wait_until(met: Any, timeout_s: float = _DEADLINE_S) -> None:
         pause.wait(0.2)
 
 
-def write_job(folder: Path, *, num_steps: int) -> Path:
-    """Adapters, and the config of an inversion of them whose actors need a worker each."""
-    from lr_ray.runtime.tuning import tune_library
-
-    config = changed(
-        tiny(folder),
-        inversion={"num_steps": num_steps},
-        ray={"cpus_per_actor": CPUS_OF_A_WORKER, "max_actors": MOST_WORKERS},
-    )
-    tune_library(tiny(folder), QUIET)
+def write_job(folder: Path, *, num_adapters: int, num_steps: int) -> Path:
+    """The config of an inversion whose actors need a worker each, and untrained adapters for it."""
+    ray = {"cpus_per_actor": CPUS_OF_A_WORKER, "max_actors": MOST_WORKERS}
+    config = changed(tiny(folder), inversion={"num_steps": num_steps}, ray=ray)
+    backbone = load_backbone(config.backbone)
+    attach_lora(backbone.model, LoRAConfig(rank=2), generator=torch.Generator().manual_seed(0))
+    modules, head_weight = extract_lora(backbone.model), torch.eye(3, backbone.num_features)
+    for index in range(num_adapters):
+        spec = AdapterSpec(
+            adapter_id=f"adapter-{index}",
+            digest="",
+            backbone="tiny",
+            backbone_digest=backbone.digest,
+            class_names=("a", "b", "c"),
+        )
+        adapter = Adapter(spec=spec, modules=modules, head_weight=head_weight, head_bias=torch.full((3,), float(index)))
+        write_adapter(f"{config.adapters_root}/{spec.adapter_id}", with_digest(adapter), inputs={}, facts={})
     path = folder / "experiment.yaml"
     path.write_text(json.dumps(config.resolved()))
     return path
@@ -203,7 +214,7 @@ def _end_session(head: subprocess.Popen[bytes]) -> None:
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder, autoscaling_cluster() as url:
-        config = write_job(Path(folder), num_steps=200)
+        config = write_job(Path(folder), num_adapters=6, num_steps=200)
         with sizes(url) as found:
             start = time.monotonic()
             subprocess.run(lr_ray("invert", "-c", str(config), "--cluster", url), env=environment(), check=True)

@@ -51,7 +51,7 @@ def bring_up(path: str) -> None:
     Raises:
         ClusterError: the YAML is wrong, or the launcher failed.
     """
-    _check_launchable(path)
+    check_launchable(path)
     running = is_up(path)
     from ray.autoscaler.sdk import create_or_update_cluster
 
@@ -65,7 +65,7 @@ def take_down(path: str) -> None:
     Raises:
         ClusterError: the YAML is wrong, or the launcher failed.
     """
-    _check_launchable(path)
+    check_launchable(path)
     from ray.autoscaler.sdk import teardown_cluster
 
     with _launcher(path, "take it down"):
@@ -103,7 +103,7 @@ def job_server(cluster: str) -> Iterator[str]:
     if not is_launcher_yaml(cluster):
         yield _dashboard_url(cluster)
         return
-    _check_launchable(cluster)
+    check_launchable(cluster)
     if not is_up(cluster):
         raise ClusterError(f"cluster {cluster} is not up; add --up, or run `lr-ray cluster up {cluster}`")
     port = _free_port()
@@ -172,7 +172,8 @@ def _from_kuberay(content: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def _check_launchable(path: str) -> None:
+def check_launchable(path: str) -> None:
+    """Raise a `ClusterError` unless Ray's launcher takes the YAML, as far as that can be said offline."""
     content = _read(path)
     if content.get("kind") in _KUBERAY_KINDS:
         raise ClusterError(

@@ -24,7 +24,7 @@ from lr_ray.data.load import EMBEDDED_DATA
 from lr_ray.errors import ClusterError
 from lr_ray.report.progress import Reporter
 from lr_ray.report.relay import Relay
-from lr_ray.runtime.clusters import bring_up, check_cluster, is_launcher_yaml, is_up, job_server
+from lr_ray.runtime.clusters import bring_up, check_launchable, is_launcher_yaml, is_up, job_server
 from lr_ray.storage.manifest import digest_of
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def submit_and_follow(
             job ended without an exit code.
     """
     if is_launcher_yaml(cluster):
-        check_cluster(cluster)
+        check_launchable(cluster)
         _refuse_paths_of_this_machine(config, cluster, reads)
         if up and not is_up(cluster):
             bring_up(cluster)

@@ -16,19 +16,17 @@ import pytest
 from ray.job_submission import JobStatus
 
 from bench.autoscaling import (
-    CPUS_OF_A_WORKER,
-    MOST_WORKERS,
     TOKEN,
     autoscaling_cluster,
     environment,
     lr_ray,
     sizes,
     wait_until,
+    write_job,
 )
 from lr_ray.config import ExperimentConfig
 from lr_ray.errors import ClusterError
 from lr_ray.runtime import jobs
-from lr_ray.runtime.clusters import job_server
 from lr_ray.runtime.jobs import CONFIG_NAME, cluster_status, connect, submit_and_follow
 from lr_ray.storage.synthetic import list_synthetic
 from tests.jobs import QUIET, changed, tiny
@@ -67,11 +65,11 @@ def start(*arguments: str) -> "subprocess.Popen[str]":
 # ---------------------------------------------------------------------------------------------------- from end to end
 
 
-def test_a_job_is_left_and_found_again_and_workers_come_and_go(library: ExperimentConfig, tmp_path: Path, url: str) -> None:
+def test_a_job_is_left_and_found_again_and_workers_come_and_go(tmp_path: Path, url: str) -> None:
     """Its actors need workers, of which there are none before it and none after."""
-    ray = {"cpus_per_actor": CPUS_OF_A_WORKER, "max_actors": MOST_WORKERS}
-    path = written(changed(library, inversion={"num_steps": 100}, ray=ray), tmp_path)
-    arguments = ("invert", "--config", path, "--cluster", url)
+    path = write_job(tmp_path, num_adapters=3, num_steps=60)
+    synthetic = f"{tmp_path}/run/synthetic"
+    arguments = ("invert", "--config", str(path), "--cluster", url)
     with sizes(url) as found:
         first = start(*arguments)
         assert first.stdout is not None
@@ -88,8 +86,8 @@ def test_a_job_is_left_and_found_again_and_workers_come_and_go(library: Experime
         assert second.returncode == 0, out + err
         assert f"job {job} runs already: here is its log" in err
         assert "invert: 3/3, " in out
-        assert f"3 files of synthetic images in {library.synthetic_root}" in out
-        assert len(list_synthetic(library.synthetic_root)) == 3
+        assert f"3 files of synthetic images in {synthetic}" in out
+        assert len(list_synthetic(synthetic)) == 3
         wait_until(lambda: found[-1][1] == 0)
     assert [workers for _, workers in found] in ([0, 1, 2, 1, 0], [0, 2, 1, 0], [0, 1, 2, 0], [0, 2, 0])
 
