@@ -70,7 +70,7 @@ def submit_and_follow(
             _refuse_paths_of_this_machine(config, cluster, reads)
         with _errors_of(url):
             job = _submit_or_join(client, words, config, here=here, reporter=reporter)
-        return _follow(client, job, stop=_stop_command(job, cluster, url), reporter=reporter)
+        return _follow(client, job, stop=_stop_command(job, cluster, url), relay=Relay(reporter))
 
 
 def connect(url: str) -> "JobSubmissionClient":
@@ -239,7 +239,7 @@ def _stop_command(job: str, cluster: str, url: str) -> str:
     return f"ray job stop {job} --address {url}"
 
 
-def _follow(client: "JobSubmissionClient", job: str, *, stop: str, reporter: Reporter) -> int:
+def _follow(client: "JobSubmissionClient", job: str, *, stop: str, relay: Relay) -> int:
     """Print the job's log until it ends; returns its exit code."""
     import aiohttp
 
@@ -247,18 +247,16 @@ def _follow(client: "JobSubmissionClient", job: str, *, stop: str, reporter: Rep
         async for line in _lines(client.tail_job_logs(job)):
             relay.show(line)
 
-    relay = Relay(reporter)
+    comes_back = f"the same command comes back to it, `{stop}` ends it"
     try:
         with closing(relay):
             asyncio.run(tail())
         info = client.get_job_info(job)
     except KeyboardInterrupt:
-        reporter.say(f"detached from job {job}, which goes on; the same command comes back to it, `{stop}` ends it")
+        print(f"detached from job {job}, which goes on; {comes_back}", file=sys.stderr)
         return DETACHED
-    except (aiohttp.ClientError, ConnectionError, RuntimeError) as error:
-        raise ClusterError(
-            f"lost the log of job {job} ({error}), which may go on; the same command comes back to it, `{stop}` ends it"
-        ) from error
+    except (aiohttp.ClientError, OSError, RuntimeError) as error:
+        raise ClusterError(f"lost the log of job {job} ({error}), which may go on; {comes_back}") from error
     code: Any = info.driver_exit_code
     if code is None or info.status == "STOPPED":
         raise ClusterError(f"job {job} {info.status.lower()}: {info.message}; the same command starts it again")

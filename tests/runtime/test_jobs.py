@@ -6,12 +6,14 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import aiohttp
 import pytest
 from ray.job_submission import JobStatus
 
@@ -26,6 +28,7 @@ from bench.autoscaling import (
 )
 from lr_ray.config import ExperimentConfig
 from lr_ray.errors import ClusterError
+from lr_ray.report.relay import Relay
 from lr_ray.runtime import jobs
 from lr_ray.runtime.jobs import CONFIG_NAME, cluster_status, connect, submit_and_follow
 from lr_ray.storage.synthetic import list_synthetic
@@ -239,7 +242,7 @@ def test_the_job_is_this_package_and_this_config(tmp_path: Path, monkeypatch: py
 
     assert client.submitted["entrypoint"] == f"{sys.executable} -m lr_ray.cli invert --config {CONFIG_NAME}"
     assert client.config == changed(config, ray={"address": "auto"}).resolved()
-    assert client.imported == ["0.1.0", str(client.folder / "lr_ray" / "__init__.py")]
+    assert client.imported == [version("lr-ray"), str(client.folder / "lr_ray" / "__init__.py")]
     assert {name for name in client.submitted["runtime_env"]["env_vars"] if name.startswith("AWS_")} == {
         "AWS_SECRET_ACCESS_KEY"
     }
@@ -263,3 +266,45 @@ def test_a_job_that_runs_is_joined_and_one_that_ended_starts_again(tmp_path: Pat
     for status in (JobStatus.FAILED, JobStatus.STOPPED, JobStatus.SUCCEEDED):
         assert handed_over(Client((first, status)), config) == f"{first[:-2]}-2"
     assert handed_over(running, config.model_copy(update={"seed": 1})) not in (first, f"{first[:-2]}-2")
+
+
+# --------------------------------------------------------------------------------------------------------- its end
+
+
+def followed(*chunks: str, fails: Exception | None = None, **info: Any) -> int:
+    """What following a job gives whose log comes in these chunks."""
+
+    async def tail(_job: str) -> AsyncIterator[str]:
+        for chunk in chunks:
+            yield chunk
+        if fails is not None:
+            raise fails
+
+    client = SimpleNamespace(tail_job_logs=tail, get_job_info=lambda _job: SimpleNamespace(**info))
+    return jobs._follow(client, "job-1", stop="ray job stop job-1", relay=Relay(QUIET))  # type: ignore[arg-type]
+
+
+def test_the_log_is_that_of_the_command_however_it_is_cut(capsys: pytest.CaptureFixture[str]) -> None:
+    chunks = ("INFO -- Runtime env is set", "ting up.\nRunning entrypoint for job job-1: python\n[\n", ' "a', '"\n]\nend')
+    assert followed(*chunks, driver_exit_code=3, status=JobStatus.FAILED) == 3
+    assert capsys.readouterr() == ('[\n "a"\n]\nend\n', "")
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "message"),
+    [
+        (JobStatus.STOPPED, -15, "job job-1 stopped: why; the same command starts it again"),
+        (JobStatus.FAILED, None, "job job-1 failed: why; the same command starts it again"),
+    ],
+)
+def test_a_job_that_did_not_end_by_itself(status: JobStatus, code: int | None, message: str) -> None:
+    with pytest.raises(ClusterError, match=message):
+        followed(driver_exit_code=code, status=status, message="why")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("closed"), aiohttp.ClientConnectionError("closed"), OSError("closed")])
+def test_a_log_that_breaks_off(error: Exception) -> None:
+    with pytest.raises(
+        ClusterError, match=r"lost the log of job job-1 \(closed\), which may go on; the same command comes back"
+    ):
+        followed("a\n", fails=error)
