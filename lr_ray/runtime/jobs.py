@@ -25,6 +25,7 @@ from lr_ray.errors import ClusterError
 from lr_ray.report.progress import Reporter
 from lr_ray.report.relay import Relay
 from lr_ray.runtime.clusters import bring_up, check_launchable, is_launcher_yaml, is_up, job_server
+from lr_ray.runtime.session import storage_environment
 from lr_ray.storage.manifest import digest_of
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ DETACHED = 130
 """Exit code after Ctrl-C, as a shell gives it."""
 _SECONDS_TO_ANSWER = 10
 _OF_THIS_MACHINE = {"AWS_PROFILE", "AWS_DEFAULT_PROFILE", "AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE", "AWS_CA_BUNDLE"}
+"""AWS variables that name a file of this machine, or a profile in one."""
 
 
 def submit_and_follow(
@@ -200,7 +202,7 @@ def _submit_or_join(
         job = client.submit_job(
             entrypoint=shlex.join([python, "-m", "lr_ray.cli", *words]),
             submission_id=f"{name}-{len(earlier) + 1}",
-            runtime_env={"working_dir": folder, "env_vars": _environment()},
+            runtime_env={"working_dir": folder, "env_vars": _environment(here=here)},
             metadata={"experiment": config.name},
         )
     reporter.say(f"job {job}: Ctrl-C leaves it running, the same command comes back to it")
@@ -227,10 +229,9 @@ def _ship(config: ExperimentConfig, folder: Path) -> None:
     (folder / CONFIG_NAME).write_text(json.dumps(config.resolved()), encoding="utf-8")
 
 
-def _environment() -> dict[str, str]:
-    """AWS settings of this shell, for the job's S3; the override lets the job's own `ray.init` set them too."""
-    names = {name for name in os.environ if name.startswith("AWS_")} - _OF_THIS_MACHINE
-    return {name: os.environ[name] for name in sorted(names)} | {"RAY_OVERRIDE_JOB_RUNTIME_ENV": "1", "PYTHONUNBUFFERED": "1"}
+def _environment(*, here: bool) -> dict[str, str]:
+    names = storage_environment().keys() - (set() if here else _OF_THIS_MACHINE)
+    return {name: os.environ[name] for name in sorted(names)} | {"PYTHONUNBUFFERED": "1"}
 
 
 def _stop_command(job: str, cluster: str, url: str) -> str:

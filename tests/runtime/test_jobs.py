@@ -243,16 +243,21 @@ def test_the_job_is_this_package_and_this_config(tmp_path: Path, monkeypatch: py
     assert client.submitted["entrypoint"] == f"{sys.executable} -m lr_ray.cli invert --config {CONFIG_NAME}"
     assert client.config == changed(config, ray={"address": "auto"}).resolved()
     assert client.imported == [version("lr-ray"), str(client.folder / "lr_ray" / "__init__.py")]
-    assert {name for name in client.submitted["runtime_env"]["env_vars"] if name.startswith("AWS_")} == {
-        "AWS_SECRET_ACCESS_KEY"
-    }
+    assert aws_variables(client) == {"AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"}
     assert "secret" not in job + client.submitted["entrypoint"]
     assert not client.folder.exists()
 
 
-def test_elsewhere_it_is_the_nodes_python(tmp_path: Path) -> None:
+def aws_variables(client: Client) -> set[str]:
+    return {name for name in client.submitted["runtime_env"]["env_vars"] if name.startswith("AWS_")}
+
+
+def test_elsewhere_it_is_the_nodes_python_and_profiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("AWS_PROFILE", "of-this-machine")
     client = Client()
     handed_over(client, tiny(tmp_path), here=False)
+    assert aws_variables(client) & {"AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"} == {"AWS_SECRET_ACCESS_KEY"}
     assert client.submitted["entrypoint"].startswith("python -m lr_ray.cli invert ")
 
 
