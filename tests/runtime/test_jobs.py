@@ -95,18 +95,18 @@ def test_a_job_is_left_and_found_again_and_workers_come_and_go(tmp_path: Path, u
     assert [workers for _, workers in found] in ([0, 1, 2, 1, 0], [0, 2, 1, 0], [0, 1, 2, 0], [0, 2, 0])
 
 
-def test_the_exit_code_is_that_of_the_command(tmp_path: Path, url: str) -> None:
+def test_the_exit_code_is_that_of_the_command(tmp_path: Path, url: str, token: None) -> None:
     job = start("invert", "--config", written(tiny(tmp_path), tmp_path), "--cluster", url)
-    out, _ = job.communicate(timeout=120)
+    out, err = job.communicate(timeout=120)
     assert job.returncode == 1
     assert f"lr-ray: adapters {tmp_path}/run/adapters: no folder with an adapter_config.json in it" in out
     assert "Running entrypoint" not in out
+    name = err.partition(":")[0].removeprefix("job ")
+    assert f"{name}: FAILED" in cluster_status(url)
 
 
-def test_status_shows_nodes_and_jobs(token: None, url: str) -> None:
-    status = cluster_status(url)
-    assert "Node status" in status
-    assert "lr-ray-invert-" in status
+def test_status_shows_the_nodes(url: str, token: None) -> None:
+    wait_until(lambda: "Node status" in cluster_status(url))
 
 
 # ------------------------------------------------------------------------------------- refused before anything starts
