@@ -6,11 +6,14 @@ import typer
 from lr_ray.cli.options import (
     Adapters,
     Classes,
+    Cluster,
     Config,
     Data,
     Json,
     Output,
     Overrides,
+    Up,
+    hand_over,
     print_json,
     read_config,
     reporter,
@@ -28,6 +31,8 @@ def evaluate(
     method: Annotated[
         list[str] | None, typer.Option("--method", help="Measure these only. Repeatable.", show_default=False)
     ] = None,
+    cluster: Cluster = None,
+    up: Up = False,
     json: Json = False,
 ) -> None:
     """Measure every method on the same few-shot tasks of unseen classes."""
@@ -35,6 +40,7 @@ def evaluate(
     experiment = read_config(
         config, [*(overrides or []), *chosen], output=output, adapters=adapters, data=("test", data, classes)
     )
+    hand_over(experiment, cluster, "eval", "--config", up=up, json=json, reads=("test",))
     from lr_ray.runtime.evaluation import evaluate_methods
 
     rows = evaluate_methods(experiment, reporter(quiet=json))

@@ -5,7 +5,20 @@ from dataclasses import asdict
 from typing import Annotated
 
 import typer
-from lr_ray.cli.options import Adapters, Config, Json, Output, Overrides, Synthetic, print_json, read_config, reporter
+from lr_ray.cli.options import (
+    Adapters,
+    Cluster,
+    Config,
+    Json,
+    Output,
+    Overrides,
+    Synthetic,
+    Up,
+    hand_over,
+    print_json,
+    read_config,
+    reporter,
+)
 
 
 def invert(
@@ -15,6 +28,8 @@ def invert(
     synthetic: Synthetic = None,
     output: Output = None,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first adapter that cannot be inverted.")] = False,
+    cluster: Cluster = None,
+    up: Up = False,
     json: Json = False,
 ) -> None:
     """Invert every adapter into synthetic images of its classes. A rerun continues.
@@ -22,6 +37,7 @@ def invert(
     Adapters that cannot be inverted are skipped and listed, and the exit code is 2.
     """
     experiment = read_config(config, overrides, output=output, adapters=adapters, synthetic=synthetic)
+    hand_over(experiment, cluster, "invert", *(["--strict"] if strict else []), "--config", up=up, json=json)
     from lr_ray.runtime.inversion import invert_library
 
     report = invert_library(experiment, reporter(quiet=json), strict=strict)

@@ -4,6 +4,7 @@ import sys
 
 import typer
 from lr_ray.cli.ablate import ablate
+from lr_ray.cli.cluster import cluster
 from lr_ray.cli.demo import demo
 from lr_ray.cli.evaluate import evaluate
 from lr_ray.cli.fetch import fetch
@@ -30,6 +31,7 @@ app.command(name="eval")(evaluate)
 app.command()(report)
 app.command()(ablate)
 app.command()(fetch)
+app.add_typer(cluster)
 
 
 def main() -> None:

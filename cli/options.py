@@ -24,6 +24,15 @@ Data = Annotated[
 Classes = Annotated[
     str | None, typer.Option("--classes", help="Classes of --data: names, patterns or ranges, separated by commas.")
 ]
+Cluster = Annotated[
+    str | None,
+    typer.Option(
+        "--cluster",
+        help="Run there, as a Ray job: a cluster-launcher YAML (cluster/aws.yaml), the address of a cluster's dashboard "
+        "(http://HOST:8265), or auto (that of this machine).",
+    ),
+]
+Up = Annotated[bool, typer.Option("--up", help="Bring up the cluster of that YAML, if it is not up.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")]
 
 
@@ -51,6 +60,27 @@ def read_config(
         plain[f"data.{section}.classes"] = classes
     flags = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in plain.items() if value is not None]
     return load_config(path, [*(overrides or []), *flags])
+
+
+def hand_over(
+    experiment: "ExperimentConfig", cluster: str | None, *words: str, up: bool, json: bool, reads: tuple[str, ...] = ()
+) -> None:
+    """With --cluster, run the command there and exit with its code; without, do nothing.
+
+    Args:
+        words: the command and its options; that of the config comes last, for its value follows.
+        reads: the sections of `data` whose images the command reads.
+    """
+    from lr_ray.errors import ClusterError
+
+    if cluster is None:
+        if up:
+            raise ClusterError("--up: no cluster to bring up; add --cluster with a YAML such as cluster/aws.yaml")
+        return
+    from lr_ray.runtime.jobs import CONFIG_NAME, submit_and_follow
+
+    command = [*words, CONFIG_NAME, *(["--json"] if json else [])]
+    raise typer.Exit(submit_and_follow(command, experiment, cluster, up=up, reads=reads, reporter=reporter(quiet=json)))
 
 
 def reporter(*, quiet: bool) -> "Reporter":

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from lr_ray.cli.options import Json, Output, Overrides, print_json, read_config, reporter
+from lr_ray.cli.options import Cluster, Json, Output, Overrides, Up, hand_over, print_json, read_config, reporter
 from lr_ray.cli.table import print_results
 
 if TYPE_CHECKING:
@@ -15,10 +15,14 @@ def run(
     config: Annotated[Path, typer.Argument(help="YAML file of the experiment.", show_default=False)],
     overrides: Overrides = None,
     output: Output = None,
+    cluster: Cluster = None,
+    up: Up = False,
     json: Json = False,
 ) -> None:
     """The whole job: tune (where the config names data for it), invert, train, eval, report. A rerun continues."""
-    run_and_report(read_config(config, overrides, output=output), json=json)
+    experiment = read_config(config, overrides, output=output)
+    hand_over(experiment, cluster, "run", up=up, json=json, reads=("tune", "validation", "test"))
+    run_and_report(experiment, json=json)
 
 
 def run_and_report(experiment: "ExperimentConfig", *, json: bool) -> None:

@@ -3,7 +3,20 @@
 from typing import Annotated
 
 import typer
-from lr_ray.cli.options import Adapters, Config, Json, Output, Overrides, Synthetic, print_json, read_config, reporter
+from lr_ray.cli.options import (
+    Adapters,
+    Cluster,
+    Config,
+    Json,
+    Output,
+    Overrides,
+    Synthetic,
+    Up,
+    hand_over,
+    print_json,
+    read_config,
+    reporter,
+)
 
 
 def train(
@@ -15,10 +28,14 @@ def train(
     oracle: Annotated[
         bool, typer.Option("--oracle", help="Train on the real images of data.tune instead: what recycling aims at.")
     ] = False,
+    cluster: Cluster = None,
+    up: Up = False,
     json: Json = False,
 ) -> None:
     """Meta-train one meta-LoRA on episodes of the synthetic images."""
     experiment = read_config(config, overrides, output=output, adapters=adapters, synthetic=synthetic)
+    oracle_option, reads = (["--oracle"], ("tune", "validation")) if oracle else ([], ("validation",))
+    hand_over(experiment, cluster, "train", *oracle_option, "--config", up=up, json=json, reads=reads)
     from lr_ray.runtime.training import train_meta_lora, train_oracle
 
     train_one = train_oracle if oracle else train_meta_lora

@@ -10,7 +10,7 @@
     ├── StorageError     reading or committing an artefact
     ├── InversionError   an inversion that failed
     ├── EpisodeError     an episode that cannot be drawn from the images at hand
-    └── ClusterError     Ray: starting, joining, losing workers
+    └── ClusterError     Ray and its clusters: starting, joining, reaching, losing workers
 
 A message is one line: what failed, the value received, what is allowed, the remedy. The command line prints it and
 exits with 1; every other exception is a fault of ours and keeps its traceback.

@@ -18,17 +18,23 @@ ROOT = Path(__file__).parents[2]
 DEMO = str(ROOT / "configs" / "demo.yaml")
 
 OPTIONS = {
-    "run": {"CONFIG", "--set", "--output", "-o", "--json"},
+    "run": {"CONFIG", "--set", "--output", "-o", "--cluster", "--up", "--json"},
     "demo": {"--set", "--output", "-o", "--json"},
     "tune": {"--config", "-c", "--set", "--data", "--classes", "--output", "-o", "--json"},
-    "invert": {"--config", "-c", "--set", "--adapters", "--synthetic", "--output", "-o", "--strict", "--json"},
-    "train": {"--config", "-c", "--set", "--adapters", "--synthetic", "--output", "-o", "--oracle", "--json"},
+    "invert": {
+        "--config", "-c", "--set", "--adapters", "--synthetic", "--output", "-o", "--strict", "--cluster", "--up", "--json",
+    },
+    "train": {
+        "--config", "-c", "--set", "--adapters", "--synthetic", "--output", "-o", "--oracle", "--cluster", "--up", "--json",
+    },
     "eval": {
-        "--config", "-c", "--set", "--data", "--classes", "--adapters", "--output", "-o", "--method", "--json",
+        "--config", "-c", "--set", "--data", "--classes", "--adapters", "--output", "-o", "--method",
+        "--cluster", "--up", "--json",
     },
     "report": {"--config", "-c", "--set", "--synthetic", "--output", "-o", "--watch", "--json"},
     "ablate": {"GRID", "--cell", "--output", "-o", "--json"},
     "fetch": set(),
+    "cluster": set(),
 }  # fmt: skip
 
 Main = Callable[..., tuple[int, str, str]]
@@ -114,6 +120,15 @@ def test_help_needs_neither_torch_nor_ray():
         (["demo", "--set", "tuning.n_way=1"], "tuning.n_way = 1: Input should be greater than 1"),
         (["invert", "-c", DEMO, "--set", "inversion.num_steps=few"], "inversion.num_steps = 'few'"),
         (["train", "-c", DEMO, "--set", "ray=4"], "ray = 4"),
+        (["invert", "-c", DEMO, "--up"], "--up: no cluster to bring up; add --cluster"),
+        (
+            ["invert", "-c", DEMO, "--up", "--cluster", "http://127.0.0.1:8265"],
+            "and --cluster http://127.0.0.1:8265 is an address",
+        ),
+        (["run", DEMO, "--cluster", "missing.yaml"], "cluster missing.yaml: "),
+        (["run", DEMO, "--cluster", "ray://head:10001"], "a job is handed to the cluster's dashboard; give http://HOST:8265"),
+        (["cluster", "up", "missing.yaml"], "cluster missing.yaml: "),
+        (["cluster", "down", DEMO], "it lacks provider.type; allowed are aws, gcp, azure"),
         (["eval", "-c", DEMO, "--set", "data.test.color=1"], "unknown key 'data.test.color'; allowed there: source, classes"),
     ],
 )
