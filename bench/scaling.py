@@ -63,7 +63,7 @@ def scheduling(num_gpus: int = 64, num_items: int = 2000, item_s: float = 10.0) 
     all_there = max(own[0][0] for own in spans)
     last_handed_out = max(own[-1][0] for own in spans)
     asleep = sum(max(0.0, min(end, last_handed_out) - max(begun, all_there)) for own in spans for begun, end in own)
-    gaps = [after[0] - before[1] for own in spans for before, after in pairwise(own)]
+    gaps = [after[0] - before[1] for own in spans for before, after in pairwise(own) if before[1] >= all_there]
     return {
         "gpus": len(spans),
         "items": num_items,

@@ -1,20 +1,24 @@
 """What several test folders share: a tiny backbone and adapters for it, a tiny experiment, and one Ray for the session."""
 
+import json
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import boto3
 import pytest
 import torch
 from fsspec import get_filesystem_class
+from lr_ray.cli.main import app
 from timm.models.vision_transformer import VisionTransformer
+from typer.testing import CliRunner
 
-from lr_ray.config import ExperimentConfig, RayConfig
+from lr_ray.config import ExperimentConfig, RayConfig, load_config
 from lr_ray.vit.backbone import Backbone
 from lr_ray.vit.lora import Adapter, AdapterSpec, LowRank
-from tests.jobs import QUIET, tiny
+from tests.jobs import tiny
 from tests.s3 import FaultyProxy, environment, s3_server
 
 torch.set_num_threads(1)
@@ -57,15 +61,19 @@ def tiny_experiment(tmp_path: Path) -> ExperimentConfig:
 
 
 @pytest.fixture(scope="session")
-def made_before(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> ExperimentConfig:
-    """A `tiny_experiment` whose adapters and synthetic images are there; not to be changed."""
-    from lr_ray.runtime.inversion import invert_library
-    from lr_ray.runtime.tuning import tune_library
+def local_run(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    """The YAML file of a tiny experiment that has been run through the command line into `run` beside it, and its rows."""
+    folder = tmp_path_factory.mktemp("local")
+    path = folder / "tiny.yaml"
+    path.write_text(json.dumps(tiny(folder).resolved()))
+    done = CliRunner().invoke(app, ["run", str(path), "--json"], catch_exceptions=False)
+    return path, json.loads(done.stdout)
 
-    config = tiny(tmp_path_factory.mktemp("made-before"))
-    tune_library(config, QUIET)
-    invert_library(config, QUIET, strict=True)
-    return config
+
+@pytest.fixture(scope="session")
+def made_before(local_run: tuple[Path, list[dict[str, Any]]]) -> ExperimentConfig:
+    """That experiment, whose adapters and synthetic images are there; not to be changed."""
+    return load_config(local_run[0])
 
 
 @pytest.fixture

@@ -40,29 +40,16 @@ def files_of(config: ExperimentConfig) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in Path(config.synthetic_root).iterdir() if path.name != "claim.json"}
 
 
-def invert_and_kill_actor_once_there_is(pattern: str, config: ExperimentConfig) -> None:
+def test_an_inversion_goes_on_where_its_killed_actor_saved_it(library: ExperimentConfig, tmp_path: Path) -> None:
+    config = changed(library, inversion={"num_steps": 100}, ray={"max_actors": 1, "checkpoint_every_s": 0.05})
+
     job = threading.Thread(target=lambda: invert_library(config, QUIET))
     job.start()
-    while not list(Path(config.synthetic_root).glob(pattern)):
+    while not list(Path(config.synthetic_root).glob("*.partial")):
         job.join(timeout=0.05)
         assert job.is_alive()
     kill_worker("InversionActor")
     job.join()
-
-
-def test_a_killed_actor_costs_nothing(library: ExperimentConfig, tmp_path: Path) -> None:
-    config = changed(library, inversion={"num_steps": 60}, ray={"max_actors": 1})
-
-    invert_and_kill_actor_once_there_is("*.parquet", config)
-
-    assert files_of(config) == undisturbed(config, tmp_path / "twin")
-    assert len(files_of(config)) == 3
-
-
-def test_an_inversion_goes_on_where_its_killed_actor_saved_it(library: ExperimentConfig, tmp_path: Path) -> None:
-    config = changed(library, inversion={"num_steps": 100}, ray={"max_actors": 1, "checkpoint_every_s": 0.05})
-
-    invert_and_kill_actor_once_there_is("*.partial", config)
 
     assert files_of(config) == undisturbed(config, tmp_path / "twin")
 
@@ -149,15 +136,26 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("reason", DAMAGES)
-def test_a_damaged_adapter_is_skipped_and_the_rest_is_done(library: ExperimentConfig, tmp_path: Path, reason: str) -> None:
+def test_a_damaged_adapter_is_rejected(library: ExperimentConfig, reason: str) -> None:
+    victim = list_adapters(library.adapters_root)[1]
+    DAMAGES[reason](Path(victim, "adapter_model.safetensors"))
+
+    with pytest.raises(AdapterError, match=reason):
+        plan_inversion(library)
+    assert not Path(library.synthetic_root).exists()
+
+    plan = plan_inversion(library, strict=False)
+    assert len(plan.items) == 2
+    ((folder, why),) = plan.rejected.items()
+    assert folder == victim
+    assert reason in why
+
+
+def test_a_damaged_adapter_is_skipped_and_the_rest_is_done(library: ExperimentConfig, tmp_path: Path) -> None:
     victim = Path(list_adapters(library.adapters_root)[1])
-    DAMAGES[reason](victim / "adapter_model.safetensors")
+    DAMAGES["damaged"](victim / "adapter_model.safetensors")
     path = tmp_path / "tiny.yaml"
     path.write_text(json.dumps(library.resolved()))
-
-    strict = CliRunner().invoke(app, ["invert", "-c", str(path), "--strict"])
-    assert isinstance(strict.exception, AdapterError)
-    assert not Path(library.synthetic_root).exists()
 
     done = CliRunner().invoke(app, ["invert", "-c", str(path), "--json"])
     assert done.exit_code == 2
@@ -165,10 +163,11 @@ def test_a_damaged_adapter_is_skipped_and_the_rest_is_done(library: ExperimentCo
     assert len(report["uris"]) == len(list_synthetic(library.synthetic_root)) == 2
     (failure,) = report["failures"]
     assert victim.name in failure
-    assert reason in failure
     spoken = CliRunner().invoke(app, ["invert", "-c", str(path)])
     assert (spoken.exit_code, len(spoken.stderr.splitlines())) == (2, 3)
     assert f"lr-ray: failed: {failure}" in spoken.stderr
+    strict = CliRunner().invoke(app, ["invert", "-c", str(path), "--strict"])
+    assert isinstance(strict.exception, AdapterError)
 
 
 def test_an_inversion_that_fails_on_the_way(library: ExperimentConfig) -> None:

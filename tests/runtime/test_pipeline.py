@@ -29,7 +29,6 @@ pytestmark = pytest.mark.usefixtures("ray_cluster")
 def test_whole_job_through_the_command_line(local_run: tuple[Path, list[dict[str, Any]]]) -> None:
     path, rows = local_run
     root = path.parent / "run"
-
     assert [row["method"] for row in rows] == ["raw-pixels", "nn", "loras-avg", "recycle", "oracle"]
     assert rows == json.loads((root / "results.json").read_text())
     assert all(0 <= row["accuracy"] <= 100 and row["episodes"] == 20 and row["seconds"] > 0 for row in rows)
@@ -37,10 +36,10 @@ def test_whole_job_through_the_command_line(local_run: tuple[Path, list[dict[str
     assert "meta-LoRA" in (root / "report.html").read_text()
     before = {name: content for name, content in snapshot(str(root)).items() if "report" not in name and "sheet" not in name}
 
-    second = CliRunner().invoke(app, ["run", str(path), "--json"], catch_exceptions=False)
+    again = CliRunner().invoke(app, ["run", str(path), "--json"], catch_exceptions=False)
 
     after = snapshot(str(root))
-    assert json.loads(second.stdout) == rows
+    assert json.loads(again.stdout) == rows
     assert {name: after[name][1] for name in before} == {name: content for name, (_, content) in before.items()}
     adapters_and_images = [name for name in before if name.endswith((".safetensors", ".parquet"))]
     assert all(after[name][0] == before[name][0] for name in adapters_and_images)

@@ -83,7 +83,7 @@ def test_inversion_into_a_bad_bucket_fails_before_any_work(
     monkeypatch.setattr(
         "sys.argv", ["lr-ray", "invert", "-c", str(path), "--adapters", adapters, "--synthetic", f"{root}/synthetic"]
     )
-    monkeypatch.setattr("lr_ray.runtime.inversion._pool", lambda *_: pytest.fail("work has started"))
+    monkeypatch.setattr("lr_ray.runtime.inversion.actor_pool", lambda *_: pytest.fail("work has started"))
 
     with pytest.raises(SystemExit) as stopped:
         main()
