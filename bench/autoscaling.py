@@ -157,7 +157,7 @@ def _autoscaling_config(port: int) -> dict[str, Any]:
         "upscaling_speed": 1000,
         "provider": {
             "type": "external",
-            "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
+            "module": "bench.fake_nodes.FakeNodes",
             "use_node_id_as_ip": True,
             "disable_node_updaters": True,
             "disable_launch_config_check": True,

@@ -97,7 +97,7 @@ def test_a_job_is_left_and_found_again_and_workers_come_and_go(tmp_path: Path, u
 
 def test_the_exit_code_is_that_of_the_command(tmp_path: Path, url: str, token: None) -> None:
     job = start("invert", "--config", written(tiny(tmp_path), tmp_path), "--cluster", url)
-    out, err = job.communicate(timeout=120)
+    out, err = job.communicate(timeout=200)
     assert job.returncode == 1
     assert f"lr-ray: adapters {tmp_path}/run/adapters: no folder with an adapter_config.json in it" in out
     assert "Running entrypoint" not in out
