@@ -3,10 +3,12 @@
 import time
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lr_ray.inversion.invert import InversionStep
 from lr_ray.report.progress import UnderWay
+
+if TYPE_CHECKING:
+    from lr_ray.inversion.invert import InversionStep  # imports torch, which a board has no need of
 
 _FORGOTTEN_AFTER_S = 60.0
 
@@ -65,7 +67,7 @@ class StepWriter:
         self._board, self._name, self._cross_entropy = board, name, cross_entropy
         self._written = 0.0
 
-    def __call__(self, step: InversionStep) -> None:
+    def __call__(self, step: "InversionStep") -> None:
         if (now := time.monotonic()) - self._written < 1:
             return
         self._written = now

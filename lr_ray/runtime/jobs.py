@@ -225,7 +225,8 @@ def _ship(config: ExperimentConfig, folder: Path) -> None:
     else:
         metadata = folder / f"lr_ray-{installed.version}.dist-info" / "METADATA"
         metadata.parent.mkdir()
-        metadata.write_text(installed.read_text("METADATA") or "", encoding="utf-8")
+        found = installed.read_text("METADATA") or installed.read_text("PKG-INFO")  # the latter beside a checkout's code
+        metadata.write_text(found or "", encoding="utf-8")
     (folder / CONFIG_NAME).write_text(json.dumps(config.resolved()), encoding="utf-8")
 
 

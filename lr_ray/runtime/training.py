@@ -240,6 +240,9 @@ def _fit(job: TrainingJob, reporter: Reporter) -> tuple[dict[str, torch.Tensor],
         failures = getattr(result, "worker_failures", {})
         for failure in failures.values():
             raise user_error(failure) from result
+        with storage_errors("write to", _checkpoints(job)):
+            if isinstance(failure := getattr(result, "controller_failure", None), OSError):
+                raise failure
         raise ClusterError(f"meta-training failed: {result}") from result
     return _read_checkpoint(job, result.checkpoint)
 
