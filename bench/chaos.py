@@ -80,13 +80,10 @@ def until(condition: Callable[[], bool], what: str) -> None:
 class Bed:
     """Adapters, and what an undisturbed inversion makes of them."""
 
-    def __init__(self, root: Path, adapters: Path | None = None) -> None:
-        self.root = root
-        self.adapters = adapters or root / "adapters"
+    def __init__(self, root: Path) -> None:
         self.config = root / "chaos.yaml"
-        self.config.write_text(json.dumps(EXPERIMENT | {"adapters": str(self.adapters), "output": str(root / "run")}))
-        if adapters is None:
-            run("tune", "-c", str(self.config), "--json")
+        self.config.write_text(json.dumps(EXPERIMENT | {"output": str(root / "run")}))
+        run("tune", "-c", str(self.config), "--json")
         start = time.monotonic()
         job = self.start(root / "undisturbed")
         until(lambda: bool(actors_of(job)) or job.poll() is not None, "an actor")

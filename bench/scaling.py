@@ -23,6 +23,7 @@ from rich.table import Table
 from bench.driver_memory import make_library
 from lr_ray.config import ExperimentConfig, RayConfig
 from lr_ray.report.progress import Reporter
+from lr_ray.runtime.board import start_board
 from lr_ray.runtime.inversion import InversionActor, actor_pool
 from lr_ray.runtime.inversion_plan import InversionItem, plan_inversion
 from lr_ray.runtime.session import ray_session
@@ -94,8 +95,8 @@ def actors(count: int = 8) -> list[dict[str, Any]]:
             )
             plan = plan_inversion(config)
             with ray_session(config.ray):
-                warm = actor_pool(plan.todo, config.ray, InversionActor, config).iter_rows()
-                ends = [(time.monotonic(), row["num_images"]) for row in warm]
+                finished = actor_pool(plan.todo, config.ray, InversionActor, config, start_board()).iter_rows()
+                ends = [(time.monotonic(), row["num_images"]) for row in finished]
             # the first rows mark when all actors are at work
             (first, _), *others = ends[num_actors - 1 :]
             seconds, images = ends[-1][0] - first, sum(number for _, number in others)

@@ -87,9 +87,8 @@ class InversionActor:
             self._invert(item, checkpoint, writer)
             checkpoint.delete()
             writer.finish()
-        rows = read_rows(item.uri)
-        self._images.inc(rows.num_rows)
-        return rows
+            self._images.inc(len(item.classes) * self._config.inversion.images_per_class)
+        return read_rows(item.uri)
 
     def _begin(self, name: str, checkpoint: "PartialFile") -> None:
         """Raise an `InversionError` if that cost too many workers: Ray Data would try it again for ever."""

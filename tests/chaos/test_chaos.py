@@ -8,12 +8,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from bench.chaos import FAULTS, Bed
-from lr_ray.config import ExperimentConfig
 
 
 @pytest.fixture(scope="module")
-def bed(made_before: ExperimentConfig, tmp_path_factory: pytest.TempPathFactory) -> Bed:
-    return Bed(tmp_path_factory.mktemp("chaos"), Path(made_before.adapters_root))
+def bed(tmp_path_factory: pytest.TempPathFactory) -> Bed:
+    return Bed(tmp_path_factory.mktemp("chaos"))
 
 
 @pytest.mark.parametrize(("fault", "survives"), [("driver", False), ("node", True)])

@@ -93,7 +93,7 @@ def test_too_little_data_to_tune_on(tiny_experiment: ExperimentConfig, tuning: d
 
 
 def test_training_survives_a_killed_worker_bit_by_bit(inverted: ExperimentConfig, tmp_path: Path) -> None:
-    config = changed(inverted, training={"num_steps": 60, "validate_every": 5})
+    config = changed(inverted, training={"num_steps": 30, "validate_every": 3})
     twin = config.model_copy(
         update={"output": str(tmp_path / "twin"), "adapters": config.adapters_root, "synthetic": config.synthetic_root}
     )
@@ -111,7 +111,7 @@ def test_training_survives_a_killed_worker_bit_by_bit(inverted: ExperimentConfig
     found = load_file(Path(config.meta_lora_root, "adapter_model.safetensors"))
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     history = json.loads(Path(config.meta_lora_root, "lr_ray.json").read_text())["history"]
-    assert [entry["step"] for entry in history] == list(range(1, 61))
+    assert [entry["step"] for entry in history] == list(range(1, 31))
 
 
 def test_two_training_workers_agree_with_one(inverted: ExperimentConfig, tmp_path: Path) -> None:
