@@ -22,7 +22,7 @@ SCHEDULING = Path(__file__).parent / "results" / "scaling-scheduling.json"
 
 @dataclass(frozen=True)
 class Gpu:
-    """Peak: dense bf16 (T4: fp16) TFLOP/s of its data sheet. Price: dollars an hour of one GPU, on demand, an assumption."""
+    """Peak: dense bf16 TFLOP/s of its data sheet. Price: dollars an hour of one GPU, on demand, an assumption."""
 
     name: str
     peak_tflops: float
@@ -30,7 +30,7 @@ class Gpu:
 
 
 GPUS = (
-    Gpu("T4 (AWS g4dn.xlarge)", 65, 0.53),
+    Gpu("A10G (AWS g5.xlarge)", 70, 1.01),
     Gpu("L4 (AWS g6.xlarge, GCP g2-standard-4)", 121, 0.80),
     Gpu("A100 40 GB (an eighth of AWS p4d.24xlarge)", 312, 2.75),
     Gpu("H100 (an eighth of AWS p5.48xlarge)", 989, 6.90),
@@ -63,7 +63,7 @@ def number(value: float) -> str:
 
 def table(recipe: Recipe, busy: float) -> list[str]:
     lines = [
-        f"**{recipe.name[0].upper()}{recipe.name[1:]}** ({number(recipe.steps)} steps of 25 images an adapter)",
+        f"**Recipe: {recipe.name}** ({number(recipe.steps)} steps of 25 images an adapter)",
         "",
         "| GPU | steps/s | " + " | ".join(f"{count:,} adapters" for count in COUNTS) + " |",
         "|---|---|" + "---|" * len(COUNTS),
@@ -87,10 +87,10 @@ def main() -> None:
     print(
         f"""Assumptions. A backbone of ViT-B/16 at 224 px, batches of 25, no prior network. The paper's rows are its own steps a
 second on its one GPU, which it does not name. The others are its FLOPs, {STEP_TFLOP:.2f} TFLOP a step, at
-{SHARE_OF_PEAK:.0%} of the data sheet's dense bf16 peak, which well-filled transformers reach; the paper's own figure is
-{PAPER_STEPS_PER_S["dense"] * STEP_TFLOP:.0f} TFLOP/s. GPUs are busy {busy:.1%} of the time, as {NUM_GPUS} simulated ones were
-(`python -m bench.scaling scheduling`). Prices are on-demand ones of one region, rounded, and change; spot machines, which
-`cluster/*.yaml` ask for, are often a third to a half of them, and a preempted one costs at most `ray.checkpoint_every_s`.
+{100 * SHARE_OF_PEAK:.0f} % of the data sheet's dense bf16 peak, which well-filled transformers reach; the paper's own figure is
+{PAPER_STEPS_PER_S["dense"] * STEP_TFLOP:.0f} TFLOP/s. GPUs are busy {100 * busy:.1f} % of the time, as {NUM_GPUS} simulated
+ones were (`python -m bench.scaling scheduling`). Prices are on-demand ones of one region, rounded, and change; spot ones, for
+which `cluster/*.yaml` ask, are often a third to a half of them, and a preempted one costs at most `ray.checkpoint_every_s`.
 Start-up (minutes a node), storage (an image of 224 px is about 105 kB as PNG: 100 of each of a million adapters are
 10.5 TB) and traffic are not in it.
 """

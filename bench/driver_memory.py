@@ -1,6 +1,6 @@
 """Whether memory grows with the number of adapters: peaks of the driver and of Ray's object store in an inversion.
 
-    python bench/driver_memory.py
+    python -m bench.driver_memory
 
 Prints a table and writes bench/results/driver_memory.json. Each size is inverted, by one step an image, in a process of its
 own.

@@ -1,6 +1,6 @@
 """What each choice in an inversion step is worth: one run, each variant against the one that LR-Ray uses.
 
-    python bench/inversion_step.py [--image-px 70] [--batch-size 50] [--threads 2]
+    python -m bench.inversion_step [--image-px 70] [--batch-size 50] [--threads 2]
 
 Prints a table and writes bench/results/inversion_step-PX.json.
 """

@@ -1,6 +1,6 @@
 """Print results as the Markdown tables that README and docs show; keep them in bench/results, and their pictures in docs.
 
-python bench/tables.py runs/demo runs/cifar-fs runs/gain-glyphs runs/gain-cifar-fs
+python -m bench.tables runs/demo runs/cifar-fs runs/gain-glyphs runs/gain-cifar-fs
 """
 
 import json
