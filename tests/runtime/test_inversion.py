@@ -17,11 +17,12 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+import lr_ray
 from lr_ray.config import ExperimentConfig
 from lr_ray.errors import AdapterError, InversionError, StorageError
 from lr_ray.report.progress import UnderWay
 from lr_ray.runtime.board import Board, start_board
-from lr_ray.runtime.inversion import InversionActor, PartialFile, actor_pool, invert_dataset, invert_library
+from lr_ray.runtime.inversion import InversionActor, PartialFile, actor_pool, invert_library
 from lr_ray.runtime.inversion_plan import plan_inversion
 from lr_ray.storage.adapters import list_adapters, read_adapters
 from lr_ray.storage.synthetic import list_synthetic, read_pool
@@ -192,7 +193,7 @@ def test_no_adapter_fits(library: ExperimentConfig) -> None:
 def test_a_dataset_gives_rows_while_the_inversion_goes_on(library: ExperimentConfig) -> None:
     config = changed(library, inversion={"num_steps": 150}, ray={"max_actors": 1})
 
-    rows = iter(invert_dataset(config).iter_rows())
+    rows = iter(lr_ray.invert_dataset(config).iter_rows())
     first = next(rows)
     assert len(list_synthetic(config.synthetic_root)) < 3
     others = list(rows)
@@ -202,7 +203,7 @@ def test_a_dataset_gives_rows_while_the_inversion_goes_on(library: ExperimentCon
     expected = [(item.adapter_id, c) for item in plan_inversion(config).items for c in item.classes for _ in range(4)]
     assert sorted(found) == sorted(expected)
     assert all(len(row["image"]["bytes"]) > 100 for row in others)
-    assert invert_dataset(config).count() == len(expected)
+    assert lr_ray.invert_dataset(config).count() == len(expected)
 
 
 class DyingActor(InversionActor):
