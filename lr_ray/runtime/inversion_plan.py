@@ -1,17 +1,17 @@
 """What an inversion has to do: its pieces of work, and their names."""
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from typing import Any
 
 from lr_ray.config import ExperimentConfig
-from lr_ray.errors import AdapterError
+from lr_ray.errors import AdapterError, StorageError
 from lr_ray.storage.adapters import list_adapters, read_adapter
 from lr_ray.storage.filesystem import delete, join, list_uris, read_many
 from lr_ray.storage.manifest import claim_folder, digest_of
-from lr_ray.storage.synthetic import synthetic_name
+from lr_ray.storage.synthetic import adapter_id_of, synthetic_name
 from lr_ray.vit.backbone import Backbone, load_backbone
 from lr_ray.vit.lora import AdapterSpec, check_adapter
 
@@ -55,7 +55,8 @@ def plan_inversion(config: ExperimentConfig, *, strict: bool = True) -> Inversio
 
     Raises:
         AdapterError: no adapters; two of the same id; with `strict`, one that cannot be inverted, else if none can.
-        StorageError: the folder holds images made with another config, backbone or seed.
+        StorageError: the folder holds images made with another config, backbone or seed, or from another version of an
+            adapter.
     """
     backbone = load_backbone(config.backbone)
     inversion = config.inversion.model_dump(mode="json")
@@ -79,11 +80,21 @@ def plan_inversion(config: ExperimentConfig, *, strict: bool = True) -> Inversio
         seen[spec.adapter_id] = folder
         items += _items_of(folder, spec, shared, config, classes_per_item)
     there = committed(config)
+    _refuse_other_versions(there - {item.uri for item in items}, seen)
     for left_over in list_uris(config.synthetic_root, suffix=PARTIAL):
         if left_over.removesuffix(PARTIAL) in there:
             delete(left_over)  # its worker was lost between the commit and this
     todo = sorted((item for item in items if item.uri not in there), key=lambda item: -len(item.classes))
     return InversionPlan(items=tuple(items), todo=tuple(todo), rejected=rejected)
+
+
+def _refuse_other_versions(others: set[str], known: Container[str]) -> None:
+    """Raise if files that are none of the plan's are of adapters that are: their images would be there twice."""
+    if stale := sorted(uri for uri in others if adapter_id_of(uri) in known):
+        raise StorageError(
+            f"{stale[0]} was made from another version of adapter {adapter_id_of(stale[0])!r}, as {len(stale)} files were; "
+            "delete them, or choose another --synthetic"
+        )
 
 
 def committed(config: ExperimentConfig) -> set[str]:

@@ -125,6 +125,17 @@ def test_inversion_with_another_config_is_refused(inverted: ExperimentConfig) ->
     assert snapshot(inverted.synthetic_root) == before
 
 
+def test_images_of_another_version_of_an_adapter_are_refused(inverted: ExperimentConfig) -> None:
+    changed_one = Path(list_adapters(inverted.adapters_root)[1], "adapter_model.safetensors")
+    save_file({name: 2 * tensor for name, tensor in load_file(changed_one).items()}, changed_one)
+    before = snapshot(inverted.synthetic_root)
+
+    with pytest.raises(StorageError, match=rf"made from another version of adapter '{changed_one.parent.name}', as 1 files"):
+        invert_library(inverted, QUIET)
+
+    assert snapshot(inverted.synthetic_root) == before
+
+
 DAMAGES: dict[str, Callable[[Path], object]] = {
     "NaN or infinite weights": lambda weights: save_file(
         {name: torch.full_like(tensor, torch.nan) for name, tensor in load_file(weights).items()}, weights

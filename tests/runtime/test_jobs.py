@@ -92,7 +92,9 @@ def test_a_job_is_left_and_found_again_and_workers_come_and_go(tmp_path: Path, u
         assert f"3 files of synthetic images in {synthetic}" in out
         assert len(list_synthetic(synthetic)) == 3
         wait_until(lambda: found[-1][1] == 0)
-    assert [workers for _, workers in found] in ([0, 1, 2, 1, 0], [0, 2, 1, 0], [0, 1, 2, 0], [0, 2, 0])
+    numbers = [workers for _, workers in found]
+    assert numbers[0] == numbers[-1] == 0
+    assert max(numbers) in (1, 2), "the second may come when the first has done the work"
 
 
 def test_the_exit_code_is_that_of_the_command(tmp_path: Path, url: str, token: None) -> None:
