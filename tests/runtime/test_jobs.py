@@ -62,6 +62,7 @@ def start(*arguments: str) -> "subprocess.Popen[str]":
         start_new_session=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs inherit that it is ignored
     )
 
 
