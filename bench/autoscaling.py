@@ -24,6 +24,7 @@ from typing import Any
 import psutil
 import torch
 
+from bench.processes import lr_ray, wait_until
 from lr_ray.storage.adapters import with_digest, write_adapter
 from lr_ray.storage.manifest import versions
 from lr_ray.vit.backbone import load_backbone
@@ -38,7 +39,6 @@ TOKEN = "a-token-for-a-cluster-on-loopback-only"
 RESULT = Path(__file__).parent / "results" / "autoscaling.json"
 _HEAD_ID = 51 * "f" + "00000"
 _HEAD_TYPE = "ray.head.default"
-_DEADLINE_S = 120
 
 
 def environment() -> dict[str, str]:
@@ -75,7 +75,7 @@ def autoscaling_cluster() -> Iterator[str]:
         head = subprocess.Popen(command, env=environment() | settings, stdout=log, stderr=log, start_new_session=True)
         stack.callback(_end_session, head)
         url = f"http://127.0.0.1:{dashboard_port}"
-        wait_until(lambda: _answers(url) or head.poll() is not None)
+        wait_until(lambda: _answers(url) or head.poll() is not None, "the dashboard")
         log.seek(0)
         assert head.poll() is None, log.read()
         yield url
@@ -111,15 +111,6 @@ def count_workers(url: str) -> int:
     return sum(node["state"] == "ALIVE" and not node["is_head_node"] for node in nodes)
 
 
-def wait_until(met: Any, timeout_s: float = _DEADLINE_S) -> None:
-    """Return once the condition is met; fail after the time."""
-    deadline = time.monotonic() + timeout_s
-    pause = threading.Event()
-    while not met():
-        assert time.monotonic() < deadline, f"not within {timeout_s} s"
-        pause.wait(0.2)
-
-
 def write_job(folder: Path, *, num_adapters: int, num_steps: int) -> Path:
     """The config of an inversion whose actors need a worker each, and untrained adapters for it."""
     ray = {"cpus_per_actor": CPUS_OF_A_WORKER, "max_actors": MOST_WORKERS}
@@ -140,11 +131,6 @@ def write_job(folder: Path, *, num_adapters: int, num_steps: int) -> Path:
     path = folder / "experiment.yaml"
     path.write_text(json.dumps(config.resolved()))
     return path
-
-
-def lr_ray(*arguments: str) -> list[str]:
-    """The command as it is here."""
-    return [sys.executable, "-m", "lr_ray.cli", *arguments]
 
 
 def _autoscaling_config(port: int) -> dict[str, Any]:
@@ -219,7 +205,7 @@ def main() -> None:
             start = time.monotonic()
             subprocess.run(lr_ray("invert", "-c", str(config), "--cluster", url), env=environment(), check=True)
             finished = round(time.monotonic() - start, 1)
-            wait_until(lambda: found[-1][1] == 0)
+            wait_until(lambda: found[-1][1] == 0, "a cluster without workers")
     rows = [{"seconds": seconds, "workers": workers} for seconds, workers in found]
     result = {"sizes": rows, "job_finished_s": finished, "idle_timeout_s": IDLE_S, "versions": versions()}
     RESULT.write_text(json.dumps(result, indent=2) + "\n")

@@ -15,18 +15,21 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import psutil
 import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
+
+from bench.processes import children_of, lr_ray, wait_until
 
 RESULT = Path(__file__).parent / "results" / "chaos.json"
 DEADLINE_S = 240.0
@@ -69,14 +72,6 @@ class Outcome:
     seconds: float
 
 
-def until(condition: Callable[[], bool], what: str) -> None:
-    """Look until it holds, or fail."""
-    never, deadline = threading.Event(), time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline, f"in {DEADLINE_S:.0f} s this did not come: {what}"
-        never.wait(0.02)
-
-
 class Bed:
     """Adapters, and what an undisturbed inversion makes of them."""
 
@@ -84,21 +79,20 @@ class Bed:
         self.config = root / "chaos.yaml"
         self.config.write_text(json.dumps(EXPERIMENT | {"output": str(root / "run")}))
         run("tune", "-c", str(self.config), "--json")
-        start = time.monotonic()
         job = self.start(root / "undisturbed")
-        until(lambda: bool(actors_of(job)) or job.poll() is not None, "an actor")
+        wait_for_actor(job, [job.pid])
         begun = time.monotonic()
         assert job.wait(DEADLINE_S) == 0
-        self.work_s, self.whole_s = time.monotonic() - begun, time.monotonic() - start
+        self.work_s = time.monotonic() - begun
         self.expected = files_of(root / "undisturbed")
         self.expected_rows = Counter(rows_of(root / "undisturbed"))
 
-    def start(self, synthetic: Path, *settings: str) -> subprocess.Popen[str]:
+    def start(self, synthetic: Path, *settings: str) -> subprocess.Popen[bytes]:
         """`lr-ray invert` into that folder."""
         overrides = [argument for setting in settings for argument in ("--set", setting)]
         return start("invert", "-c", str(self.config), "--synthetic", str(synthetic), "--json", *overrides)
 
-    def judge(self, fault: str, synthetic: Path, first: subprocess.Popen[str], *, hit: bool, begun: float) -> Outcome:
+    def judge(self, fault: str, synthetic: Path, first: subprocess.Popen[bytes], *, hit: bool, begun: float) -> Outcome:
         """Run it again until it has nothing left to do, and compare."""
         code, attempts = first.wait(DEADLINE_S), 1
         while code != 0:
@@ -121,18 +115,14 @@ class Bed:
         )
 
 
-def command(*arguments: str) -> list[str]:
-    return [str(Path(sys.executable).with_name("lr-ray")), *arguments]
-
-
-def start(*arguments: str) -> subprocess.Popen[str]:
+def start(*arguments: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        command(*arguments), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | ENVIRONMENT
+        lr_ray(*arguments), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | ENVIRONMENT
     )
 
 
 def run(*arguments: str) -> None:
-    subprocess.run(command(*arguments), check=True, stdout=subprocess.DEVNULL, env=os.environ | ENVIRONMENT)
+    subprocess.run(lr_ray(*arguments), check=True, stdout=subprocess.DEVNULL, env=os.environ | ENVIRONMENT)
 
 
 def files_of(synthetic: Path) -> dict[str, bytes]:
@@ -142,39 +132,27 @@ def files_of(synthetic: Path) -> dict[str, bytes]:
 
 def rows_of(synthetic: Path) -> Iterator[tuple[str, int, int]]:
     """(adapter, class, position within the class) of every row."""
-    seen: Counter[tuple[str, int]] = Counter()
     for path in sorted(synthetic.glob("*.parquet")):
-        table = pq.read_table(path, columns=["adapter_id", "class_index", "image"])
+        table = pq.read_table(path, columns=["adapter_id", "class_index"])
         within: Counter[tuple[str, int]] = Counter()
         for row in table.to_pylist():
             key = (row["adapter_id"], row["class_index"])
             yield (*key, within[key])
             within[key] += 1
-        seen += within
 
 
-def processes_of(job: subprocess.Popen[str], title: str) -> list[psutil.Process]:
-    """Those below a command's process whose title has that in it."""
-    found = []
-    try:
-        for child in psutil.Process(job.pid).children(recursive=True):
-            try:
-                if title in " ".join(child.cmdline()[:1]):
-                    found.append(child)
-            except psutil.Error:  # it ended meanwhile
-                continue
-    except psutil.NoSuchProcess:
-        return []
-    return found
+def wait_for_actor(job: subprocess.Popen[bytes], above: Sequence[int]) -> None:
+    """Until one of the processes of these ids has an actor below it, or the command has ended."""
+
+    def met() -> bool:
+        return job.poll() is not None or any(children_of(pid, "InversionActor") for pid in above)
+
+    wait_until(met, "an actor", timeout_s=DEADLINE_S)
 
 
-def actors_of(job: subprocess.Popen[str]) -> list[psutil.Process]:
-    return processes_of(job, "InversionActor")
-
-
-def wait_at_random(bed: Bed, job: subprocess.Popen[str], rng: random.Random) -> bool:
+def wait_at_random(bed: Bed, job: subprocess.Popen[bytes], rng: random.Random) -> bool:
     """Until some point of the work; whether it still goes on."""
-    until(lambda: bool(actors_of(job)) or job.poll() is not None, "an actor")
+    wait_for_actor(job, [job.pid])
     try:
         job.wait(rng.uniform(0, 0.9) * bed.work_s)
     except subprocess.TimeoutExpired:
@@ -186,51 +164,41 @@ def kill(bed: Bed, folder: Path, rng: random.Random, *, title: str) -> Outcome:
     """SIGKILL one process of Ray's, or the driver."""
     begun, job = time.monotonic(), bed.start(folder)
     hit = wait_at_random(bed, job, rng)
-    victims = processes_of(job, title) if title else [psutil.Process(job.pid)]
+    victims = children_of(job.pid, title) if title else [psutil.Process(job.pid)]
     if hit and victims:
         rng.choice(victims).kill()
     return bed.judge(title or "driver", folder, job, hit=hit and bool(victims), begun=begun)
 
 
 @contextmanager
-def two_nodes() -> Iterator[tuple[str, list["object"]]]:
+def two_nodes() -> Iterator[tuple[str, list[Any]]]:
     """A head without processors and two nodes of one, as processes on loopback; its address and the nodes."""
-    os.environ.update(ENVIRONMENT)
-    from ray.cluster_utils import Cluster
+    with patch.dict(os.environ, ENVIRONMENT):
+        from ray.cluster_utils import Cluster
 
-    soon = {"health_check_period_ms": 500, "health_check_timeout_ms": 500, "health_check_initial_delay_ms": 500}
-    cluster = Cluster(
-        initialize_head=True,
-        head_node_args={"num_cpus": 0, "_system_config": {**soon, "health_check_failure_threshold": 2}},
-    )
-    try:
-        yield cluster.address, [cluster.add_node(num_cpus=1) for _ in range(2)]
-    finally:
-        cluster.shutdown()
+        soon = {"health_check_period_ms": 500, "health_check_timeout_ms": 500, "health_check_initial_delay_ms": 500}
+        cluster = Cluster(
+            initialize_head=True,
+            head_node_args={"num_cpus": 0, "_system_config": {**soon, "health_check_failure_threshold": 2}},
+        )
+        try:
+            yield cluster.address, [cluster.add_node(num_cpus=1) for _ in range(2)]
+        finally:
+            cluster.shutdown()
 
 
 def lose_node(bed: Bed, folder: Path, rng: random.Random, *, number: signal.Signals) -> Outcome:
     """SIGKILL, or SIGTERM as a cloud gives to a spot machine, to the raylet of one of two nodes."""
     with two_nodes() as (address, nodes):
         begun, job = time.monotonic(), bed.start(folder, f"ray.address={json.dumps(address)}", "ray.max_actors=2")
-        raylets = [psutil.Process(node.all_processes["raylet"][0].process.pid) for node in nodes]  # type: ignore[attr-defined]
-        workers = [lambda raylet=raylet: raylet.children(recursive=True) for raylet in raylets]
-        until(
-            lambda: job.poll() is not None or any("InversionActor" in title_of(w) for of in workers for w in of()), "an actor"
-        )
+        raylets = [node.all_processes["raylet"][0].process.pid for node in nodes]
+        wait_for_actor(job, raylets)
         try:
             job.wait(rng.uniform(0.1, 0.8) * bed.work_s)
         except subprocess.TimeoutExpired:
-            os.kill(rng.choice(raylets).pid, number)
+            os.kill(rng.choice(raylets), number)
             return bed.judge(f"node, {number.name}", folder, job, hit=True, begun=begun)
         return bed.judge(f"node, {number.name}", folder, job, hit=False, begun=begun)
-
-
-def title_of(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline()[:1])
-    except psutil.Error:  # it ended meanwhile
-        return ""
 
 
 def fill_disk(bed: Bed, folder: Path, rng: random.Random) -> Outcome:
@@ -238,7 +206,7 @@ def fill_disk(bed: Bed, folder: Path, rng: random.Random) -> Outcome:
     folder.mkdir(parents=True)
     sizes = sorted(len(content) for content in bed.expected.values())
     room = 8192 + int(sum(sizes) * rng.uniform(0.2, 0.8))
-    once = shlex.join(command("invert", "-c", str(bed.config), "--synthetic", f"{folder}/full", "--json"))
+    once = shlex.join(lr_ray("invert", "-c", str(bed.config), "--synthetic", f"{folder}/full", "--json"))
     script = f"""
         cd {shlex.quote(str(folder))} && mkdir full && mount -t tmpfs -o size={room} tmpfs full || exit 8
         {once} >/dev/null; code=$?
@@ -246,11 +214,9 @@ def fill_disk(bed: Bed, folder: Path, rng: random.Random) -> Outcome:
         [ $code = 0 ] || {once} >/dev/null || exit 9
         cp -r full after; exit $code"""
     begun = time.monotonic()
-    job = subprocess.Popen(
-        ["unshare", "-rm", "sh", "-c", script], stderr=subprocess.PIPE, text=True, env=os.environ | ENVIRONMENT
-    )
-    code = job.wait(DEADLINE_S)
-    assert code != 9, "it does not come to an end"
+    private = ["unshare", "--map-root-user", "--mount", "sh", "-c", script]
+    code = subprocess.run(private, timeout=DEADLINE_S, env=os.environ | ENVIRONMENT).returncode
+    assert code not in (8, 9), "no small file system" if code == 8 else "it does not come to an end"
     whole = {name: content for name, content in files_of(folder / "before").items() if name.endswith(".parquet")}
     assert all(content == bed.expected[name] for name, content in whole.items()), "a half-written file under its final name"
     return bed.compare("disk full", folder / "after", hit=code != 0, survived=code == 0, attempts=1 + (code != 0), begun=begun)

@@ -7,11 +7,12 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from lr_ray.report.pictures import contact_sheet
-from lr_ray.storage.synthetic import list_synthetic, read_pool
+from lr_ray.storage.synthetic import by_adapter, list_synthetic, read_pool
 
 RESULTS = Path(__file__).parent / "results"
 PICTURES = Path(__file__).parent.parent / "docs" / "pictures"
@@ -57,7 +58,8 @@ def main() -> None:
             continue
         print(f"{folder.name}\n\n{markdown(rows, 'method', interval, speed)}\n")
         synthetic = str(folder / "synthetic")
-        pool = read_pool(synthetic, list_synthetic(synthetic)[:ADAPTERS_SHOWN])
+        shown = by_adapter(list_synthetic(synthetic))[:ADAPTERS_SHOWN]
+        pool = read_pool(synthetic, list(chain.from_iterable(shown)))
         (PICTURES / f"{folder.name}.png").write_bytes(contact_sheet(pool, keep_ratio=0.5))
 
 

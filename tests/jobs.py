@@ -1,9 +1,9 @@
 """What tests of whole steps share."""
 
+import os
 from pathlib import Path
 
-import psutil
-
+from bench.processes import children_of
 from lr_ray.config import ExperimentConfig
 from lr_ray.report.progress import Reporter
 
@@ -72,6 +72,5 @@ def snapshot(folder: str) -> dict[str, tuple[int, bytes]]:
 
 def kill_worker(title: str) -> None:
     """Kill the one worker of this process's Ray whose title has that in it."""
-    workers = [child for child in psutil.Process().children(recursive=True) if title in "".join(child.cmdline()[:1])]
-    (worker,) = workers
+    (worker,) = children_of(os.getpid(), title)
     worker.kill()

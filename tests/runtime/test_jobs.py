@@ -21,11 +21,10 @@ from bench.autoscaling import (
     TOKEN,
     autoscaling_cluster,
     environment,
-    lr_ray,
     sizes,
-    wait_until,
     write_job,
 )
+from bench.processes import lr_ray, wait_until
 from lr_ray.config import ExperimentConfig
 from lr_ray.errors import ClusterError
 from lr_ray.report.relay import Relay
@@ -92,7 +91,7 @@ def test_a_job_is_left_and_found_again_and_workers_come_and_go(tmp_path: Path, u
         assert "invert: 3/3, " in out
         assert f"3 files of synthetic images in {synthetic}" in out
         assert len(list_synthetic(synthetic)) == 3
-        wait_until(lambda: found[-1][1] == 0)
+        wait_until(lambda: found[-1][1] == 0, "a cluster without workers")
     numbers = [workers for _, workers in found]
     assert numbers[0] == numbers[-1] == 0
     assert max(numbers) in (1, 2), "the second may come when the first has done the work"
@@ -109,7 +108,7 @@ def test_the_exit_code_is_that_of_the_command(tmp_path: Path, url: str, token: N
 
 
 def test_status_shows_the_nodes(url: str, token: None) -> None:
-    wait_until(lambda: "Node status" in cluster_status(url))
+    wait_until(lambda: "Node status" in cluster_status(url), "a status")
 
 
 # ------------------------------------------------------------------------------------- refused before anything starts
