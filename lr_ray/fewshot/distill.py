@@ -1,6 +1,7 @@
-"""The meta-training loss of one episode, and the schedule of its learning rate."""
+"""The meta-training loss of one batch, and the schedule of its learning rate."""
 
 import math
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from lr_ray.fewshot.episodes import Episode, EpisodeShape
 from lr_ray.fewshot.protonet import Distance, class_centres, prototype_logits
-from lr_ray.fewshot.relations import RelationsConfig
+from lr_ray.fewshot.relations import RelationsConfig, relation_loss
 from lr_ray.section import Section
 from lr_ray.vit.augment import AugmentationConfig, augment
 from lr_ray.vit.backbone import Backbone, Precision, autocast
@@ -21,7 +22,7 @@ Objective = Literal["episodes", "joint"]
 
 
 class ScheduleConfig(Section):
-    """Cyclic learning rate: linear warm-up, then cosine, again and again (the paper: 25 + 75 steps)."""
+    """Learning rate: linear warm-up, then cosine, again and again (the paper: 25 + 75 steps), or once."""
 
     lowest: float = Field(default=1e-5, gt=0)
     """Where a cycle starts and ends."""
@@ -29,16 +30,27 @@ class ScheduleConfig(Section):
     """Where the warm-up ends."""
     warmup_steps: int = Field(default=25, ge=0)
     """Steps of linear warm-up in a cycle."""
-    cosine_steps: int = Field(default=75, gt=0)
-    """Steps of cosine decay in a cycle."""
+    cosine_steps: int | None = Field(default=75, gt=0)
+    """Steps of cosine decay in a cycle; null: one cycle, which lasts to the end of the training."""
 
-    def at(self, step: int) -> float:
-        """Learning rate of optimiser step `step`, counted from 0."""
-        position = step % (self.warmup_steps + self.cosine_steps)
+    def at(self, step: int, num_steps: int) -> float:
+        """Learning rate of optimiser step `step`, counted from 0, of `num_steps`."""
+        cosine_steps = self.cosine_steps or max(1, num_steps - self.warmup_steps)
+        position = step % (self.warmup_steps + cosine_steps)
         if position < self.warmup_steps:
             return self.lowest + (self.highest - self.lowest) * position / self.warmup_steps
-        phase = (position - self.warmup_steps) / self.cosine_steps
+        phase = (position - self.warmup_steps) / cosine_steps
         return self.lowest + (self.highest - self.lowest) * 0.5 * (1 + math.cos(math.pi * phase))
+
+
+class StreamConfig(Section):
+    """How a set that is larger than memory is read."""
+
+    buffer_classes: int = Field(default=500, gt=1)
+    """Classes in memory at a time, among which episodes mix, once for each worker: images a class · 3 · image_px² bytes
+    each. A set of no more is held whole and read once."""
+    uses_per_class: float = Field(default=8.0, gt=0)
+    """Episodes that a class takes part in, on average, before others take its place."""
 
 
 class TrainConfig(Section):
@@ -53,10 +65,13 @@ class TrainConfig(Section):
     images as an episode holds, the classifier thrown away afterwards (the paper's ablation)."""
     episode: EpisodeShape = EpisodeShape(n_query=7)
     """Shape of the training episodes."""
+    smallest_episode: EpisodeShape | None = None
+    """Draw way, shot and queries of each episode anew, from these to those of `episode`; default all have those."""
     num_steps: int = Field(default=300, gt=0)
-    """Optimiser steps."""
+    """Optimiser steps, at most."""
     episodes_per_step: int = Field(default=1, gt=0)
-    """Episodes of one optimiser step, over all workers; a multiple of their number."""
+    """Episodes of one optimiser step, over all workers, which deal them out in turn; no fewer than workers. One after the
+    other passes a worker's student, gradients add up."""
     adapter_share: float = Field(default=0.5, ge=0, le=1)
     """Share of the episodes that hold classes of one adapter and are taught by it (KL); the others interpolate across
     adapters (cross-entropy)."""
@@ -83,13 +98,27 @@ class TrainConfig(Section):
     holdout_adapters: int = Field(default=2, ge=0)
     """Adapters kept from training, whose synthetic images validate it when no real data are named for that; 0 keeps
     none: then the last weights are the result."""
+    patience: int | None = Field(default=None, gt=0)
+    """End after this many validations without a better one; default never."""
+    ema: float = Field(default=0.0, ge=0, lt=1)
+    """Decay per step of an average of the weights, which is validated and kept in their place; 0: none."""
+    stream: StreamConfig = StreamConfig()
+    """Of the images."""
     num_workers: int = Field(default=1, gt=0)
     """Ray Train workers."""
+    min_workers: int | None = Field(default=None, gt=0)
+    """Go on with as few as these when machines are lost, and with more when they come back; default `num_workers`."""
 
     @model_validator(mode="after")
     def _check(self) -> "TrainConfig":
-        if self.episodes_per_step % self.num_workers:
-            raise ValueError(f"episodes_per_step {self.episodes_per_step} is no multiple of num_workers {self.num_workers}")
+        if self.episodes_per_step < self.num_workers:
+            raise ValueError(f"episodes_per_step {self.episodes_per_step} leaves some of num_workers {self.num_workers} idle")
+        if self.min_workers is not None and self.min_workers > self.num_workers:
+            raise ValueError(f"min_workers {self.min_workers} is more than num_workers {self.num_workers}")
+        if (low := self.smallest_episode) is not None:
+            for name in ("n_way", "n_shot", "n_query"):
+                if (value := getattr(low, name)) > (most := getattr(self.episode, name)):
+                    raise ValueError(f"smallest_episode.{name} {value} is more than episode.{name} {most}")
         if self.objective == "joint" and self.relations.share:
             raise ValueError(f"objective joint does not go with relations.share {self.relations.share}; set it to 0")
         moving = [name for name in ("roll", "affine", "crop") if getattr(self.augmentation, name)]
@@ -126,62 +155,74 @@ class Student(nn.Module):
         return encoding.features.float()
 
 
-def episode_loss(
-    student: nn.Module, episode: Episode, config: TrainConfig, *, grid_size: tuple[int, int], generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """KL to the teacher where the episode has one, else cross-entropy with the labels.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingBatch:
+    """Views of images for one pass of the student, and what it should make of them.
 
-    Support and query pass the student in one batch.
+    Attributes:
+        pixels: (B, 3, H, W) floats in [0, 1]; of an episode the N·S support images, then the N·Q queries, class by class.
+        keep_indices: (B, K) patches to keep, or None for all.
+        n_way: of an episode; 0 for other batches.
+        labels: (N·Q,) of an episode's queries, in [0, N); or (B,) classes for plain supervision.
+        teacher_logits: (N·Q, N) of the episode's adapter, if it has one.
+        relation_target: (B, P) features whose distances the student should learn.
+    """
+
+    pixels: Tensor
+    keep_indices: Tensor | None = None
+    n_way: int = 0
+    labels: Tensor | None = None
+    teacher_logits: Tensor | None = None
+    relation_target: Tensor | None = None
+
+
+def view_episode(
+    episode: Episode, config: TrainConfig, *, grid_size: tuple[int, int], generator: torch.Generator
+) -> TrainingBatch:
+    """A view of every image of an episode; a mirrored query has the teacher's logits of its mirror image.
 
     Args:
-        student: a `Student`, possibly wrapped.
         grid_size: patches along (H, W).
         generator: CPU generator of the augmentation.
-
-    Returns:
-        The scalar loss and the scalar accuracy on the queries.
     """
     images = torch.cat([episode.support_images, episode.query_images])
-    pixels, keep = augment(images, episode.keep_indices, config.augmentation, grid_size=grid_size, generator=generator)
-    features: Tensor = student(pixels, keep)
-    support, queries = features.split([len(episode.support_images), len(episode.query_images)])
-    prototypes = class_centres(support, n_way=episode.n_way)
-    logits = prototype_logits(queries, prototypes, distance=config.distance, scale=config.logit_scale)
-    labels = episode.query_labels.to(logits.device)
-    if episode.teacher_logits is None:
-        loss = F.cross_entropy(logits, labels)
-    else:
-        loss = distillation_loss(logits, episode.teacher_logits.to(logits.device).float(), config.temperature)
-    return loss, (logits.argmax(dim=1) == labels).float().mean().detach()
+    pixels, kept, mirrored = augment(
+        images, episode.keep_indices, config.augmentation, grid_size=grid_size, generator=generator
+    )
+    logits = episode.teacher_logits
+    if logits is not None and episode.flipped_logits is not None:
+        logits = torch.where(mirrored[len(episode.support_images) :, None], episode.flipped_logits, logits)
+    return TrainingBatch(
+        pixels=pixels, keep_indices=kept, n_way=episode.n_way, labels=episode.query_labels, teacher_logits=logits
+    )
 
 
-def joint_loss(
-    student: nn.Module,
-    images: Tensor,
-    keep_indices: Tensor | None,
-    labels: Tensor,
-    config: TrainConfig,
-    *,
-    grid_size: tuple[int, int],
-    generator: torch.Generator,
-) -> tuple[Tensor, Tensor]:
-    """Cross-entropy over all synthetic classes at once.
+def batch_loss(student: nn.Module, batch: TrainingBatch, config: TrainConfig) -> tuple[Tensor, Tensor]:
+    """What the batch asks for: the relations' loss, an episode's, or cross-entropy over all classes at once.
+
+    An episode's is the KL to the teacher where it has one, else cross-entropy with the labels.
 
     Args:
-        student: a `Student` with a classifier, possibly wrapped.
-        images: (B, 3, H, W) uint8.
-        keep_indices: (B, K) patches to keep, or None for all.
-        labels: (B,) in [0, C).
-        grid_size: patches along (H, W).
-        generator: CPU generator of the augmentation.
+        student: a `Student`, possibly wrapped; with a classifier for a batch that is no episode.
 
     Returns:
         The scalar loss and the scalar accuracy.
     """
-    pixels, keep = augment(images, keep_indices, config.augmentation, grid_size=grid_size, generator=generator)
-    logits: Tensor = student(pixels, keep)
-    labels = labels.to(logits.device)
-    return F.cross_entropy(logits, labels), (logits.argmax(dim=1) == labels).float().mean().detach()
+    features: Tensor = student(batch.pixels, batch.keep_indices)
+    if batch.relation_target is not None:
+        return relation_loss(features, batch.relation_target.to(features.device), config.relations.temperature)
+    assert batch.labels is not None
+    labels = batch.labels.to(features.device)
+    logits = features
+    if batch.n_way:
+        support, queries = features.split([len(features) - len(labels), len(labels)])
+        prototypes = class_centres(support, n_way=batch.n_way)
+        logits = prototype_logits(queries, prototypes, distance=config.distance, scale=config.logit_scale)
+    if batch.teacher_logits is None:
+        loss = F.cross_entropy(logits, labels)
+    else:
+        loss = distillation_loss(logits, batch.teacher_logits.to(logits.device).float(), config.temperature)
+    return loss, (logits.argmax(dim=1) == labels).float().mean().detach()
 
 
 def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:

@@ -1,18 +1,17 @@
-"""Meta-training of one meta-LoRA on episodes, a step at a time; knows nothing of what runs it."""
+"""Meta-training of one meta-LoRA, a step at a time; knows nothing of what runs it or where its batches come from."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from lr_ray.errors import EpisodeError
-from lr_ray.fewshot.distill import Student, TrainConfig, episode_loss, joint_loss
-from lr_ray.fewshot.episodes import EpisodeSampler, EpisodeShape, ImagePool, draw_test_episodes
+from lr_ray.fewshot.distill import Student, TrainConfig, TrainingBatch, batch_loss
+from lr_ray.fewshot.episodes import EpisodeShape, draw_test_episodes
 from lr_ray.fewshot.evaluate import episode_accuracies
-from lr_ray.fewshot.relations import RelationTargets, relation_loss
 from lr_ray.vit.backbone import Backbone
 from lr_ray.vit.lora import LoRAConfig, LowRank, attach_lora, detach_lora, extract_lora, lora_modules
 
@@ -31,52 +30,39 @@ class Validation:
 class MetaTrainer:
     """The state of one meta-training: student, optimiser, step, best weights so far, history.
 
-    Every random draw depends on (seed, step) alone, so that a trainer restored at any step goes on bit by bit as if it
-    had never stopped.
+    Nothing is drawn at random here: restored at any step and handed the same batches, it goes on bit by bit as if it had
+    never stopped.
     """
 
     def __init__(
         self,
         backbone: Backbone,
-        pool: ImagePool,
         config: TrainConfig,
         *,
         seed: int,
+        num_classes: int | None = None,
         start_deltas: Mapping[str, Tensor] | None = None,
-        relations: RelationTargets | None = None,
         validation: Validation | None = None,
-        rank: int = 0,
         world_size: int = 1,
         wrap: Callable[[nn.Module], nn.Module] = lambda module: module,
     ) -> None:
         """Attach the meta-LoRA to the backbone.
 
         Args:
+            seed: of its first weights and of the validation episodes.
+            num_classes: for `objective: joint`, how many there are in all.
             start_deltas: {module: (D_out, D_in)} that the meta-LoRA starts from, cut to its rank; default zero.
-            relations: what takes the place of `config.relations.share` of the episodes; default nothing does.
             validation: default none, and the last weights are the best.
-            rank, world_size: which of how many workers this is; episodes are dealt out in turn.
+            world_size: how many workers share each step.
             wrap: makes the student data-parallel.
         """
         self._backbone, self._config, self._seed = backbone, config, seed
-        self._rank, self._world_size, self._validation = rank, world_size, validation
-        self._relations = relations
-        if relations is not None and (count := len(relations.images)) < config.relations.batch_size:
-            raise EpisodeError(
-                f"training.relations.batch_size {config.relations.batch_size}: there are {count} views; lower it, or raise "
-                "training.relations.views_per_image"
-            )
-        self._sampler = EpisodeSampler(
-            pool, config.episode, seed=seed, adapter_share=config.adapter_share, keep_ratio=config.keep_ratio
-        )
+        self._world_size, self._validation = world_size, validation
         attach_lora(backbone.model, config.lora, generator=torch.Generator().manual_seed(seed))
         for name, module in lora_modules(backbone.model).items():
             if start_deltas is not None and name in start_deltas:
                 module.load_delta(start_deltas[name].to(backbone.device))
-        self._pool, self._labels = pool, torch.from_numpy(_distinct_classes(pool))
-        num_classes = int(self._labels.max()) + 1 if config.objective == "joint" else None
-        self._bare = Student(backbone, config.precision, num_classes=num_classes)
-        self._student = wrap(self._bare)
+        self._bare = Student(backbone, config.precision, num_classes=num_classes if config.objective == "joint" else None)
         self._parameters = {
             f"{name}.{part}": getattr(module, part)
             for name, module in lora_modules(backbone.model).items()
@@ -84,79 +70,92 @@ class MetaTrainer:
         }
         if self._bare.classifier is not None:
             self._parameters |= {f"classifier.{part}": value for part, value in self._bare.classifier.named_parameters()}
+        _leave_frozen_to_each_worker(self._bare)
+        self._student = wrap(self._bare)
         self._optimizer = torch.optim.Adam(self._parameters.values(), lr=config.schedule.lowest)
+        self._average = self._snapshot() if config.ema else {}
         self.step = 0
         self.best_step = 0
         self.best_accuracy = -1.0
         self.best = self._snapshot()
         self.history: list[dict[str, float]] = []
 
-    def run_step(self) -> dict[str, float]:
-        """One optimiser step on this worker's share of its episodes; the metrics are this worker's."""
+    @property
+    def finished(self) -> bool:
+        """Whether all steps are done, or the last `patience` validations found nothing better."""
+        config = self._config
+        if self.step >= config.num_steps:
+            return True
+        return config.patience is not None and self.step - self.best_step >= config.patience * config.validate_every
+
+    def run_step(self, batches: Sequence[TrainingBatch]) -> dict[str, float]:
+        """One optimiser step on this worker's share of the batches; the metrics are this worker's."""
         config = self._config
         for group in self._optimizer.param_groups:
-            group["lr"] = config.schedule.at(self.step)
+            group["lr"] = config.schedule.at(self.step, config.num_steps)
         self._optimizer.zero_grad()
-        mine = range(self._rank, config.episodes_per_step, self._world_size)
         total_loss, total_accuracy = 0.0, 0.0
-        for position in mine:
-            loss, accuracy = self._loss(self.step * config.episodes_per_step + position)
-            (loss / len(mine)).backward()
-            total_loss += loss.item() / len(mine)
-            total_accuracy += accuracy.item() / len(mine)
+        for position, batch in enumerate(batches):
+            with self._gradients_meet(last=position == len(batches) - 1):
+                loss, accuracy = batch_loss(self._student, batch, config)
+                (loss * (self._world_size / config.episodes_per_step)).backward()  # workers' gradients are averaged
+            total_loss += loss.item() / len(batches)
+            total_accuracy += accuracy.item() / len(batches)
         self._optimizer.step()
+        self._follow()
         self.step += 1
         metrics = {"step": self.step, "loss": total_loss, "accuracy": total_accuracy}
         self.history.append(metrics)
         return metrics
 
-    def _loss(self, index: int) -> tuple[Tensor, Tensor]:
-        """Loss and accuracy of episode number `index`, or of the batch that takes its place."""
-        config, relations = self._config, self._relations
-        rng = np.random.default_rng((self._seed, index, 1))
-        if relations is not None and rng.random() < config.relations.share:
-            chosen = torch.from_numpy(rng.choice(len(relations.images), config.relations.batch_size, replace=False))
-            kept = None if relations.keep_indices is None else relations.keep_indices[chosen]
-            features: Tensor = self._student(relations.images[chosen].float().div_(255), kept)
-            return relation_loss(features, relations.features[chosen].to(features.device), config.relations.temperature)
-        grid_size = self._backbone.model.patch_embed.grid_size
-        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + index)
-        if config.objective == "joint":
-            count = config.episode.n_way * (config.episode.n_shot + config.episode.n_query)
-            chosen = torch.from_numpy(rng.choice(len(self._labels), count))
-            return joint_loss(
-                self._student,
-                self._pool.images[chosen],
-                self._sampler.keep_indices(chosen),
-                self._labels[chosen],
-                config,
-                grid_size=grid_size,
-                generator=generator,
-            )
-        return episode_loss(self._student, self._sampler.draw(index), config, grid_size=grid_size, generator=generator)
+    def _gradients_meet(self, *, last: bool) -> AbstractContextManager[None]:
+        """Workers exchange gradients once a step, after their last batch."""
+        data_parallel = isinstance(self._student, DistributedDataParallel)
+        return nullcontext() if last or not data_parallel else self._student.no_sync()  # type: ignore[operator]
+
+    @torch.no_grad()
+    def _follow(self) -> None:
+        """The average of the weights takes a step after them."""
+        for name, value in self._average.items():
+            value.lerp_(self._parameters[name].cpu(), 1 - self._config.ema)
 
     def validate(self) -> float | None:
         """Accuracy on the validation episodes, and the weights kept if it is the best; None if there are none."""
         if self._validation is None:
-            self.best, self.best_step = self._snapshot(), self.step
+            self.best, self.best_step = self._result(), self.step
             return None
         images, shape = self._validation.images, self._validation.shape
-        with torch.no_grad():
+        with torch.no_grad(), self._averaged():
             features = torch.cat([self._bare.features(part.float() / 255, None).cpu() for part in images.split(_BATCH)])
         episodes = draw_test_episodes(
             self._validation.labels, shape, num_episodes=self._config.validation_episodes, seed=self._seed
         )
         accuracy = float(episode_accuracies(features, episodes, shape).mean())
         if accuracy > self.best_accuracy:
-            self.best, self.best_step, self.best_accuracy = self._snapshot(), self.step, accuracy
+            self.best, self.best_step, self.best_accuracy = self._result(), self.step, accuracy
         if self.history:
             self.history[-1]["validation_accuracy"] = accuracy
         return accuracy
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """The average in the place of the weights."""
+        weights = self._snapshot()
+        self._load(self._result())
+        try:
+            yield
+        finally:
+            self._load(weights)
+
+    def _result(self) -> dict[str, Tensor]:
+        """What training has come to: the average of the weights if there is one, else the weights."""
+        return {name: value.clone() for name, value in self._average.items()} or self._snapshot()
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Everything needed to go on: tensors, and facts that fit into JSON."""
         tensors = {f"weights/{name}": value for name, value in self._snapshot().items()}
         tensors |= {f"best/{name}": value for name, value in self.best.items()}
+        tensors |= {f"last/{name}": value for name, value in self._result().items()}
         for name, parameter in self._parameters.items():
             for key, value in self._optimizer.state[parameter].items():
                 tensors[f"optimizer/{name}/{key}"] = value.detach().clone()
@@ -172,6 +171,7 @@ class MetaTrainer:
         """Go on from `state()`."""
         self._load({name: tensors[f"weights/{name}"] for name in self._parameters})
         self.best = {name: tensors[f"best/{name}"].clone() for name in self._parameters}
+        self._average = {name: tensors[f"last/{name}"].clone() for name in self._average}
         for name, parameter in self._parameters.items():
             prefix = f"optimizer/{name}/"
             state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
@@ -188,20 +188,22 @@ class MetaTrainer:
             parameter.copy_(values[name])
 
 
-def _distinct_classes(pool: ImagePool) -> np.ndarray:
-    """(M,) class of each image, those of one name counted as one."""
-    names = list(dict.fromkeys(pool.class_names))
-    renumbered: np.ndarray = np.array([names.index(name) for name in pool.class_names])[pool.class_of]
-    return renumbered
+def _leave_frozen_to_each_worker(student: nn.Module) -> None:
+    """Data-parallel training is to exchange what is trained, not the backbone, which every worker has loaded."""
+    frozen = [name for name, parameter in student.named_parameters() if not parameter.requires_grad]
+    buffers = [name for name, _ in student.named_buffers()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(student, frozen + buffers)
 
 
-def best_modules(backbone: Backbone, config: LoRAConfig, tensors: Mapping[str, Tensor]) -> dict[str, LowRank]:
-    """{timm module: update} of the best weights in a `MetaTrainer.state()`."""
+def kept_modules(
+    backbone: Backbone, config: LoRAConfig, tensors: Mapping[str, Tensor], *, which: Literal["best", "last"]
+) -> dict[str, LowRank]:
+    """{timm module: update} of the best or the last weights in a `MetaTrainer.state()`."""
     attach_lora(backbone.model, config, generator=torch.Generator())
     try:
         for name, module in lora_modules(backbone.model).items():
             for part in ("lora_a", "lora_b"):
-                getattr(module, part).data.copy_(tensors[f"best/{name}.{part}"])
+                getattr(module, part).data.copy_(tensors[f"{which}/{name}.{part}"])
         return extract_lora(backbone.model)
     finally:
         detach_lora(backbone.model)

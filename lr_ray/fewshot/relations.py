@@ -62,7 +62,7 @@ def draw_views(
     views: list[Tensor] = []
     kept: list[Tensor] = []
     for _ in range(views_per_image):
-        pixels, keep = augment(images, keep_indices, config, grid_size=grid_size, generator=generator)
+        pixels, keep, _ = augment(images, keep_indices, config, grid_size=grid_size, generator=generator)
         views.append(pixels.mul(255).round_().clamp_(0, 255).to(torch.uint8))
         if keep is not None:
             kept.append(keep)

@@ -66,6 +66,7 @@ class SyntheticImages:
         labels: (B,) class index in the adapter.
         patch_order: (B, P) patch positions, most attended by [CLS] first.
         teacher_logits: (B, C) of the adapter on the 8-bit images, all tokens kept.
+        flipped_logits: (B, C) the same of the images mirrored left and right.
         loss_ce: (B,) cross-entropy of `teacher_logits`: of the images as they are, not of the view they were kept for.
         loss_prior: (B,) of the step whose images were kept.
     """
@@ -74,6 +75,7 @@ class SyntheticImages:
     labels: Tensor
     patch_order: Tensor
     teacher_logits: Tensor
+    flipped_logits: Tensor
     loss_ce: Tensor
     loss_prior: Tensor
 
@@ -157,13 +159,14 @@ def invert(
                     checkpoint.save(_state(finished) | batch.state() | {"generator": generator.get_state()})
             finished.append(batch.result())
         images, loss_prior = (torch.cat(found) for found in zip(*finished, strict=True))
-        teacher_logits, patch_order = describe(adapter, backbone, images, config)
+        teacher_logits, flipped_logits, patch_order = describe(adapter, backbone, images, config)
     order = labels.argsort(stable=True)
     return SyntheticImages(
         images=images[order],
         labels=labels[order],
         patch_order=patch_order[order],
         teacher_logits=teacher_logits[order],
+        flipped_logits=flipped_logits[order],
         loss_ce=cross_entropy(teacher_logits, labels)[order],
         loss_prior=loss_prior[order],
     )
@@ -276,19 +279,23 @@ def teacher_logits_of(
 
 
 @torch.no_grad()
-def describe(adapter: Adapter, backbone: Backbone, images: Tensor, config: InversionConfig) -> tuple[Tensor, Tensor]:
-    """(B, C) logits on all tokens and (B, P) patch order under the pruning schedule, of uint8 images.
+def describe(adapter: Adapter, backbone: Backbone, images: Tensor, config: InversionConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """What the adapter makes of (B, 3, H, W) uint8 images.
 
     Args:
         adapter: with a head; merged into the backbone's weights.
+
+    Returns:
+        (B, C) logits on all tokens, the same of the mirrored images, and the (B, P) patch order under the pruning schedule.
     """
     assert adapter.head_weight is not None
-    logits, orders = [], []
+    logits, flipped, orders = [], [], []
     for part in images.split(config.batch_size):
         inputs = backbone.normalize(part)
         encoding = encode(backbone.model, inputs, keep_ratios=config.keep_ratios, rank_patches=True)
         assert encoding.patch_order is not None
         features = encode(backbone.model, inputs).features if config.keep_ratios else encoding.features
-        logits.append(F.linear(features, adapter.head_weight, adapter.head_bias).cpu())
         orders.append(encoding.patch_order.cpu())
-    return torch.cat(logits), torch.cat(orders)
+        logits.append(F.linear(features, adapter.head_weight, adapter.head_bias).cpu())
+        flipped.append(teacher_logits_of(adapter, backbone, inputs.flip(3), "fp32").cpu())
+    return torch.cat(logits), torch.cat(flipped), torch.cat(orders)

@@ -40,7 +40,6 @@ def masked(images: Tensor, patch_order: Tensor, *, keep_ratio: float) -> Tensor:
 
 def contact_sheet(pool: ImagePool, *, keep_ratio: float, max_adapters: int = 6, images_per_class: int = 2) -> bytes:
     """PNG: a row an adapter, and for each of its classes a few images, each above its masked self."""
-    assert pool.patch_order is not None
     adapters = np.unique(pool.adapter_of)[:max_adapters]
     widest = max(int((pool.adapter_of == a).sum()) for a in adapters)
     columns = widest * images_per_class

@@ -114,7 +114,7 @@ class InversionActor:
             checkpoint=checkpoint,
             on_step=on_step,
         )
-        write_synthetic(item.uri, synthetic, adapter.spec, seed=item.seed)
+        write_synthetic(item.uri, synthetic, adapter.spec, seed=item.seed, identity=self._backbone.identity)
 
 
 class ImageActor:

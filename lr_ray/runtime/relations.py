@@ -11,7 +11,6 @@ from torch import Tensor
 
 from lr_ray.config import ExperimentConfig
 from lr_ray.errors import StorageError
-from lr_ray.fewshot.episodes import ImagePool
 from lr_ray.fewshot.relations import RelationTargets, directions, draw_views, project
 from lr_ray.report.progress import Reporter
 from lr_ray.runtime.session import work_through, worker_device
@@ -19,7 +18,7 @@ from lr_ray.storage.adapters import list_adapters, read_adapter, read_specs
 from lr_ray.storage.filesystem import join, list_uris, read_bytes, write_bytes
 from lr_ray.storage.manifest import digest_of
 from lr_ray.storage.synthetic import read_pool
-from lr_ray.vit.backbone import Backbone, autocast, load_backbone
+from lr_ray.vit.backbone import autocast, load_backbone
 from lr_ray.vit.lora import check_adapter, merged
 from lr_ray.vit.tokens import encode, num_kept
 
@@ -81,7 +80,7 @@ def see_with_one_adapter(task: RelationTask) -> int:
     backbone = load_backbone(config.backbone, device=worker_device(config.ray))
     adapter = read_adapter(task.adapter_folder).to(backbone.device)
     check_adapter(adapter, backbone)
-    views, keep_indices = _views(config, read_pool(config.synthetic_root, task.files), backbone)
+    views, keep_indices = _views(config, task.files, backbone.model.patch_embed.grid_size)
     scale, parts = config.training.relations.teacher_scale, []
     with (
         merged(backbone.model, {name: scale * delta for name, delta in adapter.deltas().items()}),
@@ -97,17 +96,18 @@ def see_with_one_adapter(task: RelationTask) -> int:
 
 
 def relation_targets(
-    config: ExperimentConfig, pool: ImagePool, feature_uris: Sequence[str], backbone: Backbone
+    config: ExperimentConfig, files: Sequence[str], feature_uris: Sequence[str], grid_size: tuple[int, int]
 ) -> RelationTargets:
-    """The views of a pool and the projected features of all adapters; memory does not grow with their number.
+    """The views of all images and the projected features of all adapters; memory does not grow with the adapters' number.
 
     Args:
-        pool: of the files that the adapters saw.
+        files: of the synthetic set, that the adapters saw.
+        grid_size: patches along (H, W).
 
     Raises:
-        StorageError: unreadable features.
+        StorageError: unreadable images or features.
     """
-    views, keep_indices = _views(config, pool, backbone)
+    views, keep_indices = _views(config, files, grid_size)
     total = torch.zeros(len(views), config.training.relations.width)
     for index, uri in enumerate(feature_uris):
         try:
@@ -120,15 +120,14 @@ def relation_targets(
     return RelationTargets(images=views, keep_indices=keep_indices, features=total)
 
 
-def _views(config: ExperimentConfig, pool: ImagePool, backbone: Backbone) -> tuple[Tensor, Tensor | None]:
-    training = config.training
-    assert pool.patch_order is not None
+def _views(config: ExperimentConfig, files: Sequence[str], grid_size: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
+    training, pool = config.training, read_pool(config.synthetic_root, files)
     kept = num_kept(pool.patch_order.shape[1], training.keep_ratio)
     return draw_views(
         pool.images,
         pool.patch_order[:, :kept] if training.keep_ratio < 1 else None,
         training.augmentation,
         views_per_image=training.relations.views_per_image,
-        grid_size=backbone.model.patch_embed.grid_size,
+        grid_size=grid_size,
         seed=config.seed,
     )

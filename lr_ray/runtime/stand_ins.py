@@ -95,17 +95,18 @@ def make_one(task: StandInTask) -> int:
     rng = np.random.default_rng((config.seed, task.index, 2))
     with merged(backbone.model, adapter.deltas()):
         images, labels = _images(task, adapter, backbone, rng)
-        teacher_logits, patch_order = describe(adapter, backbone, images, config.inversion)
+        teacher_logits, flipped_logits, patch_order = describe(adapter, backbone, images, config.inversion)
     order = labels.argsort(stable=True)
     stand_ins = SyntheticImages(
         images=images[order],
         labels=labels[order],
         patch_order=patch_order[order],
         teacher_logits=teacher_logits[order],
+        flipped_logits=flipped_logits[order],
         loss_ce=cross_entropy(teacher_logits, labels)[order],
         loss_prior=torch.zeros(len(labels)),
     )
-    write_synthetic(task.uri, stand_ins, adapter.spec, seed=config.seed)
+    write_synthetic(task.uri, stand_ins, adapter.spec, seed=config.seed, identity=backbone.identity)
     return len(labels)
 
 
@@ -167,7 +168,7 @@ def _chosen_by_adapter(
         candidates = torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2)
     if len(candidates) < each * num_classes:
         raise DataError(f"images.data has {len(candidates)} images, but {each * num_classes} are needed; give more")
-    logits, _ = describe(adapter, backbone, candidates, task.config.inversion)
+    logits, _, _ = describe(adapter, backbone, candidates, task.config.inversion)
     scores = logits.log_softmax(dim=1)
     picks = []
     for c in range(num_classes):

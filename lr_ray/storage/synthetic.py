@@ -2,8 +2,9 @@
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import numpy as np
 import pyarrow as pa
@@ -13,9 +14,9 @@ from PIL import Image
 from torch import Tensor
 
 from lr_ray.errors import StorageError
-from lr_ray.fewshot.episodes import ImagePool
+from lr_ray.fewshot.episodes import ClassImages, ClassRef, ImagePool
 from lr_ray.inversion.invert import SyntheticImages
-from lr_ray.storage.filesystem import join, list_files, read_bytes, write_bytes
+from lr_ray.storage.filesystem import arrow_filesystem, join, list_files, read_bytes, read_many, storage_errors, write_bytes
 from lr_ray.vit.lora import AdapterSpec
 
 _DIGEST_LENGTH = 12
@@ -28,16 +29,25 @@ _SCHEMA = pa.schema(
         ("image", _IMAGE),
         ("patch_order", pa.list_(pa.uint16())),
         ("teacher_logits", pa.list_(pa.float16())),
+        ("flipped_logits", pa.list_(pa.float16())),
         ("seed", pa.int64()),
         ("loss_ce", pa.float32()),
         ("loss_prior", pa.float32()),
     ],
     metadata={"huggingface": json.dumps({"info": {"features": {"image": {"_type": "Image"}}}})},
 )
+_IDENTITY_KEY = b"lr_ray"
+"""Of a file's metadata: the identity of the backbone that its images were made with, as JSON."""
 
 
-def write_synthetic(uri: str, synthetic: SyntheticImages, spec: AdapterSpec, *, seed: int) -> None:
-    """Commit images of one adapter as one Parquet file, lossless (PNG), in one atomic write."""
+def write_synthetic(
+    uri: str, synthetic: SyntheticImages, spec: AdapterSpec, *, seed: int, identity: Mapping[str, str | int]
+) -> None:
+    """Commit images of one adapter as one Parquet file, lossless (PNG), in one atomic write.
+
+    Args:
+        identity: of the backbone that they were made with.
+    """
     labels = synthetic.labels.tolist()
     with ThreadPoolExecutor(max_workers=2) as pool:
         encoded = list(pool.map(_encode_png, synthetic.images))
@@ -52,11 +62,12 @@ def write_synthetic(uri: str, synthetic: SyntheticImages, spec: AdapterSpec, *, 
             ],
             "patch_order": list(synthetic.patch_order.numpy().astype(np.uint16)),
             "teacher_logits": list(synthetic.teacher_logits.numpy().astype(np.float16)),
+            "flipped_logits": list(synthetic.flipped_logits.numpy().astype(np.float16)),
             "seed": [seed] * len(labels),
             "loss_ce": synthetic.loss_ce.tolist(),
             "loss_prior": synthetic.loss_prior.tolist(),
         },
-        schema=_SCHEMA,
+        schema=_SCHEMA.with_metadata({**_SCHEMA.metadata, _IDENTITY_KEY: json.dumps(dict(identity))}),
     )
     buffer = io.BytesIO()
     with pq.ParquetWriter(buffer, table.schema) as writer:
@@ -139,19 +150,21 @@ def read_pool(root: str, files: Sequence[str]) -> ImagePool:
     tables = _adapter_tables(root, files)
     widest = max(len(table["teacher_logits"][0]) for table in tables)
     class_names: list[str] = []
-    class_of, adapter_of, slot_of, logits = [], [], [], []
+    class_of, adapter_of, slot_of = [], [], []
+    logits: list[Tensor] = []
+    flipped: list[Tensor] = []
     for adapter, table in enumerate(tables):
         slots, first, own = np.unique(table["class_index"].to_numpy(), return_index=True, return_inverse=True)
         class_of.append(own + len(class_names))
         class_names += table["class_name"].take(first).to_pylist()
         adapter_of += [adapter] * len(slots)
         slot_of += slots.tolist()
-        rows = torch.from_numpy(np.stack(table["teacher_logits"].to_numpy()).astype(np.float32))
-        logits.append(torch.nn.functional.pad(rows, (0, widest - rows.shape[1])))
+        for found, name in ((logits, "teacher_logits"), (flipped, "flipped_logits")):
+            rows = _logits(table, name)
+            found.append(torch.nn.functional.pad(rows, (0, widest - rows.shape[1])))
     images = [_decode(content) for table in tables for content in table["image"].combine_chunks().field("bytes")]
     if len(sizes := {tuple(image.shape) for image in images}) > 1:
         raise StorageError(f"synthetic images {root} are of different sizes {sorted(sizes)}; invert all at one image_px")
-    orders = np.concatenate([np.stack(table["patch_order"].to_numpy()) for table in tables]).astype(np.int64)
     return ImagePool(
         images=torch.stack(images),
         class_of=np.concatenate(class_of),
@@ -159,7 +172,112 @@ def read_pool(root: str, files: Sequence[str]) -> ImagePool:
         adapter_of=np.array(adapter_of),
         slot_of=np.array(slot_of),
         teacher_logits=torch.cat(logits),
-        patch_order=torch.from_numpy(orders),
+        flipped_logits=torch.cat(flipped),
+        patch_order=torch.cat([_patch_order(table) for table in tables]),
+    )
+
+
+def _logits(table: pa.Table, name: str) -> Tensor:
+    return torch.from_numpy(np.stack(table[name].to_numpy()).astype(np.float32))
+
+
+def _patch_order(table: pa.Table) -> Tensor:
+    return torch.from_numpy(np.stack(table["patch_order"].to_numpy()).astype(np.int64))
+
+
+def read_index(root: str, files: Sequence[str], identity: Mapping[str, str | int]) -> tuple[ClassRef, ...]:
+    """The classes of some files of a synthetic set, from the files' footers: no image is read.
+
+    In the order of `read_pool`'s.
+
+    Args:
+        identity: of the backbone that they should have been made with.
+
+    Raises:
+        StorageError: a file that is unreadable, not a synthetic set's, or made with another backbone or image size.
+    """
+    groups: dict[str, list[ClassRef]] = {}
+    for classes in read_many(lambda file: _classes_of(root, file, identity), files):
+        groups.setdefault(classes[0].adapter, []).extend(classes)
+    return tuple(ref for group in groups.values() for ref in sorted(group, key=lambda ref: ref.slot))
+
+
+def _classes_of(root: str, file: str, identity: Mapping[str, str | int]) -> list[ClassRef]:
+    """From the statistics of each row group, which is a class."""
+    uri = join(root, file)
+    metadata = _footer(uri)
+    found = json.loads((metadata.metadata or {}).get(_IDENTITY_KEY, b"{}"))
+    for key, value in identity.items():
+        if found.get(key) != value:
+            raise StorageError(
+                f"synthetic images {uri} were made with a backbone of {key} {_short(found.get(key))}, but the config's has "
+                f"{_short(value)}; correct the config's backbone, or run `lr-ray invert` into another --synthetic"
+            )
+    columns = {metadata.row_group(0).column(i).path_in_schema: i for i in range(metadata.num_columns)}
+    refs = []
+    for group in range(metadata.num_row_groups):
+        row_group = metadata.row_group(group)
+        adapter, slot, name = (row_group.column(columns[key]).statistics for key in ("adapter_id", "class_index", "class_name"))
+        if slot is None or not slot.has_min_max or slot.min != slot.max:
+            raise StorageError(f"synthetic images {uri}: row group {group} is not one class; remove the file and invert again")
+        refs.append(
+            ClassRef(
+                file=file, row_group=group, adapter=adapter.min, slot=slot.min, name=name.min, num_images=row_group.num_rows
+            )
+        )
+    return refs
+
+
+def _footer(uri: str) -> pq.FileMetaData:
+    filesystem, path = arrow_filesystem(uri)
+    with _reading(uri):
+        metadata = pq.read_metadata(path, filesystem=filesystem)
+    if not metadata.num_rows or not metadata.schema.to_arrow_schema().equals(_SCHEMA):
+        raise StorageError(f"{uri} is no file of synthetic images; remove it and run `lr-ray invert` again")
+    return metadata
+
+
+@contextmanager
+def _reading(uri: str) -> Iterator[None]:
+    """What goes wrong with a file inside becomes a StorageError."""
+    try:
+        with storage_errors("read", uri):
+            yield
+    except StorageError as error:
+        if isinstance(error.__cause__, pa.ArrowInvalid):
+            raise StorageError(f"synthetic images {uri}: {error.__cause__}; run `lr-ray invert` again") from error
+        raise
+
+
+def _short(value: str | int | None) -> str:
+    return str(value)[:12]
+
+
+def read_classes(root: str, refs: Sequence[ClassRef]) -> list[ClassImages]:
+    """The images of some classes of one file, decoded; nothing else of the file is read.
+
+    Raises:
+        StorageError: unreadable, or not what the footer said.
+    """
+    uri = join(root, refs[0].file)
+    filesystem, path = arrow_filesystem(uri)
+    with _reading(uri), pq.ParquetFile(path, filesystem=filesystem) as file:
+        tables = [file.read_row_group(ref.row_group) for ref in refs]
+    return [_decoded(uri, ref, table) for ref, table in zip(refs, tables, strict=True)]
+
+
+def _decoded(uri: str, ref: ClassRef, table: pa.Table) -> ClassImages:
+    if table.num_rows != ref.num_images or table["class_index"][0].as_py() != ref.slot:
+        raise StorageError(f"synthetic images {uri} changed while they were read; run the same command again")
+    images = [_decode(content) for content in table["image"].combine_chunks().field("bytes")]
+    return ClassImages(
+        name=ref.name,
+        adapter=ref.adapter,
+        slot=ref.slot,
+        images=torch.stack(images),
+        teacher_logits=_logits(table, "teacher_logits"),
+        flipped_logits=_logits(table, "flipped_logits"),
+        patch_order=_patch_order(table),
     )
 
 

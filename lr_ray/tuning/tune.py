@@ -78,7 +78,7 @@ def tune(
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.num_steps)
         order = _batches(len(images), config, generator)
         for chosen in order:
-            pixels, _ = augment(images[chosen], None, config.augmentation, grid_size=(1, 1), generator=generator)
+            pixels, _, _ = augment(images[chosen], None, config.augmentation, grid_size=(1, 1), generator=generator)
             with autocast(backbone.device, config.precision):
                 features = encode(backbone.model, backbone.normalize(pixels)).features
             loss = F.cross_entropy(head(features.float()), labels[chosen].to(backbone.device))

@@ -40,7 +40,7 @@ def augment(
     *,
     grid_size: tuple[int, int],
     generator: torch.Generator,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """A view of every image of a batch; patches to keep follow the mirroring.
 
     Args:
@@ -50,14 +50,14 @@ def augment(
         generator: CPU generator that determines everything drawn.
 
     Returns:
-        (B, 3, H, W) floats in [0, 1] (but for `noise`), and the (B, K) positions in them.
+        (B, 3, H, W) floats in [0, 1] (but for `noise`), the (B, K) positions in them, and (B,) bool: mirrored.
     """
     pixels, mirrored = random_views(images.float().div_(255), config, generator=generator)
     if keep_indices is not None:
         columns = grid_size[1]
         flipped = keep_indices // columns * columns + (columns - 1 - keep_indices % columns)
         keep_indices = torch.where(mirrored[:, None], flipped, keep_indices)
-    return pixels, keep_indices
+    return pixels, keep_indices, mirrored
 
 
 def random_views(pixels: Tensor, config: AugmentationConfig, *, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from lr_ray.fewshot.distill import ScheduleConfig, Student, TrainConfig, distillation_loss, episode_loss
+from lr_ray.fewshot.distill import ScheduleConfig, Student, TrainConfig, batch_loss, distillation_loss, view_episode
 from lr_ray.fewshot.episodes import Episode, EpisodeSampler, EpisodeShape, ImagePool
 from lr_ray.vit.backbone import Backbone
 from lr_ray.vit.lora import LoRAConfig, attach_lora
+from tests.fewshot.pools import classes_of
 
 NO_AUGMENTATION = {"flip": False}
 
@@ -32,17 +33,23 @@ NO_AUGMENTATION = {"flip": False}
     ],
 )
 def test_the_papers_schedule(step: int, expected: float):
-    assert ScheduleConfig().at(step) == pytest.approx(expected, rel=1e-9)
+    assert ScheduleConfig().at(step, 1000) == pytest.approx(expected, rel=1e-9)
 
 
 def test_the_middle_of_the_cosine_is_the_middle_of_the_rates():
     schedule = ScheduleConfig(lowest=1.0, highest=3.0, warmup_steps=10, cosine_steps=20)
-    assert [schedule.at(step) for step in (0, 5, 10, 20, 30)] == pytest.approx([1, 2, 3, 2, 1])
+    assert [schedule.at(step, 40) for step in (0, 5, 10, 20, 30)] == pytest.approx([1, 2, 3, 2, 1])
 
 
 def test_no_warm_up_starts_at_the_top():
     schedule = ScheduleConfig(lowest=1.0, highest=3.0, warmup_steps=0, cosine_steps=2)
-    assert [schedule.at(step) for step in range(4)] == pytest.approx([3, 2, 3, 2])
+    assert [schedule.at(step, 40) for step in range(4)] == pytest.approx([3, 2, 3, 2])
+
+
+def test_one_cycle_lasts_to_the_end():
+    schedule = ScheduleConfig(lowest=1.0, highest=3.0, warmup_steps=10, cosine_steps=None)
+    assert [schedule.at(step, 30) for step in (0, 10, 20, 30 - 1)] == pytest.approx([1, 3, 2, 2 + math.cos(math.pi * 19 / 20)])
+    assert [schedule.at(step, 1010) for step in (5, 510)] == pytest.approx([2, 2])
 
 
 def test_kl_of_two_known_distributions():
@@ -99,6 +106,7 @@ def toy_episode(**changes: Any) -> Episode:
             "query_labels": torch.tensor([0, 1]),
             "keep_indices": None,
             "teacher_logits": None,
+            "flipped_logits": None,
             **changes,
         }
     )
@@ -106,7 +114,8 @@ def toy_episode(**changes: Any) -> Episode:
 
 def loss_of(student: nn.Module, episode: Episode, **changes: Any) -> tuple[Tensor, Tensor]:
     config = TrainConfig(**{"augmentation": NO_AUGMENTATION, "precision": "fp32", **changes})
-    return episode_loss(student, episode, config, grid_size=(4, 4), generator=torch.Generator().manual_seed(0))
+    batch = view_episode(episode, config, grid_size=(4, 4), generator=torch.Generator().manual_seed(0))
+    return batch_loss(student, batch, config)
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
@@ -157,6 +166,23 @@ def test_the_augmentation_is_the_configs():
     assert {pixels[0, 0, 0].item() for pixels in student.seen[0][0]} == {0.0, 1.0}
 
 
+def test_a_mirrored_query_has_the_teachers_logits_of_its_mirror_image():
+    images = torch.zeros(8, 3, 4, 4, dtype=torch.uint8)
+    images[:, :, :, 3] = 255
+    episode = toy_episode(
+        support_images=images[:2],
+        query_images=images,
+        query_labels=torch.arange(2).repeat_interleave(4),
+        teacher_logits=torch.zeros(8, 2),
+        flipped_logits=torch.ones(8, 2),
+    )
+    config = TrainConfig(augmentation={"flip": True})
+    batch = view_episode(episode, config, grid_size=(4, 4), generator=torch.Generator().manual_seed(0))
+    mirrored = batch.pixels[2:, 0, 0, 0] == 1
+    assert 0 < mirrored.sum() < 8
+    assert torch.equal(batch.teacher_logits, mirrored.float()[:, None].expand(-1, 2))
+
+
 @pytest.mark.parametrize("adapter_share", [0.0, 1.0])
 def test_the_loss_of_a_fresh_student_is_the_backbones(
     make_backbone: Callable[[], Backbone], colour_pool: ImagePool, adapter_share: float
@@ -164,7 +190,7 @@ def test_the_loss_of_a_fresh_student_is_the_backbones(
     backbone = make_backbone()
     attach_lora(backbone.model, LoRAConfig(), generator=torch.Generator().manual_seed(0))
     shape = EpisodeShape(n_way=3, n_shot=2, n_query=4)
-    episode = EpisodeSampler(colour_pool, shape, seed=0, adapter_share=adapter_share, keep_ratio=1).draw(0)
+    episode = EpisodeSampler(classes_of(colour_pool), shape, seed=0, adapter_share=adapter_share, keep_ratio=1).draw(0)
     loss, accuracy = loss_of(Student(backbone, "fp32"), episode)
     model = make_backbone().model
     support, queries = (model((images.float() / 255 - 0.5) / 0.5) for images in (episode.support_images, episode.query_images))
@@ -183,7 +209,7 @@ def test_the_loss_of_a_fresh_student_is_the_backbones(
 def test_the_gradient_reaches_the_lora_alone(backbone: Backbone, colour_pool: ImagePool, adapter_share: float):
     attached = attach_lora(backbone.model, LoRAConfig(), generator=torch.Generator().manual_seed(0))
     shape = EpisodeShape(n_way=3, n_shot=1, n_query=4)
-    episode = EpisodeSampler(colour_pool, shape, seed=0, adapter_share=adapter_share, keep_ratio=0.5).draw(0)
+    episode = EpisodeSampler(classes_of(colour_pool), shape, seed=0, adapter_share=adapter_share, keep_ratio=0.5).draw(0)
     student = Student(backbone, "fp32")
     loss, accuracy = loss_of(student, episode, keep_ratio=0.5)
     loss.backward()
@@ -208,8 +234,9 @@ def test_the_student_sees_normalised_pixels_and_the_patches_kept(backbone: Backb
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"episodes_per_step": 3, "num_workers": 2}, "episodes_per_step 3 is no multiple of num_workers 2"),
-        ({"episodes_per_step": 1, "num_workers": 4}, "no multiple of num_workers 4"),
+        ({"episodes_per_step": 3, "num_workers": 4}, "episodes_per_step 3 leaves some of num_workers 4 idle"),
+        ({"episodes_per_step": 4, "num_workers": 2, "min_workers": 3}, "min_workers 3 is more than num_workers 2"),
+        ({"smallest_episode": {"n_way": 6, "n_query": 1}}, "smallest_episode.n_way 6 is more than episode.n_way 5"),
         *(
             ({"keep_ratio": 0.5, "augmentation": {view: 0.2}}, f"does not go with augmentation.{view}")
             for view in ("roll", "affine", "crop")
@@ -230,7 +257,8 @@ def test_settings_that_do_not_go_together_are_refused(wrong: dict[str, Any], mes
 @pytest.mark.parametrize(
     "right",
     [
-        {"episodes_per_step": 4, "num_workers": 2},
+        {"episodes_per_step": 3, "num_workers": 2, "min_workers": 1},
+        {"smallest_episode": {"n_way": 5, "n_query": 7}},
         {"keep_ratio": 0.5, "augmentation": {"blur": 0.5, "colour": 0.2}},
         {"keep_ratio": 1.0, "augmentation": {"crop": 0.2}},
     ],

@@ -8,14 +8,17 @@ from pydantic import ValidationError
 
 from lr_ray.errors import EpisodeError
 from lr_ray.fewshot.episodes import Episode, EpisodeSampler, EpisodeShape, ImagePool, draw_test_episodes
+from tests.fewshot.pools import classes_of
 
 MakePool = Callable[..., ImagePool]
 SHAPE = EpisodeShape(n_way=3, n_shot=2, n_query=3)
 TWO_ADAPTERS = [["a", "b", "c", "d"], ["e", "f", "g"]]
 
 
-def sampler(pool: ImagePool, shape: EpisodeShape = SHAPE, **changes: Any) -> EpisodeSampler:
-    return EpisodeSampler(pool, shape, **{"seed": 0, "adapter_share": 0.5, "keep_ratio": 1.0, **changes})
+def sampler(pool: ImagePool, shape: EpisodeShape = SHAPE, *, synthetic: bool = True, **changes: Any) -> EpisodeSampler:
+    return EpisodeSampler(
+        classes_of(pool, synthetic=synthetic), shape, **{"seed": 0, "adapter_share": 0.5, "keep_ratio": 1.0, **changes}
+    )
 
 
 def picks(episode: Episode) -> tuple[np.ndarray, np.ndarray]:
@@ -78,6 +81,7 @@ def test_an_episode_of_one_adapter_has_its_teachers_logits(make_pool: MakePool):
         slots = pool.slot_of[classes]
         expected = 100.0 * torch.from_numpy(query.reshape(-1, 1)) + torch.from_numpy(slots)
         torch.testing.assert_close(episode.teacher_logits, expected, check_dtype=False)
+        torch.testing.assert_close(episode.flipped_logits, -expected, check_dtype=False)
         adapters.add(adapter)
         slot_orders.add(tuple(slots))
     assert adapters == {0, 1}
@@ -93,7 +97,7 @@ def test_adapters_with_too_few_classes_teach_nothing_alone(make_pool: MakePool):
 
 
 def test_real_images_have_no_teacher(make_pool: MakePool):
-    drawing = sampler(make_pool(TWO_ADAPTERS, synthetic=False), adapter_share=1)
+    drawing = sampler(make_pool(TWO_ADAPTERS), synthetic=False, adapter_share=1)
     assert drawing.draw(0).teacher_logits is None
 
 
@@ -145,7 +149,7 @@ def test_a_shape_that_takes_every_image_can_be_drawn(make_pool: MakePool):
 
 def test_sparse_tokens_need_a_patch_order(make_pool: MakePool):
     with pytest.raises(EpisodeError, match="keep_ratio below 1 needs synthetic images"):
-        sampler(make_pool(TWO_ADAPTERS, synthetic=False), keep_ratio=0.5)
+        sampler(make_pool(TWO_ADAPTERS), synthetic=False, keep_ratio=0.5)
 
 
 def test_a_class_with_too_few_images_is_named(make_pool: MakePool):
@@ -171,6 +175,20 @@ def test_too_few_distinct_names(make_pool: MakePool):
 def test_an_empty_pool(make_pool: MakePool, adapter_share: float, message: str):
     with pytest.raises(EpisodeError, match=message):
         sampler(make_pool([]), adapter_share=adapter_share)
+
+
+def test_way_shot_and_queries_vary_between_the_smallest_and_the_largest(make_pool: MakePool):
+    smallest, largest = EpisodeShape(n_way=2, n_shot=1, n_query=1), EpisodeShape(n_way=3, n_shot=2, n_query=4)
+    drawing = sampler(make_pool(TWO_ADAPTERS), largest, smallest=smallest)
+    found = set()
+    for index in range(200):
+        episode = drawing.draw(index)
+        support, query = picks(episode)
+        assert len(episode.query_labels) == query.size
+        assert episode.teacher_logits is None or episode.teacher_logits.shape == (query.size, episode.n_way)
+        found.add((episode.n_way, support.shape[1], query.shape[1]))
+    assert found == {(way, shot, query) for way in (2, 3) for shot in (1, 2) for query in (1, 2, 3, 4)}
+    assert same(drawing.draw(7), sampler(make_pool(TWO_ADAPTERS), largest, smallest=smallest).draw(7))
 
 
 @pytest.mark.parametrize("wrong", [{"n_way": 1}, {"n_shot": 0}, {"n_query": 0}, {"n_ways": 5}])

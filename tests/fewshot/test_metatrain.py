@@ -7,18 +7,19 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from lr_ray.errors import EpisodeError
-from lr_ray.fewshot.distill import TrainConfig, episode_loss
-from lr_ray.fewshot.episodes import Episode, EpisodeSampler, EpisodeShape, ImagePool, draw_test_episodes
+from lr_ray.fewshot.distill import TrainConfig
+from lr_ray.fewshot.episodes import EpisodeShape, ImagePool, draw_test_episodes
 from lr_ray.fewshot.evaluate import episode_accuracies
-from lr_ray.fewshot.metatrain import MetaTrainer, Validation, best_modules
+from lr_ray.fewshot.metatrain import MetaTrainer, Validation, kept_modules
 from lr_ray.fewshot.relations import RelationTargets
+from lr_ray.fewshot.stream import BatchMaker, ClassBuffer, ClassSchedule, distinct_names, episode_numbers
 from lr_ray.vit.backbone import Backbone
 from lr_ray.vit.lora import LoRAConfig, detach_lora, extract_lora
 from lr_ray.vit.tokens import encode
+from tests.fewshot.pools import classes_of, refs_of
 
 MakeBackbone = Callable[[], Backbone]
 MODULES = ["blocks.0.attn.qkv", "blocks.1.attn.qkv"]
@@ -38,8 +39,39 @@ def config(**changes: Any) -> TrainConfig:
     )
 
 
-def trainer(backbone: Backbone, pool: ImagePool, settings: TrainConfig, **arguments: Any) -> MetaTrainer:
-    return MetaTrainer(backbone, pool, settings, **{"seed": 3, **arguments})
+def maker(pool: ImagePool, settings: TrainConfig, *, seed: int = 3, relations: RelationTargets | None = None) -> BatchMaker:
+    """Of batches from a pool that is all in memory."""
+    refs, images = refs_of(pool), dict(zip(refs_of(pool), classes_of(pool), strict=True))
+    schedule = ClassSchedule(refs, settings, seed=seed)
+    buffer = ClassBuffer(schedule, lambda shelves: [[images[ref] for ref in shelf] for shelf in shelves])
+    return BatchMaker(refs, buffer, settings, seed=seed, grid_size=(4, 4), relations=relations)
+
+
+class Training(MetaTrainer):
+    """That draws its own batches."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        pool: ImagePool,
+        settings: TrainConfig,
+        *,
+        seed: int,
+        rank: int = 0,
+        relations: RelationTargets | None = None,
+        **arguments: Any,
+    ) -> None:
+        self._maker, self._rank = maker(pool, settings, seed=seed, relations=relations), rank
+        num_classes = len(distinct_names(refs_of(pool)))
+        super().__init__(backbone, settings, seed=seed, num_classes=num_classes, **arguments)
+
+    def run_step(self) -> dict[str, float]:
+        numbers = episode_numbers(self.step, self._config, rank=self._rank, world_size=self._world_size)
+        return super().run_step([self._maker.draw(number) for number in numbers])
+
+
+def trainer(backbone: Backbone, pool: ImagePool, settings: TrainConfig, **arguments: Any) -> Training:
+    return Training(backbone, pool, settings, **{"seed": 3, **arguments})
 
 
 def weights(of: MetaTrainer) -> dict[str, Tensor]:
@@ -76,36 +108,6 @@ def test_relations_alone_teach_the_classes(backbone: Backbone, colour_pool: Imag
     losses = [training.run_step()["loss"] for _ in range(60)]
     assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:10])
     assert training.validate() > before + 0.05
-
-
-def test_relations_take_the_place_of_their_share_of_the_episodes(
-    make_backbone: MakeBackbone, colour_pool: ImagePool, monkeypatch: pytest.MonkeyPatch
-):
-    calls: list[str] = []
-
-    def stand_in(name: str) -> Callable[..., tuple[Tensor, Tensor]]:
-        def loss(features: Tensor, *_arguments: Any, **_options: Any) -> tuple[Tensor, Tensor]:
-            calls.append(name)
-            return torch.zeros((), requires_grad=True), torch.zeros(())
-
-        return loss
-
-    monkeypatch.setattr("lr_ray.fewshot.metatrain.relation_loss", stand_in("relations"))
-    monkeypatch.setattr("lr_ray.fewshot.metatrain.episode_loss", stand_in("episode"))
-    for share, least, most in ((0.0, 0, 0), (0.25, 15, 37), (1.0, 100, 100)):
-        calls.clear()
-        settings = config(relations={"share": share, "batch_size": 6})
-        training = trainer(make_backbone(), colour_pool, settings, relations=relations_of(colour_pool))
-        for _ in range(100):
-            training.run_step()
-        assert len(calls) == 100
-        assert least <= calls.count("relations") <= most
-
-
-def test_fewer_views_than_a_batch_of_relations(backbone: Backbone, colour_pool: ImagePool):
-    settings = config(relations={"share": 1.0, "batch_size": 73})
-    with pytest.raises(EpisodeError, match="batch_size 73: there are 72 views; lower it"):
-        trainer(backbone, colour_pool, settings, relations=relations_of(colour_pool))
 
 
 def test_metrics_of_a_step_are_in_the_history(backbone: Backbone, colour_pool: ImagePool):
@@ -160,7 +162,7 @@ def test_going_on_from_a_state_is_bitwise_the_same(make_backbone: MakeBackbone, 
     resumed.validate()
     (found, found_facts), (expected, expected_facts) = resumed.state(), whole.state()
     assert found.keys() == expected.keys()
-    assert {name.split("/")[0] for name in found} == {"weights", "best", "optimizer"}
+    assert {name.split("/")[0] for name in found} == {"weights", "best", "last", "optimizer"}
     for name, value in expected.items():
         assert torch.equal(found[name], value), name
     assert found_facts == expected_facts
@@ -213,31 +215,6 @@ def test_two_workers_equal_one_with_all_episodes(make_backbone: MakeBackbone, co
     assert largest_difference(start, weights(alone)) > 1e-2
 
 
-def test_every_episode_is_drawn_once_and_augmented_anew(
-    make_backbone: MakeBackbone, colour_pool: ImagePool, monkeypatch: pytest.MonkeyPatch
-):
-    drawn, seeds = [], set()
-    draw, loss = EpisodeSampler.draw, episode_loss
-
-    def recorded_draw(self: EpisodeSampler, index: int) -> Episode:
-        drawn.append(index)
-        return draw(self, index)
-
-    def recorded_loss(*arguments: Any, generator: torch.Generator, **more: Any) -> tuple[Tensor, Tensor]:
-        seeds.add(generator.initial_seed())
-        return loss(*arguments, generator=generator, **more)
-
-    monkeypatch.setattr(EpisodeSampler, "draw", recorded_draw)
-    monkeypatch.setattr("lr_ray.fewshot.metatrain.episode_loss", recorded_loss)
-    settings = config(episodes_per_step=4, num_workers=2)
-    for rank in range(2):
-        worker = trainer(make_backbone(), colour_pool, settings, rank=rank, world_size=2)
-        for _ in range(3):
-            worker.run_step()
-    assert sorted(drawn) == list(range(12))
-    assert len(seeds) == 12
-
-
 def test_other_seeds_draw_other_episodes(make_backbone: MakeBackbone, colour_pool: ImagePool):
     losses = {trainer(make_backbone(), colour_pool, config(), seed=seed).run_step()["loss"] for seed in range(3)}
     assert len(losses) == 3
@@ -281,7 +258,7 @@ def test_the_best_weights_are_those_of_the_best_validation(
 
     other = make_backbone()
     before = dict(other.model.named_parameters())
-    found = best_modules(other, config().lora, tensors)
+    found = kept_modules(other, config().lora, tensors, which="best")
     assert list(found) == MODULES
     for name, low_rank in lora_at_best.items():
         assert torch.equal(found[name].a, low_rank.a)
@@ -292,6 +269,51 @@ def test_the_best_weights_are_those_of_the_best_validation(
     assert after.keys() == before.keys()
     assert all(after[name] is before[name] for name in before)
     assert largest_difference(dict(make_backbone().model.named_parameters()), after) == 0
+
+
+def test_the_average_follows_the_weights_and_takes_their_place(make_backbone: MakeBackbone, colour_pool: ImagePool):
+    settings = config(ema=0.75)
+    plain, training = (trainer(make_backbone(), colour_pool, each) for each in (config(), settings))
+    expected = {name: value.clone() for name, value in training._snapshot().items()}
+    for _ in range(4):
+        plain.run_step()
+        training.run_step()
+        expected = {name: 0.75 * value + 0.25 * training._snapshot()[name] for name, value in expected.items()}
+    training.validate()
+    tensors, facts = training.state()
+    assert largest_difference(weights(plain), weights(training)) == 0
+    for name, value in expected.items():
+        torch.testing.assert_close(tensors[f"best/{name}"], value)
+        torch.testing.assert_close(tensors[f"last/{name}"], value)
+    resumed = trainer(make_backbone(), colour_pool, settings)
+    resumed.load_state(tensors, facts)
+    for each in (training, resumed):
+        each.run_step()
+    assert all(torch.equal(value, resumed.state()[0][name]) for name, value in training.state()[0].items())
+
+
+def test_the_average_is_what_is_validated(make_backbone: MakeBackbone, colour_pool: ImagePool):
+    training = trainer(make_backbone(), colour_pool, config(ema=0.999), validation=validation(colour_pool))
+    start = training.validate()
+    for _ in range(60):
+        training.run_step()
+    assert training.validate() == pytest.approx(start, abs=0.05), "it has hardly moved"
+    training._average = {}
+    assert training.validate() > start + 0.1
+
+
+def test_patience_ends_a_training_that_finds_nothing_better(
+    backbone: Backbone, colour_pool: ImagePool, monkeypatch: pytest.MonkeyPatch
+):
+    accuracies = iter([0.5, 0.9, 0.9, 0.7, 0.8])
+    monkeypatch.setattr("lr_ray.fewshot.metatrain.episode_accuracies", lambda *_: np.array([next(accuracies)] * 2))
+    settings = config(patience=2, validate_every=3, num_steps=100)
+    training = trainer(backbone, colour_pool, settings, validation=validation(colour_pool))
+    while not training.finished:
+        training.run_step()
+        if training.step % 3 == 0:
+            training.validate()
+    assert (training.step, training.best_step) == (12, 6)
 
 
 def test_without_validation_the_last_weights_are_the_best(backbone: Backbone, colour_pool: ImagePool):
@@ -376,12 +398,6 @@ def test_a_fresh_student_is_the_backbone(make_backbone: MakeBackbone, colour_poo
     torch.testing.assert_close(found, features_with(make_backbone(), {}, colour_pool.images[:4]))
 
 
-def test_a_pool_too_small_is_refused_before_the_backbone_is_touched(backbone: Backbone, colour_pool: ImagePool):
-    with pytest.raises(EpisodeError):
-        trainer(backbone, colour_pool, config(episode={"n_way": 4, "n_shot": 1, "n_query": 4}))
-    assert all(isinstance(backbone.model.get_submodule(name), nn.Linear) for name in MODULES)
-
-
 def test_joint_supervision_learns_the_classes_and_throws_its_classifier_away(
     backbone: Backbone, colour_pool: ImagePool, make_backbone: MakeBackbone
 ):
@@ -392,7 +408,7 @@ def test_joint_supervision_learns_the_classes_and_throws_its_classifier_away(
     assert np.mean([m["loss"] for m in metrics[-10:]]) < 0.7 * metrics[0]["loss"]
     assert metrics[0]["loss"] == pytest.approx(np.log(6), abs=1e-5), "six classes, and a classifier that starts from zero"
     assert training.validate() > before
-    assert set(best_modules(make_backbone(), settings.lora, training.state()[0])) == set(MODULES)
+    assert set(kept_modules(make_backbone(), settings.lora, training.state()[0], which="last")) == set(MODULES)
 
 
 def test_joint_supervision_counts_classes_of_one_name_as_one(make_backbone: MakeBackbone, colour_pool: ImagePool):

@@ -91,7 +91,7 @@ def test_views_are_the_augmented_images_in_turn():
     assert views.dtype == torch.uint8
     generator = torch.Generator().manual_seed(7)
     for part in views.split(5):
-        expected, _ = augment(images(), None, config, grid_size=(4, 4), generator=generator)
+        expected, _, _ = augment(images(), None, config, grid_size=(4, 4), generator=generator)
         torch.testing.assert_close(part.float() / 255, expected, atol=0.5 / 255 + 1e-6, rtol=0)
     assert not torch.equal(views[:5], views[5:10])
     assert torch.equal(views, draw_views(images(), None, config, views_per_image=3, grid_size=(4, 4), seed=7)[0])

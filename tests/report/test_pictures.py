@@ -48,6 +48,7 @@ def pool_of(class_names: Sequence[str], adapter_of: Sequence[int], *, per_class:
         adapter_of=np.array(adapter_of),
         slot_of=np.zeros(len(class_names), int),
         teacher_logits=torch.zeros(count, 1),
+        flipped_logits=torch.zeros(count, 1),
         patch_order=torch.stack([torch.randperm(4) for _ in range(count)]),
     )
 
@@ -129,13 +130,14 @@ def test_a_contact_sheet_shows_at_most_so_many_adapters():
 
 
 def pool_of_first_adapter(pool: ImagePool) -> ImagePool:
-    assert pool.patch_order is not None
     return ImagePool(
         images=pool.images[:2],
         class_of=pool.class_of[:2],
         class_names=pool.class_names[:1],
         adapter_of=pool.adapter_of[:1],
         slot_of=pool.slot_of[:1],
+        teacher_logits=pool.teacher_logits[:2],
+        flipped_logits=pool.flipped_logits[:2],
         patch_order=pool.patch_order[:2],
     )
 

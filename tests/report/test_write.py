@@ -34,7 +34,11 @@ class Listening(Reporter):
 def add(root: Path, adapter_id: str, *, seed: int) -> None:
     spec = spec_of(adapter_id, ("lion", "lynx"))
     write_synthetic(
-        str(root / "synthetic" / synthetic_name(adapter_id, "0123456789ab")), draw(2, 2, seed=seed), spec, seed=seed
+        str(root / "synthetic" / synthetic_name(adapter_id, "0123456789ab")),
+        draw(2, 2, seed=seed),
+        spec,
+        seed=seed,
+        identity={},
     )
 
 

@@ -19,7 +19,7 @@ from lr_ray.runtime.relations import relation_targets, see_with_every_adapter
 from lr_ray.runtime.training import train_meta_lora
 from lr_ray.runtime.tuning import tune_library
 from lr_ray.storage.adapters import list_adapters, read_adapter
-from lr_ray.storage.synthetic import list_synthetic, read_pool
+from lr_ray.storage.synthetic import list_synthetic
 from lr_ray.vit.backbone import load_backbone
 from tests.jobs import QUIET, changed, kill_worker, snapshot
 
@@ -138,9 +138,8 @@ def test_features_of_every_adapter_are_committed_once(inverted: ExperimentConfig
     after = snapshot(f"{inverted.output_root}/relations")
     assert {name: content for name, (_, content) in after.items()} == {name: content for name, (_, content) in before.items()}
     assert after[first] == before[first]
-    backbone = load_backbone(inverted.backbone)
-    pool = read_pool(inverted.synthetic_root, files)
-    targets = relation_targets(inverted, pool, [first, *others], backbone)
+    grid_size = load_backbone(inverted.backbone).model.patch_embed.grid_size
+    targets = relation_targets(inverted, files, [first, *others], grid_size)
     assert len(targets.images) == len(targets.features) == 2 * 3 * 3 * 4
     assert targets.keep_indices is not None
     concatenated = torch.cat([directions(load_file(uri)["features"].float()) for uri in (first, *others)], dim=1)
@@ -149,7 +148,7 @@ def test_features_of_every_adapter_are_committed_once(inverted: ExperimentConfig
 
     Path(first).write_bytes(b"damaged")
     with pytest.raises(StorageError, match=r"features .*damaged.*delete the file"):
-        relation_targets(inverted, pool, [first, *others], backbone)
+        relation_targets(inverted, files, [first, *others], grid_size)
 
 
 def test_errors_before_and_inside_training(inverted: ExperimentConfig) -> None:

@@ -13,11 +13,22 @@ from PIL import Image
 from lr_ray.data.images import DataConfig
 from lr_ray.data.load import load_data
 from lr_ray.errors import StorageError
+from lr_ray.fewshot.episodes import ClassRef
 from lr_ray.inversion.invert import SyntheticImages
-from lr_ray.storage.synthetic import adapter_id_of, count_images, list_synthetic, read_pool, synthetic_name, write_synthetic
+from lr_ray.storage.synthetic import (
+    adapter_id_of,
+    count_images,
+    list_synthetic,
+    read_classes,
+    read_index,
+    read_pool,
+    synthetic_name,
+    write_synthetic,
+)
 from lr_ray.vit.lora import AdapterSpec
 
 NUM_PATCHES = 4
+IDENTITY = {"digest": "of the backbone", "image_px": 8}
 
 
 def spec_of(adapter_id: str, class_names: tuple[str, ...]) -> AdapterSpec:
@@ -35,6 +46,7 @@ def draw(num_classes: int, per_class: int, *, side_px: int = 8, seed: int = 0) -
         labels=torch.arange(num_classes).repeat_interleave(per_class),
         patch_order=torch.stack([torch.randperm(NUM_PATCHES, generator=generator) for _ in range(count)]),
         teacher_logits=torch.arange(count)[:, None] + torch.arange(num_classes) / 8,
+        flipped_logits=-torch.arange(count)[:, None] - torch.arange(num_classes) / 8,
         loss_ce=torch.rand(count, generator=generator),
         loss_prior=torch.rand(count, generator=generator),
     )
@@ -47,8 +59,8 @@ DOGS, DOG_SPEC = draw(2, 4, seed=2), spec_of("dogs", ("wolf", "lynx"))
 @pytest.fixture
 def root(tmp_path: Path) -> str:
     """Two adapters, of three classes and of two."""
-    write_synthetic(str(tmp_path / "cats.parquet"), CATS, CAT_SPEC, seed=5)
-    write_synthetic(str(tmp_path / "dogs.parquet"), DOGS, DOG_SPEC, seed=6)
+    write_synthetic(str(tmp_path / "cats.parquet"), CATS, CAT_SPEC, seed=5, identity=IDENTITY)
+    write_synthetic(str(tmp_path / "dogs.parquet"), DOGS, DOG_SPEC, seed=6, identity=IDENTITY)
     return str(tmp_path)
 
 
@@ -67,6 +79,7 @@ def test_the_schema(root: str):
         "image": "struct<bytes: binary, path: string>",
         "patch_order": "list<item: uint16>",
         "teacher_logits": "list<item: halffloat>",
+        "flipped_logits": "list<item: halffloat>",
         "seed": "int64",
         "loss_ce": "float",
         "loss_prior": "float",
@@ -83,6 +96,7 @@ def test_the_rows(root: str):
     assert [row["seed"] for row in rows] == [5] * 6
     assert [row["patch_order"] for row in rows] == CATS.patch_order.tolist()
     assert [row["teacher_logits"] for row in rows] == CATS.teacher_logits.tolist()
+    assert [row["flipped_logits"] for row in rows] == CATS.flipped_logits.tolist()
     assert [row["loss_ce"] for row in rows] == CATS.loss_ce.tolist()
     assert [row["loss_prior"] for row in rows] == CATS.loss_prior.tolist()
     assert len({row["image"]["path"] for row in rows}) == 6
@@ -104,9 +118,9 @@ def test_a_row_group_is_a_class(root: str):
 
 def test_a_row_group_holds_a_whole_class_whatever_the_order_of_the_images(tmp_path: Path):
     order = torch.tensor([5, 0, 2, 4, 1, 3])
-    fields = ("images", "labels", "patch_order", "teacher_logits", "loss_ce", "loss_prior")
+    fields = ("images", "labels", "patch_order", "teacher_logits", "flipped_logits", "loss_ce", "loss_prior")
     shuffled = replace(CATS, **{name: getattr(CATS, name)[order] for name in fields})
-    write_synthetic(str(tmp_path / "a.parquet"), shuffled, CAT_SPEC, seed=5)
+    write_synthetic(str(tmp_path / "a.parquet"), shuffled, CAT_SPEC, seed=5, identity=IDENTITY)
     file = pq.ParquetFile(tmp_path / "a.parquet")
     groups = [file.read_row_group(i).to_pylist() for i in range(file.num_row_groups)]
     assert [[row["class_index"] for row in group] for group in groups] == [[2, 2], [0, 0], [1, 1]]
@@ -125,7 +139,7 @@ def test_synthetic_images_can_be_read_as_labelled_images(root: str):
 
 
 def test_the_same_twice_is_the_same_bytes(root: str, tmp_path: Path):
-    write_synthetic(str(tmp_path / "again" / "cats.parquet"), CATS, CAT_SPEC, seed=5)
+    write_synthetic(str(tmp_path / "again" / "cats.parquet"), CATS, CAT_SPEC, seed=5, identity=IDENTITY)
     assert (tmp_path / "again" / "cats.parquet").read_bytes() == (tmp_path / "cats.parquet").read_bytes()
 
 
@@ -137,12 +151,11 @@ def test_a_pool_of_adapters_with_different_numbers_of_classes(root: str):
     assert pool.class_names == ("lion", "tiger", "lynx", "wolf", "lynx")
     assert pool.adapter_of.tolist() == [0, 0, 0, 1, 1]
     assert pool.slot_of.tolist() == [0, 1, 2, 0, 1]
-    assert pool.teacher_logits is not None
     assert pool.teacher_logits.dtype == torch.float32
     assert torch.equal(pool.teacher_logits[:6], CATS.teacher_logits)
     assert torch.equal(pool.teacher_logits[6:, :2], DOGS.teacher_logits)
     assert (pool.teacher_logits[6:, 2] == 0).all()
-    assert pool.patch_order is not None
+    assert torch.equal(pool.flipped_logits, -pool.teacher_logits)
     assert pool.patch_order.dtype == torch.int64
     assert torch.equal(pool.patch_order, torch.cat([CATS.patch_order, DOGS.patch_order]))
 
@@ -157,12 +170,13 @@ def test_a_pool_follows_the_order_of_the_files(root: str):
 def test_a_pool_of_one_file(root: str):
     pool = read_pool(root, ["dogs.parquet"])
     assert pool.class_of.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
-    assert pool.teacher_logits is not None
     assert pool.teacher_logits.shape == (8, 2)
 
 
 def test_images_of_different_sizes(root: str):
-    write_synthetic(f"{root}/birds.parquet", draw(2, 1, side_px=6), spec_of("birds", ("owl", "hawk")), seed=0)
+    write_synthetic(
+        f"{root}/birds.parquet", draw(2, 1, side_px=6), spec_of("birds", ("owl", "hawk")), seed=0, identity=IDENTITY
+    )
     with pytest.raises(StorageError, match=r"different sizes \[\(3, 6, 6\), \(3, 8, 8\)\]; invert all at one image_px"):
         read_pool(root, ["cats.parquet", "birds.parquet"])
 
@@ -173,6 +187,8 @@ def test_a_truncated_file_is_named(root: str, size: int):
     path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(StorageError, match=rf"synthetic images {path}: .*run `lr-ray invert` again"):
         read_pool(root, ["dogs.parquet", "cats.parquet"])
+    with pytest.raises(StorageError, match=rf"synthetic images {path}: .*run `lr-ray invert` again"):
+        read_index(root, ["dogs.parquet", "cats.parquet"], IDENTITY)
 
 
 @pytest.mark.parametrize(
@@ -189,11 +205,77 @@ def test_a_file_that_is_not_of_synthetic_images_is_named(root: str, table: pa.Ta
     pq.write_table(table, f"{root}/other.parquet")
     with pytest.raises(StorageError, match=rf"{root}/other\.parquet.*run `lr-ray invert` again"):
         read_pool(root, ["cats.parquet", "other.parquet"])
+    with pytest.raises(StorageError, match=rf"{root}/other\.parquet.*run `lr-ray invert` again"):
+        read_index(root, ["cats.parquet", "other.parquet"], IDENTITY)
 
 
 def test_a_missing_file(root: str):
     with pytest.raises(StorageError, match=r"cannot read .*birds\.parquet"):
         read_pool(root, ["birds.parquet"])
+
+
+def test_the_index_tells_every_class_from_the_footers(root: str, monkeypatch: pytest.MonkeyPatch):
+    index = read_index(root, ["dogs.parquet", "cats.parquet"], IDENTITY)
+    assert [(ref.file, ref.adapter, ref.slot, ref.name, ref.num_images) for ref in index] == [
+        ("dogs.parquet", "dogs", 0, "wolf", 4),
+        ("dogs.parquet", "dogs", 1, "lynx", 4),
+        ("cats.parquet", "cats", 0, "lion", 2),
+        ("cats.parquet", "cats", 1, "tiger", 2),
+        ("cats.parquet", "cats", 2, "lynx", 2),
+    ]
+
+
+def test_classes_of_an_adapter_in_several_files_come_in_their_order(tmp_path: Path):
+    birds = spec_of("birds", ("owl", "hawk", "crow"))
+    whole = draw(3, 2, seed=4)
+    for name, chosen in (("birds-b.parquet", [4, 5]), ("birds-a.parquet", [0, 1, 2, 3])):
+        fields = ("images", "labels", "patch_order", "teacher_logits", "flipped_logits", "loss_ce", "loss_prior")
+        part = replace(whole, **{field: getattr(whole, field)[chosen] for field in fields})
+        write_synthetic(str(tmp_path / name), part, birds, seed=5, identity=IDENTITY)
+    files = ["birds-b.parquet", "birds-a.parquet"]
+    index = read_index(str(tmp_path), files, IDENTITY)
+    assert [(ref.slot, ref.file) for ref in index] == [(0, files[1]), (1, files[1]), (2, files[0])]
+    assert [ref.name for ref in index] == list(read_pool(str(tmp_path), files).class_names)
+
+
+def test_classes_are_read_by_themselves(root: str):
+    index = read_index(root, ["cats.parquet"], IDENTITY)
+    lynx, lion = read_classes(root, [index[2], index[0]])
+    assert torch.equal(lynx.images, CATS.images[4:])
+    assert torch.equal(lynx.teacher_logits, CATS.teacher_logits[4:])
+    assert torch.equal(lynx.flipped_logits, CATS.flipped_logits[4:])
+    assert torch.equal(lynx.patch_order, CATS.patch_order[4:])
+    assert (lynx.name, lynx.adapter, lynx.slot, lynx.num_images) == ("lynx", "cats", 2, 2)
+    assert torch.equal(lion.images, CATS.images[:2])
+
+
+@pytest.mark.parametrize(
+    ("identity", "message"),
+    [
+        ({"digest": "another", "image_px": 8}, "of digest of the backb, but the config's has another"),
+        ({"digest": "of the backbone", "image_px": 16}, "of image_px 8, but the config's has 16"),
+    ],
+)
+def test_images_of_another_backbone_or_size_are_refused(root: str, identity: dict[str, str | int], message: str):
+    with pytest.raises(StorageError, match=rf"cats.parquet were made with a backbone {message}; correct the config's"):
+        read_index(root, ["cats.parquet"], identity)
+
+
+def test_an_index_that_is_not_true_any_more(root: str):
+    (first, *_) = read_index(root, ["cats.parquet"], IDENTITY)
+    wrong = ClassRef(file=first.file, row_group=0, adapter="cats", slot=0, name="lion", num_images=3)
+    with pytest.raises(StorageError, match="changed while they were read; run the same command again"):
+        read_classes(root, [wrong])
+    Path(root, "cats.parquet").write_bytes(b"PAR1")
+    with pytest.raises(StorageError, match=r"synthetic images .*cats.parquet: .*run `lr-ray invert` again"):
+        read_classes(root, [first])
+
+
+def test_a_row_group_of_two_classes_is_refused(root: str):
+    table = pq.read_table(f"{root}/cats.parquet")
+    pq.write_table(table, f"{root}/cats.parquet")
+    with pytest.raises(StorageError, match="row group 0 is not one class; remove the file and invert again"):
+        read_index(root, ["cats.parquet"], IDENTITY)
 
 
 def test_the_files_of_a_set(root: str):

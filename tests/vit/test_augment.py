@@ -33,7 +33,7 @@ def test_uint8_comes_out_as_floats_from_0_to_1(config, content, seed):
         content, torch.zeros_like(random_images())
     )
     before = images.clone()
-    pixels, keep_indices = augment(images, None, AugmentationConfig(**config), grid_size=(4, 4), generator=seeded(seed))
+    pixels, keep_indices, _ = augment(images, None, AugmentationConfig(**config), grid_size=(4, 4), generator=seeded(seed))
     assert pixels.dtype == torch.float32
     assert pixels.shape == images.shape
     assert pixels.min() >= 0
@@ -44,7 +44,7 @@ def test_uint8_comes_out_as_floats_from_0_to_1(config, content, seed):
 
 def test_with_everything_off_the_images_are_only_scaled():
     images, keep_indices = random_images(), torch.arange(8).expand(16, -1)
-    pixels, kept = augment(images, keep_indices, AugmentationConfig(**OFF), grid_size=(4, 4), generator=seeded())
+    pixels, kept, _ = augment(images, keep_indices, AugmentationConfig(**OFF), grid_size=(4, 4), generator=seeded())
     assert torch.equal(pixels, images / 255)
     assert torch.equal(kept, keep_indices)
 
@@ -53,7 +53,7 @@ def test_with_everything_off_the_images_are_only_scaled():
 def test_each_option_alone_changes_the_images(option):
     images = random_images()
     config = AugmentationConfig(**{**OFF, option: ON[option]})
-    pixels, _ = augment(images, None, config, grid_size=(4, 4), generator=seeded())
+    pixels, _, _ = augment(images, None, config, grid_size=(4, 4), generator=seeded())
     assert (pixels - images / 255).abs().max() > 0.05
 
 
@@ -63,7 +63,7 @@ def test_the_same_content_is_kept_after_mirroring(rows, columns):
     generator = seeded(1)
     keep_indices = torch.stack([torch.randperm(rows * columns, generator=generator)[:3] for _ in range(32)])
     config = AugmentationConfig(**{**OFF, "flip": True})
-    pixels, kept = augment(images, keep_indices, config, grid_size=(rows, columns), generator=seeded(2))
+    pixels, kept, _ = augment(images, keep_indices, config, grid_size=(rows, columns), generator=seeded(2))
     mirrored = 0
     for index in range(32):
         original = images[index] / 255
@@ -83,7 +83,7 @@ def test_a_crop_shows_a_window_within_the_image_of_at_least_the_stated_side(vert
     ramp = torch.arange(64, dtype=torch.uint8).expand(64, 3, 64, 64)
     ramp = ramp.transpose(2, 3) if vertical else ramp
     config = AugmentationConfig(**{**OFF, "crop": 0.4})
-    pixels, _ = augment(ramp, None, config, grid_size=(4, 4), generator=seeded(3))
+    pixels, _, _ = augment(ramp, None, config, grid_size=(4, 4), generator=seeded(3))
     pixels = pixels.transpose(2, 3) if vertical else pixels
     assert torch.allclose(pixels, pixels[:, :1, :1], atol=1e-5), "the same window in every channel, and no shear"
     left, right = pixels[:, 0, 0, 16] * 255, pixels[:, 0, 0, 48] * 255
@@ -101,17 +101,17 @@ def test_a_crop_shows_a_window_within_the_image_of_at_least_the_stated_side(vert
 def test_blur_keeps_flat_images_and_calms_noisy_ones():
     config = AugmentationConfig(**{**OFF, "blur": 1.0})
     flat = torch.full((4, 3, 32, 32), 77, dtype=torch.uint8)
-    blurred, _ = augment(flat, None, config, grid_size=(4, 4), generator=seeded())
+    blurred, _, _ = augment(flat, None, config, grid_size=(4, 4), generator=seeded())
     torch.testing.assert_close(blurred, flat / 255)
     noisy = random_images()
-    blurred, _ = augment(noisy, None, config, grid_size=(4, 4), generator=seeded())
+    blurred, _, _ = augment(noisy, None, config, grid_size=(4, 4), generator=seeded())
     assert (blurred.std(dim=(1, 2, 3)) < (noisy / 255).std(dim=(1, 2, 3))).all()
 
 
 def test_blur_strikes_with_its_probability():
     images = random_images(200)
     config = AugmentationConfig(**{**OFF, "blur": 0.25})
-    pixels, _ = augment(images, None, config, grid_size=(1, 1), generator=seeded(1))
+    pixels, _, _ = augment(images, None, config, grid_size=(1, 1), generator=seeded(1))
     struck = int((pixels != images / 255).flatten(1).any(dim=1).sum())
     assert 30 <= struck <= 70
 

@@ -1,0 +1,110 @@
+"""Ray Train's worker: restore, then step, validate, report, until the training is finished."""
+
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from lr_ray.errors import LrRayError, StorageError
+from lr_ray.fewshot.metatrain import MetaTrainer
+from lr_ray.fewshot.stream import distinct_names
+from lr_ray.runtime.stream import stream_batches
+from lr_ray.runtime.training_job import TrainingJob, validation_of
+from lr_ray.storage.adapters import read_adapters
+from lr_ray.storage.filesystem import join, storage_errors
+from lr_ray.vit.backbone import load_backbone
+from lr_ray.vit.lora import average_deltas
+
+
+def train_loop_per_worker(arguments: dict[str, Any]) -> None:
+    """Ray Train's entry; an error that trying again cannot mend goes to the driver, and the run ends."""
+    try:
+        _train(arguments["job"], arguments["steps"])
+    except LrRayError as error:
+        arguments["steps"].put(error)
+
+
+def _train(job: TrainingJob, steps: Any) -> None:
+    import ray.train
+    from ray.train.torch import get_device, prepare_model
+
+    torch.set_num_threads(job.config.ray.cpus_per_trainer)
+    context = ray.train.get_context()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    trainer = MetaTrainer(
+        load_backbone(job.config.backbone, device=get_device()),
+        job.training,
+        seed=job.config.seed,
+        num_classes=len(distinct_names(job.refs)),
+        start_deltas=_start(job),
+        validation=validation_of(job) if rank == 0 else None,
+        world_size=world_size,
+        wrap=prepare_model,
+    )
+    if (checkpoint := ray.train.get_checkpoint()) is not None:
+        trainer.load_state(*read_checkpoint(job, checkpoint))
+    batches = stream_batches(job, start=trainer.step, rank=rank, world_size=world_size)
+    began = waited = 0.0
+    while not trainer.finished:
+        asked = time.perf_counter()
+        drawn = next(batches)
+        began = began or time.perf_counter()  # the first ones are waited for while the stream starts
+        waited += max(0.0, time.perf_counter() - max(asked, began))
+        metrics = trainer.run_step(drawn)
+        if trainer.step % job.training.validate_every == 0 or trainer.step == job.training.num_steps:
+            _validate_and_report(job, trainer, metrics, rank=rank, world_size=world_size)
+        if rank == 0:
+            steps.put(metrics | {"waiting_for_images": waited / (time.perf_counter() - began)})
+    batches.close()
+
+
+def _validate_and_report(
+    job: TrainingJob, trainer: MetaTrainer, metrics: dict[str, float], *, rank: int, world_size: int
+) -> None:
+    """The first worker validates and writes the checkpoint; the others learn from it which step is the best."""
+    import ray.train
+    from ray.train import Checkpoint
+    from ray.train.collective import broadcast_from_rank_zero
+
+    with tempfile.TemporaryDirectory() as folder:
+        if rank == 0:
+            accuracy = trainer.validate()
+            metrics |= {} if accuracy is None else {"validation_accuracy": accuracy}
+            _write_checkpoint(trainer, Path(folder))
+        if world_size > 1:
+            trainer.best_step = broadcast_from_rank_zero(trainer.best_step)
+        with storage_errors("write a checkpoint to", checkpoints_of(job)):
+            ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder) if rank == 0 else None)
+
+
+def _start(job: TrainingJob) -> dict[str, torch.Tensor] | None:
+    """The scaled average of the adapters, or None to start from zero."""
+    scale = job.training.init_scale
+    if not scale:
+        return None
+    return {name: scale * delta for name, delta in average_deltas(read_adapters(job.config.adapters_root)).items()}
+
+
+def checkpoints_of(job: TrainingJob) -> str:
+    """Where Ray Train keeps them."""
+    return join(job.folder, "training")
+
+
+def _write_checkpoint(trainer: MetaTrainer, folder: Path) -> None:
+    tensors, facts = trainer.state()
+    try:
+        save_file(tensors, folder / "state.safetensors")
+        (folder / "state.json").write_text(json.dumps(facts))
+    except (OSError, SafetensorError) as error:
+        raise StorageError(f"cannot write a checkpoint below {folder}: {error}; make room there and run again") from error
+
+
+def read_checkpoint(job: TrainingJob, checkpoint: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The tensors and facts of `MetaTrainer.state`, from wherever Ray Train has put them."""
+    with storage_errors("read a checkpoint from", checkpoints_of(job)), checkpoint.as_directory() as folder:
+        return load_file(Path(folder, "state.safetensors")), json.loads(Path(folder, "state.json").read_text())

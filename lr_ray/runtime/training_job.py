@@ -1,0 +1,190 @@
+"""What a meta-training has to do, planned and checked before anything is started."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import numpy as np
+
+from lr_ray.config import ExperimentConfig
+from lr_ray.data.images import LabelledImages
+from lr_ray.data.load import load_data
+from lr_ray.errors import ConfigError, EpisodeError, StorageError
+from lr_ray.fewshot.distill import TrainConfig
+from lr_ray.fewshot.episodes import ClassImages, ClassRef, EpisodeShape, check_classes
+from lr_ray.fewshot.metatrain import Validation
+from lr_ray.fewshot.relations import RelationsConfig
+from lr_ray.fewshot.stream import Shelf
+from lr_ray.storage.adapters import list_adapters, read_specs
+from lr_ray.storage.filesystem import join, read_many
+from lr_ray.storage.synthetic import adapter_id_of, by_adapter, list_synthetic, read_classes, read_index, read_pool
+from lr_ray.vit.backbone import Backbone
+from lr_ray.vit.lora import AdapterSpec
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingJob:
+    """One meta-LoRA to be.
+
+    Attributes:
+        kind: `meta_lora`, from synthetic images, or `oracle`, from the real ones that the adapters were tuned on.
+        training: the config's section, for the oracle without what needs a teacher.
+        folder: where the result goes.
+        refs: the classes to train on.
+        grid_size: patches of an image along (H, W).
+        image_px: its side in pixels.
+        files: of the synthetic set, to train on; none for the oracle.
+        feature_uris: what each adapter makes of these, where relations are learnt.
+        holdout_files: of the synthetic set, to validate on.
+        inputs: everything that determines the result.
+    """
+
+    kind: str
+    config: ExperimentConfig
+    training: TrainConfig
+    folder: str
+    refs: tuple[ClassRef, ...]
+    grid_size: tuple[int, int]
+    image_px: int
+    files: tuple[str, ...] = ()
+    feature_uris: tuple[str, ...] = ()
+    holdout_files: tuple[str, ...] = ()
+    inputs: dict[str, Any]
+
+
+def meta_lora_job(config: ExperimentConfig, backbone: Backbone) -> TrainingJob:
+    """Meta-training on the synthetic images.
+
+    Raises:
+        StorageError: no synthetic images, or some of another backbone or image size, or of an adapter that is gone.
+        EpisodeError: too few adapters, classes or images.
+    """
+    files = list_synthetic(config.synthetic_root)
+    num_holdout = 0 if config.data.validation else config.training.holdout_adapters
+    groups = by_adapter(files)
+    if num_holdout >= len(groups):
+        raise EpisodeError(
+            f"training.holdout_adapters {num_holdout} of {len(groups)} adapters leaves none to train on; lower it"
+        )
+    kept = tuple(chain.from_iterable(groups[: len(groups) - num_holdout]))
+    held_out = tuple(chain.from_iterable(groups[len(groups) - num_holdout :]))
+    teachers: list[AdapterSpec] = []
+    if config.training.init_scale or config.training.relations.share:
+        teachers = read_specs(list_adapters(config.adapters_root))
+        _check_teachers(config, files, teachers)
+    refs = read_index(config.synthetic_root, files, backbone.identity)
+    trained = tuple(ref for ref in refs if ref.file in set(kept))
+    _check_episodes(trained, config.training)
+    shared = _shared_inputs(config, config.training, backbone)
+    return TrainingJob(
+        kind="meta_lora",
+        config=config,
+        training=config.training,
+        folder=config.meta_lora_root,
+        refs=trained,
+        grid_size=backbone.model.patch_embed.grid_size,
+        image_px=backbone.image_px,
+        files=kept,
+        holdout_files=held_out,
+        inputs={**shared, "synthetic": files, "adapters": [spec.digest for spec in teachers]},
+    )
+
+
+def _check_teachers(config: ExperimentConfig, files: Sequence[str], teachers: Sequence[AdapterSpec]) -> None:
+    """Raise if some images are of an adapter that is not in the library any more."""
+    known = {spec.adapter_id for spec in teachers}
+    for file in files:
+        if adapter_id_of(file) not in known:
+            raise StorageError(
+                f"synthetic images {join(config.synthetic_root, file)} are of an adapter that {config.adapters_root} does not "
+                "hold; remove the file, or put the adapter back"
+            )
+
+
+def oracle_job(config: ExperimentConfig, backbone: Backbone) -> TrainingJob:
+    """The same meta-training, from zero and without teachers, on the real images of the adapters' classes.
+
+    Raises:
+        ConfigError: no real images are given.
+        EpisodeError: too few classes or images.
+    """
+    if config.data.tune is None:
+        raise ConfigError("data.tune is not set: the oracle trains on the real images; set it or leave oracle out")
+    training = config.training.model_copy(
+        update={"init_scale": 0.0, "adapter_share": 0.0, "keep_ratio": 1.0, "relations": RelationsConfig()}
+    )
+    data = load_data(config.data.tune)
+    known = {name for spec in read_specs(list_adapters(config.adapters_root)) for name in spec.class_names}
+    classes = tuple(name for name in data.class_names if name in known)
+    if not classes:
+        raise ConfigError(f"data.tune {data.name} has none of the adapters' classes; the oracle needs the adapters' own data")
+    counts = dict(zip(*np.unique(data.labels, return_counts=True), strict=True))
+    refs = tuple(
+        ClassRef(file="", row_group=c, adapter="", slot=c, name=name, num_images=int(counts[c]))
+        for c, name in enumerate(data.class_names)
+        if name in known
+    )
+    _check_episodes(refs, training)
+    return TrainingJob(
+        kind="oracle",
+        config=config,
+        training=training,
+        folder=config.oracle_root,
+        refs=refs,
+        grid_size=backbone.model.patch_embed.grid_size,
+        image_px=backbone.image_px,
+        inputs={**_shared_inputs(config, training, backbone), "data": data.digest(), "classes": list(classes)},
+    )
+
+
+def _shared_inputs(config: ExperimentConfig, training: TrainConfig, backbone: Backbone) -> dict[str, Any]:
+    validation = config.data.validation
+    return {
+        "step": "train",
+        "seed": config.seed,
+        "backbone": backbone.identity,
+        "training": training.model_dump(mode="json", exclude={"num_workers", "min_workers"}),
+        "validation": load_data(validation).digest() if validation else None,
+    }
+
+
+def _check_episodes(refs: Sequence[ClassRef], training: TrainConfig) -> None:
+    check_classes(refs, training.episode, adapter_share=training.adapter_share)
+
+
+def read_shelves(job: TrainingJob, shelves: Sequence[Shelf]) -> list[list[ClassImages]]:
+    """The images of some classes; several files at once.
+
+    Raises:
+        StorageError: unreadable.
+    """
+    if job.files:
+        return read_many(partial(read_classes, job.config.synthetic_root), shelves)
+    assert job.config.data.tune is not None
+    data = load_data(job.config.data.tune)
+    return [[_real(data, ref, job.image_px) for ref in shelf] for shelf in shelves]
+
+
+def _real(data: LabelledImages, ref: ClassRef, image_px: int) -> ClassImages:
+    images = data.pixels(np.flatnonzero(data.labels == ref.slot), image_px)
+    return ClassImages(name=ref.name, adapter="", slot=ref.slot, images=images)
+
+
+def validation_of(job: TrainingJob) -> Validation | None:
+    """Real images where the config names some, else the held-out adapters' synthetic ones, else none."""
+    shape = job.training.episode
+    if job.config.data.validation is not None:
+        data = load_data(job.config.data.validation)
+        images = data.pixels(np.arange(len(data)), job.image_px)
+        return Validation(images=images, labels=data.labels, shape=_within(shape, data.labels))
+    if not job.holdout_files:
+        return None
+    pool = read_pool(job.config.synthetic_root, job.holdout_files)
+    return Validation(images=pool.images, labels=pool.class_of, shape=_within(shape, pool.class_of))
+
+
+def _within(shape: EpisodeShape, labels: np.ndarray) -> EpisodeShape:
+    """The training episodes' shape, its way no larger than the classes at hand."""
+    return shape.model_copy(update={"n_way": min(shape.n_way, len(np.unique(labels)))})
