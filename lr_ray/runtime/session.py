@@ -16,6 +16,7 @@ _ENVIRONMENT = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # bind to 127.0.0.1; read when ray is imported
     "RAY_BACKEND_LOG_LEVEL": "fatal",  # one line at the start, that it is set; else Ray Data's actors warn of themselves
     "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a worker may report no oftener; by default every 2 s
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 

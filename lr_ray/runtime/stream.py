@@ -53,10 +53,12 @@ def stream_batches(job: TrainingJob, *, start: int, rank: int, world_size: int) 
     """
     import ray
     from ray.data import ActorPoolStrategy, DataContext, ExecutionResources
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     context.execution_options.resource_limits = ExecutionResources(object_store_memory=_bytes_ahead(job, world_size))
     for first in range(start, job.training.num_steps, _STEPS_AT_A_TIME):
         steps = [{"step": step} for step in range(first, min(first + _STEPS_AT_A_TIME, job.training.num_steps))]
@@ -67,6 +69,7 @@ def stream_batches(job: TrainingJob, *, start: int, rank: int, world_size: int) 
             batch_format="pyarrow",
             num_cpus=0,  # the trainers may hold all that there are
             compute=ActorPoolStrategy(size=1),
+            scheduling_strategy=here,
         )
         try:
             for table in batches.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=2):

@@ -108,10 +108,12 @@ def _fit(job: TrainingJob, reporter: Reporter) -> tuple[dict[str, torch.Tensor],
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.util.queue import Empty, Queue
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     config, most = job.config.ray, job.training.num_workers
     filesystem, path = arrow_filesystem(checkpoints_of(job))
-    steps: Any = Queue(actor_options={"num_cpus": 0})
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    steps: Any = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})  # lost with the driver, and only then
     trainer = TorchTrainer(
         train_loop_per_worker,
         train_loop_config={"job": job, "steps": steps},

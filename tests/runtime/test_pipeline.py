@@ -1,7 +1,6 @@
 """Every step on Ray: what is finished stays, what is asked again does nothing, what is damaged is named."""
 
 import json
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from lr_ray.runtime.tuning import tune_library
 from lr_ray.storage.adapters import list_adapters, read_adapter
 from lr_ray.storage.synthetic import list_synthetic
 from lr_ray.vit.backbone import load_backbone
-from tests.jobs import QUIET, changed, kill_worker, snapshot
+from tests.jobs import QUIET, changed, snapshot
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -90,28 +89,6 @@ def test_tuning_again_with_another_config_is_refused(tiny_experiment: Experiment
 def test_too_little_data_to_tune_on(tiny_experiment: ExperimentConfig, tuning: dict[str, object], message: str) -> None:
     with pytest.raises(DataError, match=message):
         tune_library(changed(tiny_experiment, tuning=tuning), QUIET)
-
-
-def test_training_survives_a_killed_worker_bit_by_bit(inverted: ExperimentConfig, tmp_path: Path) -> None:
-    config = changed(inverted, training={"num_steps": 30, "validate_every": 3})
-    twin = config.model_copy(
-        update={"output": str(tmp_path / "twin"), "adapters": config.adapters_root, "synthetic": config.synthetic_root}
-    )
-    train_meta_lora(twin, QUIET)
-    job = threading.Thread(target=lambda: train_meta_lora(config, QUIET))
-
-    job.start()
-    while not list(Path(config.meta_lora_root, "training").rglob("state.json")):
-        job.join(timeout=0.05)
-        assert job.is_alive()
-    kill_worker("RayTrainWorker")
-    job.join()
-
-    expected = load_file(Path(twin.meta_lora_root, "adapter_model.safetensors"))
-    found = load_file(Path(config.meta_lora_root, "adapter_model.safetensors"))
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
-    history = json.loads(Path(config.meta_lora_root, "lr_ray.json").read_text())["history"]
-    assert [entry["step"] for entry in history] == list(range(1, 31))
 
 
 def test_two_training_workers_agree_with_one(inverted: ExperimentConfig, tmp_path: Path) -> None:
