@@ -7,6 +7,7 @@ from lr_ray.cli.ablate import ablate
 from lr_ray.cli.cluster import cluster
 from lr_ray.cli.demo import demo
 from lr_ray.cli.evaluate import evaluate
+from lr_ray.cli.export import export
 from lr_ray.cli.fetch import fetch
 from lr_ray.cli.invert import invert
 from lr_ray.cli.report import report
@@ -28,6 +29,7 @@ app.command()(tune)
 app.command()(invert)
 app.command()(train)
 app.command(name="eval")(evaluate)
+app.command()(export)
 app.command()(report)
 app.command()(ablate)
 app.command()(fetch)

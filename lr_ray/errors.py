@@ -10,7 +10,8 @@
     ├── StorageError     reading or committing an artefact
     ├── InversionError   an inversion that failed
     ├── EpisodeError     an episode that cannot be drawn from the images at hand
-    └── ClusterError     Ray and its clusters: starting, joining, reaching, losing workers
+    ├── ClusterError     Ray and its clusters: starting, joining, reaching, losing workers
+    └── ExportError      a model that cannot be exported, or whose export gives other features
 
 A message is one line: what failed, the value received, what is allowed, the remedy. The command line prints it and
 exits with 1; every other exception is a fault of ours and keeps its traceback.
@@ -54,3 +55,7 @@ class EpisodeError(LrRayError):
 
 class ClusterError(LrRayError):
     """Ray could not be started or joined, or lost more workers than it may."""
+
+
+class ExportError(LrRayError):
+    """A model that cannot be exported, or whose export gives other features."""

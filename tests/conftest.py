@@ -16,7 +16,8 @@ from timm.models.vision_transformer import VisionTransformer
 from typer.testing import CliRunner
 
 from lr_ray.config import ExperimentConfig, RayConfig, load_config
-from lr_ray.vit.backbone import Backbone
+from lr_ray.storage.adapters import write_adapter
+from lr_ray.vit.backbone import Backbone, load_backbone
 from lr_ray.vit.lora import Adapter, AdapterSpec, LowRank
 from tests.jobs import tiny
 from tests.s3 import FaultyProxy, environment, s3_server
@@ -88,6 +89,28 @@ def inverted(library: ExperimentConfig, made_before: ExperimentConfig) -> Experi
     """A `tiny_experiment` whose adapters and synthetic images are there."""
     shutil.copytree(made_before.synthetic_root, library.synthetic_root)
     return library
+
+
+@pytest.fixture
+def meta_lora(tiny_experiment: ExperimentConfig) -> str:
+    """A folder as `lr-ray train` leaves it: a meta-LoRA of drawn weights, large enough to change the features."""
+    backbone = load_backbone(tiny_experiment.backbone)
+    generator = torch.Generator().manual_seed(5)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return 0.2 * torch.randn(*shape, generator=generator)
+
+    spec = AdapterSpec(
+        adapter_id="meta_lora", digest="", backbone=backbone.name, backbone_digest=backbone.digest, class_names=()
+    )
+    width = backbone.num_features
+    modules = {
+        f"blocks.{i}.attn.qkv": LowRank(a=draw(4, width), b=draw(3 * width, 4), scale=1.0)
+        for i in range(len(backbone.model.blocks))
+    }
+    facts = {"kind": "meta_lora", "config": tiny_experiment.resolved()}
+    write_adapter(tiny_experiment.meta_lora_root, Adapter(spec=spec, modules=modules), inputs={}, facts=facts)
+    return tiny_experiment.meta_lora_root
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """Real labelled images, whatever they come from."""
 
 import fnmatch
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -62,21 +62,7 @@ class LabelledImages:
             DataError: an image that does not decode, or is too large to be one.
         """
 
-        def load(index: int) -> Tensor:
-            try:
-                image = self.open_image(index)
-                if image.width * image.height > _MAX_PIXELS:
-                    raise DataError(
-                        f"image {self.describe(index)} has {image.width}×{image.height} pixels; at most {_MAX_PIXELS}"
-                    )
-                return torch.from_numpy(np.array(fit_square(image.convert("RGB"), image_px))).permute(2, 0, 1)
-            except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError) as error:
-                raise DataError(
-                    f"image {self.describe(index)} does not decode ({type(error).__name__}: {error}); replace or remove it"
-                ) from error
-
-        with ThreadPoolExecutor(max_workers=2) as pool:
-            return torch.stack(list(pool.map(load, (int(i) for i in indices))))
+        return read_pixels((int(i) for i in indices), image_px, open_image=self.open_image, describe=self.describe)
 
     def select(self, patterns: Sequence[str] | None) -> "LabelledImages":
         """The images of the classes that match, labels renumbered in the classes' own order.
@@ -111,6 +97,38 @@ class LabelledImages:
                 f"classes: {pattern!r} matches none of the {len(self.class_names)} classes of {self.name} ({some}, …)"
             )
         return found
+
+
+def read_pixels(
+    indices: Iterable[int], image_px: int, *, open_image: Callable[[int], Image.Image], describe: Callable[[int], str]
+) -> Tensor:
+    """(n, 3, image_px, image_px) uint8: RGB, short side resized (bicubic), centre cropped.
+
+    Args:
+        indices: n of them, at least one.
+        open_image: index → the image.
+        describe: index → where it came from, for messages.
+
+    Raises:
+        DataError: an image that does not decode, or is too large or too small to be one.
+    """
+
+    def load(index: int) -> Tensor:
+        try:
+            image = open_image(index)
+            if not 0 < image.width * image.height <= _MAX_PIXELS:
+                raise DataError(
+                    f"image {describe(index)} has {image.width}×{image.height} pixels; at most {_MAX_PIXELS} are allowed, "
+                    "and at least one: replace or remove it"
+                )
+            return torch.from_numpy(np.array(fit_square(image.convert("RGB"), image_px))).permute(2, 0, 1)
+        except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError) as error:
+            raise DataError(
+                f"image {describe(index)} does not decode ({type(error).__name__}: {error}); replace or remove it"
+            ) from error
+
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        return torch.stack(list(pool.map(load, indices)))
 
 
 def fit_square(image: Image.Image, side_px: int) -> Image.Image:

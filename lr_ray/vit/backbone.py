@@ -98,9 +98,7 @@ def load_backbone(config: BackboneConfig, *, device: torch.device | str = "cpu")
         BackboneError: unknown name, no class token, not a Vision Transformer, an image size that the patches do not
             divide, or weights that cannot be had or do not fit.
     """
-    architecture, arguments = config.name, {}
-    if config.name == "embedded":
-        architecture, arguments = EMBEDDED_BACKBONE.architecture, dict(EMBEDDED_BACKBONE.architecture_args)
+    architecture, arguments = architecture_of(config.name)
     image_px = _check_architecture(architecture, config)
     arguments["num_classes"] = 0
     if config.pretrained or config.weights is not None:
@@ -125,6 +123,13 @@ def load_backbone(config: BackboneConfig, *, device: torch.device | str = "cpu")
         digest=digest_tensors(weights),
         source=source,
     )
+
+
+def architecture_of(name: str) -> tuple[str, dict[str, Any]]:
+    """timm's name of the architecture and the arguments that make it, for a backbone's name."""
+    if name == "embedded":
+        return EMBEDDED_BACKBONE.architecture, dict(EMBEDDED_BACKBONE.architecture_args)
+    return name, {}
 
 
 def _check_architecture(architecture: str, config: BackboneConfig) -> int:

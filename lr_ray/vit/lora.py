@@ -210,6 +210,18 @@ def extract_lora(model: nn.Module) -> dict[str, LowRank]:
     return {name: module.low_rank() for name, module in lora_modules(model).items()}
 
 
+def merge(model: nn.Module, deltas: Mapping[str, Tensor]) -> None:
+    """Put W + ΔW in place of W, for good.
+
+    Args:
+        model: the backbone.
+        deltas: {module name: (D_out, D_in)}.
+    """
+    for name, delta in deltas.items():
+        weight = _weight_of(model, name)
+        model.get_submodule(name).weight = nn.Parameter(weight + delta.to(weight), requires_grad=False)
+
+
 @contextmanager
 def merged(model: nn.Module, deltas: Mapping[str, Tensor]) -> Iterator[None]:
     """The model with W + ΔW in place of W; the very same W is put back on leaving, so that nothing drifts.
@@ -220,9 +232,7 @@ def merged(model: nn.Module, deltas: Mapping[str, Tensor]) -> Iterator[None]:
     """
     originals = {name: _weight_of(model, name) for name in deltas}
     try:
-        for name, weight in originals.items():
-            update = deltas[name].to(weight)
-            model.get_submodule(name).weight = nn.Parameter(weight + update, requires_grad=False)
+        merge(model, deltas)
         yield
     finally:
         for name, weight in originals.items():

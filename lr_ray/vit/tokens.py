@@ -10,6 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from lr_ray.errors import ConfigError
+from lr_ray.vit.backbone import Backbone, Precision, autocast
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,7 +99,7 @@ def encode(
         raise ConfigError(f"keep_ratios: the backbone has blocks 0 to {last}, not {unknown[0]}; remove that key")
     num_prefix: int = model.num_prefix_tokens
     tokens = model.norm_pre(model._pos_embed(model.patch_embed(images)))
-    positions = torch.arange(tokens.shape[1] - num_prefix, device=images.device).expand(len(images), -1)
+    positions = torch.arange(tokens.shape[1] - num_prefix, device=images.device).expand(images.shape[0], -1)
     if keep_indices is not None:
         positions = keep_indices.to(images.device)
         tokens = gather_patches(tokens, positions, num_prefix_tokens=num_prefix)
@@ -119,6 +120,12 @@ def encode(
         tokens = tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens))))
     features = model.fc_norm(model.norm(tokens)[:, 0])
     return Encoding(features=features, patch_order=torch.cat([positions, *dropped], dim=1) if rank_patches else None)
+
+
+def encode_pixels(backbone: Backbone, images: Tensor, *, precision: Precision) -> Tensor:
+    """(B, 3, H, W) images, uint8 or float in [0, 1] → (B, D) features, float32 on the backbone's device."""
+    with autocast(backbone.device, precision):
+        return encode(backbone.model, backbone.normalize(images)).features.float()
 
 
 @contextmanager

@@ -31,6 +31,7 @@ OPTIONS = {
         "--config", "-c", "--set", "--data", "--classes", "--adapters", "--output", "-o", "--method",
         "--cluster", "--up", "--json",
     },
+    "export": {"META_LORA", "--format", "--to", "--json"},
     "report": {"--config", "-c", "--set", "--synthetic", "--output", "-o", "--watch", "--json"},
     "ablate": {"GRID", "--cell", "--output", "-o", "--json"},
     "fetch": set(),
@@ -116,6 +117,7 @@ def test_help_needs_neither_torch_nor_ray():
         (["tune", "-c", DEMO, "--set", "nonsense"], "--set 'nonsense': expected section.key=value"),
         (["tune", "-c", "missing.yaml"], "config missing.yaml: "),
         (["run", "missing.yaml"], "config missing.yaml: "),
+        (["export", "missing", "--format", "onnx", "--to", "m.onnx"], "missing is no adapter: it has no adapter_config.json"),
         (["run", DEMO, "--set", "seed=[\n"], "the value is not YAML"),
         (["demo", "--set", "tuning.n_way=1"], "tuning.n_way = 1: Input should be greater than 1"),
         (["invert", "-c", DEMO, "--set", "inversion.num_steps=few"], "inversion.num_steps = 'few'"),
@@ -152,7 +154,7 @@ def test_the_installed_command():
     assert result.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("arguments", [["tune"], ["nonsense"], ["run"], ["tune", "--nonsense"]])
+@pytest.mark.parametrize("arguments", [["tune"], ["nonsense"], ["run"], ["tune", "--nonsense"], ["export", "x"]])
 def test_a_wrong_command_line_is_exit_code_2(main: Main, arguments: list[str]):
     code, out, err = main(*arguments)
     assert code == 2

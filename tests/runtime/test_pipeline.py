@@ -10,8 +10,12 @@ from lr_ray.cli.main import app
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from lr_ray.config import ExperimentConfig
+import lr_ray
+from lr_ray.config import ExperimentConfig, load_config
+from lr_ray.data.load import load_data
 from lr_ray.errors import ConfigError, DataError, EpisodeError, StorageError
+from lr_ray.fewshot.episodes import draw_test_episodes
+from lr_ray.fewshot.evaluate import episode_accuracies
 from lr_ray.fewshot.relations import directions
 from lr_ray.runtime.evaluation import evaluate_methods
 from lr_ray.runtime.relations import relation_targets, see_with_every_adapter
@@ -42,6 +46,20 @@ def test_whole_job_through_the_command_line(local_run: tuple[Path, list[dict[str
     assert {name: after[name][1] for name in before} == {name: content for name, (_, content) in before.items()}
     adapters_and_images = [name for name in before if name.endswith((".safetensors", ".parquet"))]
     assert all(after[name][0] == before[name][0] for name in adapters_and_images)
+
+
+def test_a_trained_meta_lora_loads_and_gives_the_accuracy_of_its_evaluation(
+    local_run: tuple[Path, list[dict[str, Any]]],
+) -> None:
+    path, rows = local_run
+    config = load_config(path)
+    assert config.data.test is not None
+    data, (shape,) = load_data(config.data.test), config.evaluation.shapes
+    episodes = draw_test_episodes(data.labels, shape, num_episodes=config.evaluation.episodes, seed=config.seed)
+    for folder, method in ((config.meta_lora_root, "recycle"), (config.oracle_root, "oracle")):
+        features = lr_ray.load(folder).embed(data.pixels(range(len(data)), 32))
+        (row,) = (row for row in rows if row["method"] == method)
+        assert round(100 * float(episode_accuracies(features, episodes, shape).mean()), 2) == row["accuracy"]
 
 
 def test_adapters_know_their_classes_and_accuracy(tiny_experiment: ExperimentConfig) -> None:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lr_ray.errors import ConfigError
-from lr_ray.vit.backbone import Backbone, Precision, autocast
+from lr_ray.vit.backbone import Backbone, Precision
 from lr_ray.vit.lora import Adapter
-from lr_ray.vit.tokens import encode
+from lr_ray.vit.tokens import encode_pixels
 
 Embed = Callable[[Tensor], Tensor]
 """(B, 3, H, W) uint8 → (B, D) features."""
@@ -31,8 +31,7 @@ class MethodInputs:
 
     def embed(self, images: Tensor) -> Tensor:
         """The backbone as it is now."""
-        with autocast(self.backbone.device, self.precision):
-            return encode(self.backbone.model, self.backbone.normalize(images)).features.float()
+        return encode_pixels(self.backbone, images, precision=self.precision)
 
 
 Method = Callable[[MethodInputs, str], AbstractContextManager[Embed]]

@@ -1,0 +1,186 @@
+"""A meta-LoRA put to use: `lr_ray.load`, then features of images and few-shot classification without fine-tuning."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias, TypeVar
+
+import numpy as np
+import torch
+from PIL import Image
+from pydantic import ValidationError
+from torch import Tensor
+
+from lr_ray.config import EvaluationConfig, explain
+from lr_ray.data.images import read_pixels
+from lr_ray.errors import AdapterError, ConfigError, DataError
+from lr_ray.fewshot.protonet import class_centres, prototype_logits
+from lr_ray.section import Section
+from lr_ray.storage.adapters import CONFIG_NAME, read_adapter
+from lr_ray.storage.filesystem import exists, join
+from lr_ray.storage.manifest import MANIFEST_NAME, read_manifest
+from lr_ray.vit.backbone import Backbone, BackboneConfig, Precision, load_backbone
+from lr_ray.vit.lora import check_adapter, merge
+from lr_ray.vit.tokens import encode_pixels
+
+Images: TypeAlias = Sequence[Image.Image | str | os.PathLike[str]] | Tensor
+"""PIL images or paths of image files; or a uint8 tensor (N, 3, H, W) of the model's size."""
+Labels: TypeAlias = Sequence[int] | Sequence[str] | Tensor | np.ndarray
+"""All of them integers, or all strings."""
+SectionType = TypeVar("SectionType", bound=Section)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Model:
+    """A backbone with its meta-LoRA merged; `lr_ray.load` makes it.
+
+    Attributes:
+        backbone: W + ΔW in place of W; `image_px` is the side of the images.
+        precision: of forward passes, as in the run's evaluation.
+        batch_size: images of one forward pass.
+    """
+
+    backbone: Backbone
+    precision: Precision
+    batch_size: int
+
+    def embed(self, images: Images) -> Tensor:
+        """(N, D) float32 features on the CPU.
+
+        Args:
+            images: N of them. Of PIL images and files the short side is resized (bicubic) to the model's `image_px` and
+                the central square taken; a tensor is used as it is.
+
+        Raises:
+            DataError: no images, an unreadable one, or a tensor of another shape or dtype.
+        """
+        self._check_images(images, "images")
+        return self._features(images)
+
+    def classify(self, support: Images, labels: Labels, query: Images) -> Tensor:
+        """(M, C) logits of M query images: minus the distance to the prototype of each of the C classes.
+
+        Args:
+            support: labelled images, one or more of every class, not necessarily as many of each.
+            labels: of the support images. The columns of the logits follow `sorted(set(labels))`.
+            query: M images.
+
+        Raises:
+            DataError: no images, labels that do not fit them, one class only, an unreadable image, or a tensor of
+                another shape or dtype.
+        """
+        self._check_images(support, "support")
+        self._check_images(query, "query")
+        names = _check_labels(labels, len(support))
+        features = self._features(support)
+        members = [[i for i, name in enumerate(names) if name == wanted] for wanted in sorted(set(names))]
+        prototypes = torch.cat([class_centres(features[indices], n_way=1) for indices in members])
+        return prototype_logits(self._features(query), prototypes)
+
+    def _features(self, images: Images) -> Tensor:
+        parts = [images[start : start + self.batch_size] for start in range(0, len(images), self.batch_size)]
+        with torch.inference_mode():
+            return torch.cat([encode_pixels(self.backbone, self._pixels(p), precision=self.precision).cpu() for p in parts])
+
+    def _pixels(self, images: Images) -> Tensor:
+        """(N, 3, H, W) uint8."""
+        if isinstance(images, Tensor):
+            return images
+
+        def open_image(index: int) -> Image.Image:
+            image = images[index]
+            return image if isinstance(image, Image.Image) else Image.open(image)
+
+        return read_pixels(
+            range(len(images)), self.backbone.image_px, open_image=open_image, describe=lambda index: str(images[index])
+        )
+
+    def _check_images(self, images: Images, what: str) -> None:
+        side = self.backbone.image_px
+        kinds = f"a sequence of PIL images or paths, or a uint8 tensor of shape (N, 3, {side}, {side})"
+        if isinstance(images, Tensor):
+            if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1:] != (3, side, side):
+                raise DataError(f"{what}: a {images.dtype} tensor of shape {tuple(images.shape)}; give {kinds}")
+        elif isinstance(images, str) or not isinstance(images, Sequence):
+            raise DataError(f"{what}: a {type(images).__name__}; give {kinds}")
+        elif wrong := [image for image in images if not isinstance(image, Image.Image | str | os.PathLike)]:
+            raise DataError(f"{what}: a {type(wrong[0]).__name__} among them; give {kinds}")
+        if not len(images):
+            raise DataError(f"{what}: no images; give at least one")
+
+
+def _check_labels(labels: Labels, num_images: int) -> list[Any]:
+    """The labels as a list.
+
+    Raises:
+        DataError: they do not label that many images, are neither integers nor strings, or are all the same.
+    """
+    names: list[Any] = labels.tolist() if isinstance(labels, Tensor | np.ndarray) else list(labels)
+    if len(names) != num_images:
+        raise DataError(f"labels: {len(names)} for {num_images} support images; give one label for each image")
+    kinds = sorted({type(name).__name__ for name in names})
+    if not any(all(isinstance(name, kind) for name in names) for kind in (int | np.integer, str)):
+        raise DataError(f"labels: of type {' and '.join(kinds)}; give integers only, or strings only")
+    if len(set(names)) < 2:
+        raise DataError(f"labels: all are {names[0]!r}; give support images of two or more classes")
+    return names
+
+
+def load(path: str | os.PathLike[str], device: str = "cpu") -> Model:
+    """The backbone that a meta-LoRA was trained on, with the meta-LoRA merged into it.
+
+    Args:
+        path: folder or URI (`s3://…`) of a meta-LoRA that `lr-ray train` wrote, such as `runs/demo/meta_lora`.
+        device: as torch names it, such as `cuda`.
+
+    Raises:
+        AdapterError: not a meta-LoRA, damaged, or trained on another backbone than the one its config now gives.
+        BackboneError: the backbone cannot be had.
+        ConfigError: no such device.
+        StorageError: not readable.
+    """
+    folder = str(path)
+    manifest = _read_meta_lora_manifest(folder)
+    backbone_config = _section(manifest, "backbone", BackboneConfig, folder)
+    evaluation = _section(manifest, "evaluation", EvaluationConfig, folder)
+    _check_device(device)
+    adapter = read_adapter(folder)
+    backbone = load_backbone(backbone_config, device=device)
+    if adapter.spec.backbone_digest != backbone.digest:
+        raise AdapterError(
+            f"meta-LoRA {folder} was trained on {adapter.spec.backbone!r} with digest {adapter.spec.backbone_digest[:12]}, but "
+            f"its backbone ({backbone.source}) now has {backbone.digest[:12]}; put the former weights back or train again"
+        )
+    check_adapter(adapter, backbone)
+    merge(backbone.model, adapter.deltas())
+    return Model(backbone=backbone, precision=evaluation.precision, batch_size=evaluation.batch_size)
+
+
+def _read_meta_lora_manifest(folder: str) -> dict[str, Any]:
+    """Raise unless `lr-ray train` finished a meta-LoRA there."""
+    remedy = "give the folder of a meta-LoRA that `lr-ray train` wrote, such as runs/demo/meta_lora"
+    if not exists(join(folder, CONFIG_NAME)):
+        raise AdapterError(f"{folder} is no adapter: it has no {CONFIG_NAME}; {remedy}")
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise AdapterError(f"{folder} is a PEFT adapter without {MANIFEST_NAME}, so its backbone is not known; {remedy}")
+    if not isinstance(manifest, dict) or "kind" not in manifest:
+        raise AdapterError(f"{folder} is an adapter of its own classes, not a meta-LoRA; {remedy}")
+    return manifest
+
+
+def _section(manifest: dict[str, Any], name: str, section: type[SectionType], folder: str) -> SectionType:
+    try:
+        return section.model_validate(manifest["config"][name])
+    except ValidationError as error:
+        raise AdapterError(f"{explain(error, join(folder, MANIFEST_NAME), section)}; train again or correct it") from error
+    except (KeyError, TypeError) as error:
+        raise AdapterError(f"{join(folder, MANIFEST_NAME)} has no config.{name}; it is damaged: train again") from error
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"device {device!r} cannot be used ({reason}); give cpu, or cuda where there is a GPU") from error
