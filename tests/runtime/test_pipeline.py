@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import lr_ray
 from lr_ray.config import ExperimentConfig, load_config
 from lr_ray.data.load import load_data
-from lr_ray.errors import ConfigError, DataError, EpisodeError, StorageError
+from lr_ray.errors import ClusterError, ConfigError, DataError, EpisodeError, StorageError
 from lr_ray.fewshot.episodes import draw_test_episodes
 from lr_ray.fewshot.evaluate import episode_accuracies
 from lr_ray.fewshot.relations import directions
@@ -162,6 +162,13 @@ def test_errors_before_and_inside_training(inverted: ExperimentConfig) -> None:
     shape = inverted.training.episode.model_copy(update={"n_query": 15})
     with pytest.raises(EpisodeError, match="4 images, but 1 shots and 15 queries need 16"):
         train_meta_lora(changed(inverted, training={"episode": shape}), QUIET)
+    crowd = {"num_workers": 3, "episodes_per_step": 3}
+    with pytest.raises(ClusterError, match=r"training.num_workers 3: there is room for 2 workers of 1 CPU each; lower it"):
+        train_meta_lora(changed(inverted, training=crowd), QUIET)
+    larger = inverted.model_copy(update={"backbone": inverted.backbone.model_copy(update={"image_px": 64})})
+    with pytest.raises(StorageError, match=r"were made with a backbone of image_px 32, but the config's has 64; correct"):
+        train_meta_lora(larger, QUIET)
+    assert not Path(inverted.meta_lora_root, "training").exists()
 
 
 def test_evaluation_errors(tiny_experiment: ExperimentConfig) -> None:
