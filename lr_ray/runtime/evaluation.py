@@ -14,6 +14,7 @@ from lr_ray.errors import ConfigError
 from lr_ray.fewshot.episodes import draw_test_episodes
 from lr_ray.fewshot.evaluate import AccuracyReport, episode_accuracies
 from lr_ray.fewshot.methods import MethodInputs, find_method
+from lr_ray.report.card import complete_card
 from lr_ray.report.progress import Reporter
 from lr_ray.runtime.session import work_through, worker_device
 from lr_ray.storage.adapters import CONFIG_NAME, list_adapters, read_adapter, read_adapters, read_specs
@@ -36,7 +37,7 @@ class EvaluationTask:
 def evaluate_methods(config: ExperimentConfig, reporter: Reporter) -> list[dict[str, Any]]:
     """Measure the methods that `results.json` lacks; returns these methods' rows, in the order of methods and shapes.
 
-    Rows of other methods, data or shapes stay in the file.
+    Rows of other methods, data or shapes stay in the file. The model cards of what was measured tell these methods' rows.
 
     Raises:
         ConfigError: no test data, or an unknown method.
@@ -64,6 +65,9 @@ def evaluate_methods(config: ExperimentConfig, reporter: Reporter) -> list[dict[
         return f"{task.method} " + ", ".join(f"{row['accuracy']:.1f}" for row in result)
 
     work_through("eval", evaluate_one, todo, config.ray, reporter, take)
+    for method, folder in (("recycle", config.meta_lora_root), ("oracle", config.oracle_root)):
+        if method in config.evaluation.methods:
+            complete_card(folder, rows)
     return rows
 
 

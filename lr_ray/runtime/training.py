@@ -9,6 +9,7 @@ import torch
 from lr_ray.config import ExperimentConfig
 from lr_ray.errors import ClusterError, LrRayError
 from lr_ray.fewshot.metatrain import kept_modules
+from lr_ray.report.card import model_card
 from lr_ray.report.progress import Reporter
 from lr_ray.runtime.relations import see_with_every_adapter
 from lr_ray.runtime.session import ray_session, user_error
@@ -65,8 +66,10 @@ def _train(job: TrainingJob, backbone: Backbone, reporter: Reporter) -> dict[str
         facts={
             "best_step": facts["best_step"],
             "validation_accuracy": facts["best_accuracy"] if facts["best_accuracy"] >= 0 else None,
+            **job.facts,
             **common,
         },
+        card=model_card,
     )
     return read_manifest(job.folder) or {}
 

@@ -39,6 +39,7 @@ class TrainingJob:
         feature_uris: what each adapter makes of these, where relations are learnt.
         holdout_files: of the synthetic set, to validate on.
         inputs: everything that determines the result.
+        facts: what else is known of what it is made of.
     """
 
     kind: str
@@ -52,6 +53,7 @@ class TrainingJob:
     feature_uris: tuple[str, ...] = ()
     holdout_files: tuple[str, ...] = ()
     inputs: dict[str, Any]
+    facts: dict[str, Any]
 
 
 def meta_lora_job(config: ExperimentConfig, backbone: Backbone) -> TrainingJob:
@@ -89,7 +91,19 @@ def meta_lora_job(config: ExperimentConfig, backbone: Backbone) -> TrainingJob:
         files=kept,
         holdout_files=held_out,
         inputs={**shared, "synthetic": files, "adapters": [spec.digest for spec in teachers]},
+        facts=_facts(trained, adapters=_adapter_facts(files, teachers)),
     )
+
+
+def _facts(refs: Sequence[ClassRef], *, adapters: list[dict[str, str]]) -> dict[str, Any]:
+    return {"num_classes": len(refs), "num_images": sum(ref.num_images for ref in refs), "adapters": adapters}
+
+
+def _adapter_facts(files: Sequence[str], teachers: Sequence[AdapterSpec]) -> list[dict[str, str]]:
+    """Of each adapter; the id alone where the images stand for them and the library is not read."""
+    if not teachers:
+        return [{"adapter_id": adapter_id_of(group[0]), "digest": "", "license": ""} for group in by_adapter(files)]
+    return [{"adapter_id": spec.adapter_id, "digest": spec.digest, "license": spec.license} for spec in teachers]
 
 
 def _check_teachers(config: ExperimentConfig, files: Sequence[str], teachers: Sequence[AdapterSpec]) -> None:
@@ -136,6 +150,7 @@ def oracle_job(config: ExperimentConfig, backbone: Backbone) -> TrainingJob:
         grid_size=backbone.model.patch_embed.grid_size,
         image_px=backbone.image_px,
         inputs={**_shared_inputs(config, training, backbone), "data": data.digest(), "classes": list(classes)},
+        facts=_facts(refs, adapters=[]),
     )
 
 

@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,16 +21,25 @@ from lr_ray.vit.lora import Adapter, AdapterSpec, LowRank
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+CARD_NAME = "README.md"
 _PREFIX = "base_model.model."
 
 
-def write_adapter(folder: str, adapter: Adapter, *, inputs: dict[str, Any], facts: dict[str, Any]) -> None:
-    """Commit an adapter: weights, manifest, and last the PEFT config, which makes it count.
+def write_adapter(
+    folder: str,
+    adapter: Adapter,
+    *,
+    inputs: dict[str, Any],
+    facts: dict[str, Any],
+    card: Callable[[dict[str, Any]], str] | None = None,
+) -> None:
+    """Commit an adapter: weights, manifest, card if any, and last the PEFT config, which makes it count.
 
     Args:
         folder: of this adapter alone.
         inputs: everything that determines it.
         facts: what is known of it (accuracy, resolved config).
+        card: what makes the model card of the manifest.
     """
     tensors: dict[str, Tensor] = {}
     for name, low_rank in adapter.modules.items():
@@ -49,7 +58,9 @@ def write_adapter(folder: str, adapter: Adapter, *, inputs: dict[str, Any], fact
         "class_names": list(spec.class_names),
         "tensors_digest": spec.digest,
     }
-    write_manifest(folder, inputs, about | facts)
+    manifest = write_manifest(folder, inputs, about | facts)
+    if card is not None:
+        write_bytes(join(folder, CARD_NAME), card(manifest).encode())
     write_bytes(join(folder, CONFIG_NAME), json.dumps(_peft_config(adapter), indent=2).encode())
 
 
@@ -133,6 +144,7 @@ def read_adapter(folder: str) -> Adapter:
             backbone=str(config.get("base_model_name_or_path") or ""),
             backbone_digest=manifest.get("backbone_digest", ""),
             class_names=tuple(class_names),
+            license=str(config.get("license") or ""),
         ),
         modules=modules,
         head_weight=head_weight,

@@ -52,10 +52,11 @@ def read_manifests(folders: Sequence[str]) -> list[dict[str, Any]]:
     return [manifest or {} for manifest in read_many(read_manifest, folders)]
 
 
-def write_manifest(folder: str, inputs: dict[str, Any], facts: dict[str, Any]) -> None:
-    """Commit the artefact in `folder`: what it was made from, what is known of it, with which versions."""
+def write_manifest(folder: str, inputs: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
+    """Commit the artefact in `folder`: what it was made from, what is known of it, with which versions; returns that."""
     manifest = {"digest": digest_of(inputs), "inputs": inputs, **facts, "versions": versions()}
     write_bytes(join(folder, MANIFEST_NAME), json.dumps(manifest, indent=2, ensure_ascii=False).encode())
+    return manifest
 
 
 def claim_folder(folder: str, inputs: dict[str, Any], *, config: dict[str, Any]) -> None:

@@ -60,13 +60,14 @@ class LowRank:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AdapterSpec:
-    """What is known of an adapter without its weights."""
+    """What is known of an adapter without its weights; `license` is "" where it states none."""
 
     adapter_id: str
     digest: str
     backbone: str
     backbone_digest: str
     class_names: tuple[str, ...]
+    license: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

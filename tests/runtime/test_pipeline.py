@@ -37,6 +37,11 @@ def test_whole_job_through_the_command_line(local_run: tuple[Path, list[dict[str
     assert all(0 <= row["accuracy"] <= 100 and row["episodes"] == 20 and row["seconds"] > 0 for row in rows)
     assert (root / "contact_sheet.png").read_bytes().startswith(b"\x89PNG")
     assert "meta-LoRA" in (root / "report.html").read_text()
+    nn, recycle, oracle = (f"{row['accuracy']:.2f} ± {row['ci95']:.2f}" for row in (rows[1], rows[3], rows[4]))
+    card = (root / "meta_lora" / "README.md").read_text()
+    assert f"| 20 | {recycle} | {nn} |" in card
+    assert all(f"`{read_adapter(folder).spec.digest}`" in card for folder in list_adapters(str(root / "adapters")))
+    assert f"| 20 | {oracle} | {nn} |" in (root / "oracle" / "README.md").read_text()
     before = {name: content for name, content in snapshot(str(root)).items() if "report" not in name and "sheet" not in name}
 
     again = CliRunner().invoke(app, ["run", str(path), "--json"], catch_exceptions=False)

@@ -12,6 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from lr_ray.errors import AdapterError, StorageError
 from lr_ray.storage.adapters import (
+    CARD_NAME,
     CONFIG_NAME,
     WEIGHTS_NAME,
     list_adapters,
@@ -145,6 +146,32 @@ def test_the_config_is_written_last(tmp_path, monkeypatch):
     monkeypatch.setattr("lr_ray.storage.adapters.write_manifest", lambda *_: written.append("lr_ray.json"))
     write(tmp_path / "one", make_adapter(QKV))
     assert written == [WEIGHTS_NAME, "lr_ray.json", CONFIG_NAME]
+
+
+def test_a_card_tells_the_manifest_and_comes_before_the_config(tmp_path, monkeypatch):
+    folder = str(tmp_path / "one")
+
+    def fail(_adapter):
+        raise RuntimeError("killed here")
+
+    monkeypatch.setattr("lr_ray.storage.adapters._peft_config", fail)
+    with pytest.raises(RuntimeError, match="killed here"):
+        write_adapter(
+            folder,
+            make_adapter(QKV),
+            inputs={"seed": 3},
+            facts={"accuracy": 0.9},
+            card=lambda manifest: f"seed {manifest['inputs']['seed']}, № {manifest['accuracy']}",
+        )
+    assert (tmp_path / "one" / CARD_NAME).read_text(encoding="utf-8") == "seed 3, № 0.9"
+    assert not (tmp_path / "one" / CONFIG_NAME).exists()
+
+
+@pytest.mark.parametrize(("stated", "expected"), [("mit", "mit"), (None, "")])
+def test_the_licence_of_an_adapter_is_what_its_config_says(tmp_path, stated, expected):
+    folder = Path(write(tmp_path / "one", make_adapter(QKV)))
+    edit_config(folder, license=stated)
+    assert read_adapter(str(folder)).spec.license == expected
 
 
 def test_a_file_uri_reads_like_its_path(tmp_path):
