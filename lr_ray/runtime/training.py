@@ -10,6 +10,7 @@ from lr_ray.config import ExperimentConfig
 from lr_ray.errors import ClusterError, LrRayError
 from lr_ray.fewshot.metatrain import kept_modules
 from lr_ray.report.card import model_card
+from lr_ray.report.curves import Curves
 from lr_ray.report.progress import Reporter
 from lr_ray.runtime.relations import see_with_every_adapter
 from lr_ray.runtime.session import ray_session, user_error
@@ -144,7 +145,7 @@ def _fit(job: TrainingJob, reporter: Reporter) -> tuple[dict[str, torch.Tensor],
 
     thread = threading.Thread(target=fit, daemon=True)
     thread.start()
-    with reporter.track(f"train {job.kind}", job.training.num_steps) as advance:
+    with reporter.track(f"train {job.kind}", job.training.num_steps) as advance, Curves(job.folder) as curves:
         shown = 0
         while thread.is_alive() or not steps.empty():
             try:
@@ -154,9 +155,15 @@ def _fit(job: TrainingJob, reporter: Reporter) -> tuple[dict[str, torch.Tensor],
             if isinstance(metrics, LrRayError):
                 outcome.append(metrics)
                 continue
+            if metrics["step"] <= shown:  # done again, after a worker was lost
+                continue
+            curves.add(metrics)
+            if metrics["step"] % job.training.validate_every == 0:
+                curves.commit()
             for _ in range(metrics["step"] - shown):
                 advance(", ".join(f"{key.replace('_', ' ')} {value:.3f}" for key, value in metrics.items() if key != "step"))
-            shown = max(shown, metrics["step"])
+            shown = metrics["step"]
+        curves.commit()
     thread.join()
     steps.shutdown()
     result = outcome[0]

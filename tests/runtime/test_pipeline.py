@@ -37,6 +37,7 @@ def test_whole_job_through_the_command_line(local_run: tuple[Path, list[dict[str
     assert all(0 <= row["accuracy"] <= 100 and row["episodes"] == 20 and row["seconds"] > 0 for row in rows)
     assert (root / "contact_sheet.png").read_bytes().startswith(b"\x89PNG")
     assert "meta-LoRA" in (root / "report.html").read_text()
+    assert len(list((root / "meta_lora" / "tensorboard").iterdir())) == 1
     nn, recycle, oracle = (f"{row['accuracy']:.2f} ± {row['ci95']:.2f}" for row in (rows[1], rows[3], rows[4]))
     card = (root / "meta_lora" / "README.md").read_text()
     assert f"| 20 | {recycle} | {nn} |" in card
