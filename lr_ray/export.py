@@ -25,6 +25,8 @@ from lr_ray.vit.tokens import encode, encode_pixels
 
 TOLERANCE = 1e-4
 """Largest difference from the model's features, relative to the largest of them."""
+OPSET = 20
+"""Of ONNX; onnxruntime has it since 1.17."""
 _ONNX_BYTES = 2**31 - 2**20
 """Of the weights: protobuf holds less than 2 GiB."""
 
@@ -158,6 +160,7 @@ def _make_onnx(backbone: Backbone) -> bytes:
         **_example(backbone),
         input_names=["images"],
         output_names=["features"],
+        opset_version=OPSET,
         dynamo=True,
         verbose=False,
     )

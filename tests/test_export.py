@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import onnx
 import onnxruntime
 import pytest
 import timm
@@ -70,6 +71,12 @@ def test_the_file_gives_the_features_of_the_model(meta_lora: str, tmp_path: Path
     scale = float(expected.abs().max())
     torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE * scale)
     assert float((found - without).abs().max()) > 0.1 * scale, "the meta-LoRA is in it"
+
+
+def test_onnx_has_the_opset_that_is_documented(meta_lora: str, tmp_path: Path):
+    file = tmp_path / "m.onnx"
+    export_model(lr_ray.load(meta_lora), "onnx", str(file))
+    assert [(entry.domain, entry.version) for entry in onnx.load(file).opset_import] == [("", 20)]
 
 
 def test_what_is_printed(meta_lora: str, tmp_path: Path):
