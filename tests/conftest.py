@@ -1,6 +1,7 @@
 """What several test folders share: a tiny backbone and adapters for it, a tiny experiment, and one Ray for the session."""
 
 import json
+import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from typing import Any
 import boto3
 import pytest
 import torch
+from filelock import FileLock
 from fsspec import get_filesystem_class
 from lr_ray.cli.main import app
 from timm.models.vision_transformer import VisionTransformer
@@ -63,12 +65,19 @@ def tiny_experiment(tmp_path: Path) -> ExperimentConfig:
 
 @pytest.fixture(scope="session")
 def local_run(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
-    """The YAML file of a tiny experiment that has been run through the command line into `run` beside it, and its rows."""
-    folder = tmp_path_factory.mktemp("local")
+    """The YAML file of a tiny experiment that has been run through the command line into `run` beside it, and its rows.
+
+    One of pytest's parallel processes runs it, for all.
+    """
+    shared = tmp_path_factory.getbasetemp()
+    folder = (shared.parent if os.environ.get("PYTEST_XDIST_WORKER") else shared) / "local"
     path = folder / "tiny.yaml"
-    path.write_text(json.dumps(tiny(folder).resolved()))
-    done = CliRunner().invoke(app, ["run", str(path), "--json"], catch_exceptions=False)
-    return path, json.loads(done.stdout)
+    with FileLock(f"{folder}.lock"):
+        if not path.exists():
+            folder.mkdir()
+            path.write_text(json.dumps(tiny(folder).resolved()))
+            CliRunner().invoke(app, ["run", str(path), "--json"], catch_exceptions=False)
+    return path, json.loads((folder / "run" / "results.json").read_text())
 
 
 @pytest.fixture(scope="session")
