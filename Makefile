@@ -27,6 +27,7 @@ bench: $(VENV)/.ready
 	$(BIN)/python -m bench.inversion_step
 	$(BIN)/python -m bench.driver_memory
 	$(BIN)/python -m bench.storage
+	$(BIN)/python -m bench.training
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info
