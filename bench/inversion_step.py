@@ -52,7 +52,7 @@ def fused_attention_step(backbone: Backbone, images: Tensor, precision: Precisio
             block.attn.fused_attn = False
 
 
-def measure(variants: dict[str, Callable[[], None]]) -> dict[str, float]:
+def measure(variants: dict[str, Callable[[], object]]) -> dict[str, float]:
     """Median seconds of each variant; the rounds take turns, so that a noisy machine is noisy for all."""
     times: dict[str, list[float]] = {name: [] for name in variants}
     for round_index in range(ROUNDS + 1):

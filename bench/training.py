@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from bench.inversion_step import measure
 from bench.processes import lr_ray
 from lr_ray.config import load_config
 from lr_ray.fewshot.distill import TrainConfig, TrainingBatch
@@ -37,7 +39,6 @@ from lr_ray.vit.lora import LoRAConfig
 RESULT = Path(__file__).parent / "results" / "training.json"
 KEEP_RATIOS = (1.0, 0.75, 0.5, 0.25)
 SHAPE = EpisodeShape(n_way=5, n_shot=1, n_query=3)
-ROUNDS = 5
 
 
 def trainer_and_batch(image_px: int, keep_ratio: float) -> tuple[MetaTrainer, TrainingBatch]:
@@ -79,15 +80,11 @@ def measure_sparsity(image_px: int, threads: int) -> list[dict[str, float]]:
         child.start()
         peaks[keep_ratio] = answer.get()
         child.join()
-    variants = {keep_ratio: trainer_and_batch(image_px, keep_ratio) for keep_ratio in KEEP_RATIOS}
-    times: dict[float, list[float]] = {keep_ratio: [] for keep_ratio in KEEP_RATIOS}
-    for round_ in range(ROUNDS + 1):
-        for keep_ratio, (trainer, batch) in variants.items():
-            start = time.perf_counter()
-            trainer.run_step([batch])
-            if round_:  # the first warms up
-                times[keep_ratio].append(time.perf_counter() - start)
-    seconds = {keep_ratio: statistics.median(found) for keep_ratio, found in times.items()}
+    steps = {}
+    for keep_ratio in KEEP_RATIOS:
+        trainer, batch = trainer_and_batch(image_px, keep_ratio)
+        steps[str(keep_ratio)] = partial(trainer.run_step, [batch])
+    seconds = {float(name): median for name, median in measure(steps).items()}
     return [
         {
             "keep_ratio": keep_ratio,

@@ -76,8 +76,9 @@ def local_run(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> tu
         if not path.exists():
             folder.mkdir()
             path.write_text(json.dumps(tiny(folder).resolved()))
-            CliRunner().invoke(app, ["run", str(path), "--json"], catch_exceptions=False)
-    return path, json.loads((folder / "run" / "results.json").read_text())
+            done = CliRunner().invoke(app, ["run", str(path), "--json"], catch_exceptions=False)
+            (folder / "stdout.json").write_text(done.stdout)
+    return path, json.loads((folder / "stdout.json").read_text())
 
 
 @pytest.fixture(scope="session")

@@ -109,6 +109,10 @@ class TrainConfig(Section):
     min_workers: int | None = Field(default=None, gt=0)
     """Go on with as few as these when machines are lost, and with more when they come back; default `num_workers`."""
 
+    def validates_at(self, step: int) -> bool:
+        """Whether the training is validated and saved after optimiser step `step`, counted from 1."""
+        return step % self.validate_every == 0 or step == self.num_steps
+
     @model_validator(mode="after")
     def _check(self) -> "TrainConfig":
         if self.episodes_per_step < self.num_workers:

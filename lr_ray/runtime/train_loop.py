@@ -56,7 +56,7 @@ def _train(job: TrainingJob, steps: Any) -> None:
         began = began or time.perf_counter()  # the first ones are waited for while the stream starts
         waited += max(0.0, time.perf_counter() - max(asked, began))
         metrics = trainer.run_step(drawn)
-        if trainer.step % job.training.validate_every == 0 or trainer.step == job.training.num_steps:
+        if job.training.validates_at(trainer.step):
             _validate_and_report(job, trainer, metrics, rank=rank, world_size=world_size)
         if rank == 0:
             steps.put(metrics | {"waiting_for_images": waited / (time.perf_counter() - began)})

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 
 from lr_ray.config import ExperimentConfig
-from lr_ray.errors import ClusterError, LrRayError
+from lr_ray.errors import ClusterError, LrRayError, StorageError
 from lr_ray.fewshot.metatrain import kept_modules
 from lr_ray.report.card import model_card
 from lr_ray.report.curves import Curves
@@ -147,6 +147,7 @@ def _fit(job: TrainingJob, reporter: Reporter) -> tuple[dict[str, torch.Tensor],
     thread.start()
     with reporter.track(f"train {job.kind}", job.training.num_steps) as advance, Curves(job.folder) as curves:
         shown = 0
+        unwritten: StorageError | None = None
         while thread.is_alive() or not steps.empty():
             try:
                 metrics = steps.get(timeout=1)
@@ -158,12 +159,14 @@ def _fit(job: TrainingJob, reporter: Reporter) -> tuple[dict[str, torch.Tensor],
             if metrics["step"] <= shown:  # done again, after a worker was lost
                 continue
             curves.add(metrics)
-            if metrics["step"] % job.training.validate_every == 0:
-                curves.commit()
+            if job.training.validates_at(metrics["step"]):
+                try:
+                    curves.commit()
+                except StorageError as error:  # a failure of the training itself comes before it
+                    unwritten = unwritten or error
             for _ in range(metrics["step"] - shown):
                 advance(", ".join(f"{key.replace('_', ' ')} {value:.3f}" for key, value in metrics.items() if key != "step"))
             shown = metrics["step"]
-        curves.commit()
     thread.join()
     steps.shutdown()
     result = outcome[0]
@@ -179,6 +182,8 @@ def _fit(job: TrainingJob, reporter: Reporter) -> tuple[dict[str, torch.Tensor],
             if isinstance(failure := getattr(result, "controller_failure", None), OSError):
                 raise failure
         raise ClusterError(f"meta-training failed: {result}") from result
+    if unwritten is not None:
+        raise unwritten
     return read_checkpoint(job, result.checkpoint)
 
 

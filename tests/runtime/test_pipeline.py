@@ -33,6 +33,7 @@ def test_whole_job_through_the_command_line(local_run: tuple[Path, list[dict[str
     path, rows = local_run
     root = path.parent / "run"
     assert [row["method"] for row in rows] == ["raw-pixels", "nn", "loras-avg", "recycle", "oracle"]
+    assert rows == json.loads((root / "results.json").read_text())
     assert all(0 <= row["accuracy"] <= 100 and row["episodes"] == 20 and row["seconds"] > 0 for row in rows)
     assert (root / "contact_sheet.png").read_bytes().startswith(b"\x89PNG")
     assert "meta-LoRA" in (root / "report.html").read_text()
