@@ -203,8 +203,8 @@ def _answers(url: str) -> bool:
 
 def _is_autoscaler(process: psutil.Process) -> bool:
     try:
-        titles = process.cmdline()
-        return any(title.endswith("monitor.py") for title in titles) and process.environ().get("RAY_CLOUD_INSTANCE_ID") == _HEAD_ID
+        of_head = process.environ().get("RAY_CLOUD_INSTANCE_ID") == _HEAD_ID
+        return of_head and any(word.endswith("monitor.py") for word in process.cmdline())
     except psutil.Error:  # ended, or another user's
         return False
 
