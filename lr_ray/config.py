@@ -71,6 +71,15 @@ class RayConfig(Section):
     """How often a piece of work is tried again when its worker is lost."""
 
 
+class TrackingConfig(Section):
+    """Where the curves of a meta-training go, besides its own folder."""
+
+    wandb: str | None = None
+    """A project of Weights & Biases: `PROJECT` or `ENTITY/PROJECT`."""
+    mlflow: str | None = None
+    """The tracking URI of an MLflow server."""
+
+
 class ExperimentConfig(Section):
     """From adapters to a measured meta-LoRA. Every artefact is saved with the resolved form of this."""
 
@@ -93,6 +102,7 @@ class ExperimentConfig(Section):
     training: TrainConfig = TrainConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     ray: RayConfig = RayConfig()
+    tracking: TrackingConfig = TrackingConfig()
 
     @property
     def output_root(self) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lr_ray.report.progress import UnderWay
+from lr_ray.runtime.session import this_node
 
 if TYPE_CHECKING:
     from lr_ray.inversion.invert import InversionStep  # imports torch, which a board has no need of
@@ -43,10 +44,8 @@ class Board:
 def start_board() -> Any:
     """A handle to a board beside this driver, which is lost only with it."""
     import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
+    return ray.remote(num_cpus=0, scheduling_strategy=this_node())(Board).remote()
 
 
 def read_board(board: Any) -> Sequence[UnderWay]:

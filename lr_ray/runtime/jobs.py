@@ -202,7 +202,7 @@ def _submit_or_join(
         job = client.submit_job(
             entrypoint=shlex.join([python, "-m", "lr_ray.cli", *words]),
             submission_id=f"{name}-{len(earlier) + 1}",
-            runtime_env={"working_dir": folder, "env_vars": _environment(here=here)},
+            runtime_env={"working_dir": folder, "env_vars": _environment(config, here=here)},
             metadata={"experiment": config.name},
         )
     reporter.say(f"job {job}: Ctrl-C leaves it running, the same command comes back to it")
@@ -230,8 +230,11 @@ def _ship(config: ExperimentConfig, folder: Path) -> None:
     (folder / CONFIG_NAME).write_text(json.dumps(config.resolved()), encoding="utf-8")
 
 
-def _environment(*, here: bool) -> dict[str, str]:
+def _environment(config: ExperimentConfig, *, here: bool) -> dict[str, str]:
+    """Of this process, what the job needs: AWS's variables, and those of the trackers that are asked for."""
     names = storage_environment().keys() - (set() if here else _OF_THIS_MACHINE)
+    trackers = [f"{name.upper()}_" for name, where in config.tracking if where is not None]
+    names |= {name for name in os.environ if name.startswith(tuple(trackers))}
     return {name: os.environ[name] for name in sorted(names)} | {"PYTHONUNBUFFERED": "1"}
 
 

@@ -72,6 +72,14 @@ def storage_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
 
 
+def this_node() -> Any:
+    """The scheduling strategy of an actor that lives and dies with the node of whoever starts it."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
+
 def worker_device(config: RayConfig) -> str:
     """Hold this worker to its processors; returns the device that it computes on."""
     torch.set_num_threads(config.cpus_per_actor)

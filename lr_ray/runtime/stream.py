@@ -10,7 +10,7 @@ import torch
 from lr_ray.fewshot.distill import TrainingBatch
 from lr_ray.fewshot.stream import BatchMaker, ClassBuffer, ClassSchedule, episode_numbers, pack, unpack
 from lr_ray.runtime.relations import relation_targets
-from lr_ray.runtime.session import user_error
+from lr_ray.runtime.session import this_node, user_error
 from lr_ray.runtime.training_job import TrainingJob, read_shelves
 
 _STEPS_AT_A_TIME = 1000
@@ -53,12 +53,10 @@ def stream_batches(job: TrainingJob, *, start: int, rank: int, world_size: int) 
     """
     import ray
     from ray.data import ActorPoolStrategy, DataContext, ExecutionResources
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     context.execution_options.resource_limits = ExecutionResources(object_store_memory=_bytes_ahead(job, world_size))
     for first in range(start, job.training.num_steps, _STEPS_AT_A_TIME):
         steps = [{"step": step} for step in range(first, min(first + _STEPS_AT_A_TIME, job.training.num_steps))]
@@ -69,7 +67,7 @@ def stream_batches(job: TrainingJob, *, start: int, rank: int, world_size: int) 
             batch_format="pyarrow",
             num_cpus=0,  # the trainers may hold all that there are
             compute=ActorPoolStrategy(size=1),
-            scheduling_strategy=here,
+            scheduling_strategy=this_node(),
         )
         try:
             for table in batches.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=2):

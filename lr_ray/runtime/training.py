@@ -1,6 +1,7 @@
 """`lr-ray train`: meta-training by Ray Train, from synthetic images or, for the oracle, from real ones."""
 
 import threading
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -12,8 +13,9 @@ from lr_ray.fewshot.metatrain import kept_modules
 from lr_ray.report.card import model_card
 from lr_ray.report.curves import Curves
 from lr_ray.report.progress import Reporter
+from lr_ray.report.trackers import TrackedRun, Tracker, open_trackers
 from lr_ray.runtime.relations import see_with_every_adapter
-from lr_ray.runtime.session import ray_session, user_error
+from lr_ray.runtime.session import ray_session, this_node, user_error
 from lr_ray.runtime.train_loop import checkpoints_of, read_checkpoint, train_loop_per_worker
 from lr_ray.runtime.training_job import TrainingJob, meta_lora_job, oracle_job
 from lr_ray.storage.adapters import CONFIG_NAME, with_digest, write_adapter
@@ -52,11 +54,12 @@ def _train(job: TrainingJob, backbone: Backbone, reporter: Reporter) -> dict[str
         reporter.say(f"train: {job.folder} is finished already")
         return read_manifest(job.folder) or {}
     reporter.say(f"train: {job.kind} on {_material(job)}")
-    with ray_session(job.config.ray):
+    run = TrackedRun(name=job.config.name, kind=job.kind, digest=digest_of(job.inputs), config=job.config.resolved())
+    with open_trackers(job.config.tracking, run, reporter) as trackers, ray_session(job.config.ray):
         _check_workers(job, reporter)
         if job.training.relations.share:
             job = replace(job, feature_uris=see_with_every_adapter(job.config, job.files, reporter))
-        tensors, facts = _fit(job, reporter)
+        tensors, facts = _fit(job, trackers, reporter)
     common = {"kind": job.kind, "history": facts["history"], "config": job.config.resolved()}
     last = _meta_lora(job, backbone, tensors, which="last")
     write_adapter(join(job.folder, "last"), last, inputs=job.inputs, facts={"step": facts["step"], **common})
@@ -106,18 +109,17 @@ def _check_workers(job: TrainingJob, reporter: Reporter) -> None:
     reporter.say(f"{problem}; waiting for more machines")
 
 
-def _fit(job: TrainingJob, reporter: Reporter) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def _fit(job: TrainingJob, trackers: Sequence[Tracker], reporter: Reporter) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Run Ray Train and show its steps; what the last checkpoint holds. A run of the same name goes on by itself."""
     import ray
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.util.queue import Empty, Queue
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     config, most = job.config.ray, job.training.num_workers
     filesystem, path = arrow_filesystem(checkpoints_of(job))
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    steps: Any = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})  # lost with the driver, and only then
+    beside_the_driver = {"num_cpus": 0, "scheduling_strategy": this_node()}  # lost with it, and only then
+    steps: Any = Queue(actor_options=beside_the_driver)
     trainer = TorchTrainer(
         train_loop_per_worker,
         train_loop_config={"job": job, "steps": steps},
@@ -158,8 +160,13 @@ def _fit(job: TrainingJob, reporter: Reporter) -> tuple[dict[str, torch.Tensor],
                 continue
             if metrics["step"] <= shown:  # done again, after a worker was lost
                 continue
+            validated = job.training.validates_at(metrics["step"])
+            for tracker in trackers:
+                tracker.add(metrics)
+                if validated:
+                    tracker.commit()
             curves.add(metrics)
-            if job.training.validates_at(metrics["step"]):
+            if validated:
                 try:
                     curves.commit()
                 except StorageError as error:  # a failure of the training itself comes before it

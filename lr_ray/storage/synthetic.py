@@ -194,10 +194,18 @@ def read_index(root: str, files: Sequence[str], identity: Mapping[str, str | int
         identity: of the backbone that they should have been made with.
 
     Raises:
-        StorageError: a file that is unreadable, not a synthetic set's, or made with another backbone or image size.
+        StorageError: a file that is unreadable, not a synthetic set's, made with another backbone or image size, not of the
+            adapter that its name says, or with a class that another file has too.
     """
     groups: dict[str, list[ClassRef]] = {}
+    seen: dict[tuple[str, int], ClassRef] = {}
     for classes in read_many(lambda file: _classes_of(root, file, identity), files):
+        for ref in classes:
+            if (other := seen.setdefault((ref.adapter, ref.slot), ref)) is not ref:
+                raise StorageError(
+                    f"synthetic images {root}: {other.file} and {ref.file} both hold class {ref.name} of adapter "
+                    f"{ref.adapter}; they are of different runs: remove those of one"
+                )
         groups.setdefault(classes[0].adapter, []).extend(classes)
     return tuple(ref for group in groups.values() for ref in sorted(group, key=lambda ref: ref.slot))
 
@@ -220,6 +228,11 @@ def _classes_of(root: str, file: str, identity: Mapping[str, str | int]) -> list
         adapter, slot, name = (row_group.column(columns[key]).statistics for key in ("adapter_id", "class_index", "class_name"))
         if slot is None or not slot.has_min_max or slot.min != slot.max:
             raise StorageError(f"synthetic images {uri}: row group {group} is not one class; remove the file and invert again")
+        if adapter.min != adapter_id_of(file) or adapter.max != adapter.min:
+            raise StorageError(
+                f"synthetic images {uri} are of adapter {adapter.min}, not of {adapter_id_of(file)} as the file's name says; "
+                "give it the name that `lr-ray invert` gave it, or remove it and invert again"
+            )
         refs.append(
             ClassRef(
                 file=file, row_group=group, adapter=adapter.min, slot=slot.min, name=name.min, num_images=row_group.num_rows

@@ -30,7 +30,7 @@ def make_config(made_before: ExperimentConfig, tmp_path_factory: pytest.TempPath
         folders = {"adapters": made_before.adapters_root, "synthetic": made_before.synthetic_root}
         config = made_before.model_copy(update={**folders, "output": str(tmp_path_factory.mktemp("training"))})
         stream = config.training.stream.model_copy(update={"buffer_classes": 3, "uses_per_class": 4.0})
-        return changed(config, training={"num_steps": LAST_STEP, "validate_every": 3, "stream": stream})
+        return changed(config, training={"num_steps": LAST_STEP, "validate_every": 3, "stream": stream, "ema": 0.5})
 
     return make
 

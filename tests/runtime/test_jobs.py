@@ -266,6 +266,18 @@ def test_elsewhere_it_is_the_nodes_python_and_profiles(tmp_path: Path, monkeypat
     assert client.submitted["entrypoint"].startswith("python -m lr_ray.cli invert ")
 
 
+@pytest.mark.parametrize("tracker", ["wandb", "mlflow"])
+def test_the_keys_of_a_tracker_go_along_if_it_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tracker: str
+) -> None:
+    keys = {"wandb": "WANDB_API_KEY", "mlflow": "MLFLOW_TRACKING_TOKEN"}
+    for key in keys.values():
+        monkeypatch.setenv(key, "secret")
+    client = Client()
+    handed_over(client, changed(tiny(tmp_path), tracking={tracker: "http://here"}))
+    assert client.submitted["runtime_env"]["env_vars"].keys() & set(keys.values()) == {keys[tracker]}
+
+
 def test_a_job_that_runs_is_joined_and_one_that_ended_starts_again(tmp_path: Path) -> None:
     config = tiny(tmp_path)
     first = handed_over(Client(), config)

@@ -115,16 +115,19 @@ def test_too_little_data_to_tune_on(tiny_experiment: ExperimentConfig, tuning: d
         tune_library(changed(tiny_experiment, tuning=tuning), QUIET)
 
 
-def test_two_training_workers_agree_with_one(inverted: ExperimentConfig, tmp_path: Path) -> None:
+def test_two_training_workers_agree_with_one_also_when_to_stop(inverted: ExperimentConfig, tmp_path: Path) -> None:
     shared = {"adapters": inverted.adapters_root, "synthetic": inverted.synthetic_root}
-    found = []
+    found, ends = [], []
     for num_workers in (1, 2):
         config = inverted.model_copy(update={**shared, "output": str(tmp_path / f"workers-{num_workers}")})
-        training = {"num_steps": 3, "episodes_per_step": 2, "num_workers": num_workers, "precision": "fp32"}
-        config = changed(config, training={**training, "holdout_adapters": 0})
-        train_meta_lora(config, QUIET)
+        training = {"num_steps": 20, "episodes_per_step": 2, "num_workers": num_workers, "precision": "fp32"}
+        config = changed(config, training={**training, "ema": 0.5, "validate_every": 1, "patience": 2})
+        manifest = train_meta_lora(config, QUIET)
         found.append(read_adapter(config.meta_lora_root).deltas())
+        ends.append((manifest["best_step"], len(manifest["history"])))
 
+    assert ends[0] == ends[1]
+    assert 0 < ends[0][0] == ends[0][1] - 2 < 18
     assert all(torch.allclose(found[0][name], found[1][name], atol=1e-5) for name in found[0])
 
 

@@ -59,8 +59,8 @@ DOGS, DOG_SPEC = draw(2, 4, seed=2), spec_of("dogs", ("wolf", "lynx"))
 @pytest.fixture
 def root(tmp_path: Path) -> str:
     """Two adapters, of three classes and of two."""
-    write_synthetic(str(tmp_path / "cats.parquet"), CATS, CAT_SPEC, seed=5, identity=IDENTITY)
-    write_synthetic(str(tmp_path / "dogs.parquet"), DOGS, DOG_SPEC, seed=6, identity=IDENTITY)
+    write_synthetic(str(tmp_path / "cats-111111111111.parquet"), CATS, CAT_SPEC, seed=5, identity=IDENTITY)
+    write_synthetic(str(tmp_path / "dogs-222222222222.parquet"), DOGS, DOG_SPEC, seed=6, identity=IDENTITY)
     return str(tmp_path)
 
 
@@ -71,7 +71,7 @@ def test_a_name_tells_its_adapter():
 
 
 def test_the_schema(root: str):
-    schema = pq.read_schema(f"{root}/cats.parquet")
+    schema = pq.read_schema(f"{root}/cats-111111111111.parquet")
     assert {field.name: str(field.type).replace("element", "item") for field in schema} == {
         "adapter_id": "string",
         "class_index": "int32",
@@ -89,7 +89,7 @@ def test_the_schema(root: str):
 
 
 def test_the_rows(root: str):
-    rows = pq.read_table(f"{root}/cats.parquet").to_pylist()
+    rows = pq.read_table(f"{root}/cats-111111111111.parquet").to_pylist()
     assert [row["adapter_id"] for row in rows] == ["cats"] * 6
     assert [row["class_index"] for row in rows] == [0, 0, 1, 1, 2, 2]
     assert [row["class_name"] for row in rows] == ["lion", "lion", "tiger", "tiger", "lynx", "lynx"]
@@ -103,7 +103,7 @@ def test_the_rows(root: str):
 
 
 def test_images_are_lossless(root: str):
-    rows = pq.read_table(f"{root}/cats.parquet").to_pylist()
+    rows = pq.read_table(f"{root}/cats-111111111111.parquet").to_pylist()
     for row, image in zip(rows, CATS.images, strict=True):
         decoded = Image.open(io.BytesIO(row["image"]["bytes"]))
         assert (decoded.format, decoded.mode) == ("PNG", "RGB")
@@ -111,7 +111,7 @@ def test_images_are_lossless(root: str):
 
 
 def test_a_row_group_is_a_class(root: str):
-    file = pq.ParquetFile(f"{root}/dogs.parquet")
+    file = pq.ParquetFile(f"{root}/dogs-222222222222.parquet")
     groups = [file.read_row_group(i)["class_index"].to_pylist() for i in range(file.num_row_groups)]
     assert groups == [[0] * 4, [1] * 4]
 
@@ -131,7 +131,7 @@ def test_a_row_group_holds_a_whole_class_whatever_the_order_of_the_images(tmp_pa
 def test_synthetic_images_can_be_read_as_labelled_images(root: str):
     """They are in the Hugging Face Image convention; only the label is under another name."""
     path = Path(root) / "labelled.parquet"
-    table = pq.read_table(f"{root}/cats.parquet")
+    table = pq.read_table(f"{root}/cats-111111111111.parquet")
     pq.write_table(table.rename_columns({"class_name": "label"}), path)
     data = load_data(DataConfig(source=str(path)))
     assert data.class_names == ("lion", "lynx", "tiger")
@@ -139,12 +139,14 @@ def test_synthetic_images_can_be_read_as_labelled_images(root: str):
 
 
 def test_the_same_twice_is_the_same_bytes(root: str, tmp_path: Path):
-    write_synthetic(str(tmp_path / "again" / "cats.parquet"), CATS, CAT_SPEC, seed=5, identity=IDENTITY)
-    assert (tmp_path / "again" / "cats.parquet").read_bytes() == (tmp_path / "cats.parquet").read_bytes()
+    write_synthetic(str(tmp_path / "again" / "cats-111111111111.parquet"), CATS, CAT_SPEC, seed=5, identity=IDENTITY)
+    assert (tmp_path / "again" / "cats-111111111111.parquet").read_bytes() == (
+        tmp_path / "cats-111111111111.parquet"
+    ).read_bytes()
 
 
 def test_a_pool_of_adapters_with_different_numbers_of_classes(root: str):
-    pool = read_pool(root, ["cats.parquet", "dogs.parquet"])
+    pool = read_pool(root, ["cats-111111111111.parquet", "dogs-222222222222.parquet"])
     assert torch.equal(pool.images, torch.cat([CATS.images, DOGS.images]))
     assert pool.images.dtype == torch.uint8
     assert pool.class_of.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 3, 3, 4, 4, 4, 4]
@@ -161,34 +163,38 @@ def test_a_pool_of_adapters_with_different_numbers_of_classes(root: str):
 
 
 def test_a_pool_follows_the_order_of_the_files(root: str):
-    pool = read_pool(root, ["dogs.parquet", "cats.parquet"])
+    pool = read_pool(root, ["dogs-222222222222.parquet", "cats-111111111111.parquet"])
     assert pool.class_names == ("wolf", "lynx", "lion", "tiger", "lynx")
     assert pool.adapter_of.tolist() == [0, 0, 1, 1, 1]
     assert torch.equal(pool.images[:8], DOGS.images)
 
 
 def test_a_pool_of_one_file(root: str):
-    pool = read_pool(root, ["dogs.parquet"])
+    pool = read_pool(root, ["dogs-222222222222.parquet"])
     assert pool.class_of.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
     assert pool.teacher_logits.shape == (8, 2)
 
 
 def test_images_of_different_sizes(root: str):
     write_synthetic(
-        f"{root}/birds.parquet", draw(2, 1, side_px=6), spec_of("birds", ("owl", "hawk")), seed=0, identity=IDENTITY
+        f"{root}/birds-333333333333.parquet",
+        draw(2, 1, side_px=6),
+        spec_of("birds", ("owl", "hawk")),
+        seed=0,
+        identity=IDENTITY,
     )
     with pytest.raises(StorageError, match=r"different sizes \[\(3, 6, 6\), \(3, 8, 8\)\]; invert all at one image_px"):
-        read_pool(root, ["cats.parquet", "birds.parquet"])
+        read_pool(root, ["cats-111111111111.parquet", "birds-333333333333.parquet"])
 
 
 @pytest.mark.parametrize("size", [0, 3, 500, -1])
 def test_a_truncated_file_is_named(root: str, size: int):
-    path = Path(root) / "cats.parquet"
+    path = Path(root) / "cats-111111111111.parquet"
     path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(StorageError, match=rf"synthetic images {path}: .*run `lr-ray invert` again"):
-        read_pool(root, ["dogs.parquet", "cats.parquet"])
+        read_pool(root, ["dogs-222222222222.parquet", "cats-111111111111.parquet"])
     with pytest.raises(StorageError, match=rf"synthetic images {path}: .*run `lr-ray invert` again"):
-        read_index(root, ["dogs.parquet", "cats.parquet"], IDENTITY)
+        read_index(root, ["dogs-222222222222.parquet", "cats-111111111111.parquet"], IDENTITY)
 
 
 @pytest.mark.parametrize(
@@ -204,42 +210,42 @@ def test_a_truncated_file_is_named(root: str, size: int):
 def test_a_file_that_is_not_of_synthetic_images_is_named(root: str, table: pa.Table):
     pq.write_table(table, f"{root}/other.parquet")
     with pytest.raises(StorageError, match=rf"{root}/other\.parquet.*run `lr-ray invert` again"):
-        read_pool(root, ["cats.parquet", "other.parquet"])
+        read_pool(root, ["cats-111111111111.parquet", "other.parquet"])
     with pytest.raises(StorageError, match=rf"{root}/other\.parquet.*run `lr-ray invert` again"):
-        read_index(root, ["cats.parquet", "other.parquet"], IDENTITY)
+        read_index(root, ["cats-111111111111.parquet", "other.parquet"], IDENTITY)
 
 
 def test_a_missing_file(root: str):
-    with pytest.raises(StorageError, match=r"cannot read .*birds\.parquet"):
-        read_pool(root, ["birds.parquet"])
+    with pytest.raises(StorageError, match=r"cannot read .*birds-333333333333\.parquet"):
+        read_pool(root, ["birds-333333333333.parquet"])
 
 
 def test_the_index_tells_every_class_from_the_footers(root: str, monkeypatch: pytest.MonkeyPatch):
-    index = read_index(root, ["dogs.parquet", "cats.parquet"], IDENTITY)
+    index = read_index(root, ["dogs-222222222222.parquet", "cats-111111111111.parquet"], IDENTITY)
     assert [(ref.file, ref.adapter, ref.slot, ref.name, ref.num_images) for ref in index] == [
-        ("dogs.parquet", "dogs", 0, "wolf", 4),
-        ("dogs.parquet", "dogs", 1, "lynx", 4),
-        ("cats.parquet", "cats", 0, "lion", 2),
-        ("cats.parquet", "cats", 1, "tiger", 2),
-        ("cats.parquet", "cats", 2, "lynx", 2),
+        ("dogs-222222222222.parquet", "dogs", 0, "wolf", 4),
+        ("dogs-222222222222.parquet", "dogs", 1, "lynx", 4),
+        ("cats-111111111111.parquet", "cats", 0, "lion", 2),
+        ("cats-111111111111.parquet", "cats", 1, "tiger", 2),
+        ("cats-111111111111.parquet", "cats", 2, "lynx", 2),
     ]
 
 
 def test_classes_of_an_adapter_in_several_files_come_in_their_order(tmp_path: Path):
     birds = spec_of("birds", ("owl", "hawk", "crow"))
     whole = draw(3, 2, seed=4)
-    for name, chosen in (("birds-b.parquet", [4, 5]), ("birds-a.parquet", [0, 1, 2, 3])):
+    for name, chosen in (("birds-bbbbbbbbbbbb.parquet", [4, 5]), ("birds-aaaaaaaaaaaa.parquet", [0, 1, 2, 3])):
         fields = ("images", "labels", "patch_order", "teacher_logits", "flipped_logits", "loss_ce", "loss_prior")
         part = replace(whole, **{field: getattr(whole, field)[chosen] for field in fields})
         write_synthetic(str(tmp_path / name), part, birds, seed=5, identity=IDENTITY)
-    files = ["birds-b.parquet", "birds-a.parquet"]
+    files = ["birds-bbbbbbbbbbbb.parquet", "birds-aaaaaaaaaaaa.parquet"]
     index = read_index(str(tmp_path), files, IDENTITY)
     assert [(ref.slot, ref.file) for ref in index] == [(0, files[1]), (1, files[1]), (2, files[0])]
     assert [ref.name for ref in index] == list(read_pool(str(tmp_path), files).class_names)
 
 
 def test_classes_are_read_by_themselves(root: str):
-    index = read_index(root, ["cats.parquet"], IDENTITY)
+    index = read_index(root, ["cats-111111111111.parquet"], IDENTITY)
     lynx, lion = read_classes(root, [index[2], index[0]])
     assert torch.equal(lynx.images, CATS.images[4:])
     assert torch.equal(lynx.teacher_logits, CATS.teacher_logits[4:])
@@ -257,35 +263,52 @@ def test_classes_are_read_by_themselves(root: str):
     ],
 )
 def test_images_of_another_backbone_or_size_are_refused(root: str, identity: dict[str, str | int], message: str):
-    with pytest.raises(StorageError, match=rf"cats.parquet were made with a backbone {message}; correct the config's"):
-        read_index(root, ["cats.parquet"], identity)
+    with pytest.raises(
+        StorageError, match=rf"cats-111111111111.parquet were made with a backbone {message}; correct the config's"
+    ):
+        read_index(root, ["cats-111111111111.parquet"], identity)
 
 
 def test_an_index_that_is_not_true_any_more(root: str):
-    (first, *_) = read_index(root, ["cats.parquet"], IDENTITY)
+    (first, *_) = read_index(root, ["cats-111111111111.parquet"], IDENTITY)
     wrong = ClassRef(file=first.file, row_group=0, adapter="cats", slot=0, name="lion", num_images=3)
     with pytest.raises(StorageError, match="changed while they were read; run the same command again"):
         read_classes(root, [wrong])
-    Path(root, "cats.parquet").write_bytes(b"PAR1")
-    with pytest.raises(StorageError, match=r"synthetic images .*cats.parquet: .*run `lr-ray invert` again"):
+    Path(root, "cats-111111111111.parquet").write_bytes(b"PAR1")
+    with pytest.raises(StorageError, match=r"synthetic images .*cats-111111111111.parquet: .*run `lr-ray invert` again"):
         read_classes(root, [first])
 
 
 def test_a_row_group_of_two_classes_is_refused(root: str):
-    table = pq.read_table(f"{root}/cats.parquet")
-    pq.write_table(table, f"{root}/cats.parquet")
+    table = pq.read_table(f"{root}/cats-111111111111.parquet")
+    pq.write_table(table, f"{root}/cats-111111111111.parquet")
     with pytest.raises(StorageError, match="row group 0 is not one class; remove the file and invert again"):
-        read_index(root, ["cats.parquet"], IDENTITY)
+        read_index(root, ["cats-111111111111.parquet"], IDENTITY)
 
 
 def test_the_files_of_a_set(root: str):
     (Path(root) / "lr_ray.json").write_text("{}")
-    assert list_synthetic(root) == ["cats.parquet", "dogs.parquet"]
-    assert count_images(root, ["cats.parquet", "dogs.parquet"]) == 14
-    assert count_images(root, ["cats.parquet"]) == 6
+    assert list_synthetic(root) == ["cats-111111111111.parquet", "dogs-222222222222.parquet"]
+    assert count_images(root, ["cats-111111111111.parquet", "dogs-222222222222.parquet"]) == 14
+    assert count_images(root, ["cats-111111111111.parquet"]) == 6
 
 
 @pytest.mark.parametrize("folder", ["", "absent"])
 def test_an_empty_folder(tmp_path: Path, folder: str):
     with pytest.raises(StorageError, match=r"no Parquet files; run `lr-ray invert` first"):
         list_synthetic(str(tmp_path / folder))
+
+
+def test_a_class_of_an_adapter_in_two_files_is_refused(root: str):
+    again = f"{root}/cats-333333333333.parquet"
+    write_synthetic(again, CATS, CAT_SPEC, seed=7, identity=IDENTITY)
+    with pytest.raises(
+        StorageError, match="both hold class lion of adapter cats; they are of different runs: remove those of one"
+    ):
+        read_index(root, list_synthetic(root), IDENTITY)
+
+
+def test_a_file_of_another_name_is_refused(root: str):
+    Path(root, "cats-111111111111.parquet").rename(Path(root, "mice-111111111111.parquet"))
+    with pytest.raises(StorageError, match="are of adapter cats, not of mice as the file's name says; give it the name"):
+        read_index(root, list_synthetic(root), IDENTITY)
