@@ -1,29 +1,69 @@
-"""Accuracy and its 95 % confidence interval over episodes."""
+"""From an episode's scores to accuracy: its 95 % confidence interval, by class, and against another method's."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy import stats
 from torch import Tensor
 
 from lr_ray.fewshot.episodes import EpisodeShape
-from lr_ray.fewshot.protonet import Distance, class_centres, prototype_logits
+from lr_ray.fewshot.methods import Head
+from lr_ray.fewshot.methods.nn import nearest_centre
 
-_EPISODES_AT_ONCE = 100
+_FLOATS_AT_ONCE = 32_000_000
+"""Of the features of the episodes that are scored together: 128 MB."""
+
+
+def predict(features: Tensor, episodes: np.ndarray, shape: EpisodeShape, head: Head = nearest_centre) -> np.ndarray:
+    """What a head makes of the queries, from features computed once.
+
+    Args:
+        features: (M, D) of all images.
+        episodes: (E, N, K + Q) indices from `draw_test_episodes`.
+
+    Returns:
+        (E, N, Q) predicted ways in [0, N).
+    """
+    at_once = max(1, _FLOATS_AT_ONCE // (episodes[0].size * features.shape[1]))
+    predicted = []
+    for part in torch.from_numpy(episodes).split(at_once):
+        support, queries = features[part[:, :, : shape.n_shot]], features[part[:, :, shape.n_shot :]]
+        scores = head(support, queries.flatten(1, 2))
+        predicted.append(scores.argmax(dim=-1).unflatten(1, (shape.n_way, shape.n_query)).to(torch.int16))
+    return torch.cat(predicted).numpy()
+
+
+def is_right(predicted: np.ndarray) -> np.ndarray:
+    """(E, N, Q) predicted ways → whether each is its own: queries stand way by way."""
+    found: np.ndarray = predicted == np.arange(predicted.shape[1])[:, None]
+    return found
+
+
+def episode_accuracies(features: Tensor, episodes: np.ndarray, shape: EpisodeShape) -> np.ndarray:
+    """(E,) nearest-centre accuracy of every episode, in [0, 1]; arguments as of `predict`."""
+    accuracies: np.ndarray = is_right(predict(features, episodes, shape)).mean(axis=(1, 2))
+    return accuracies
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AccuracyReport:
-    """Accuracy of one method on one data set.
+    """Accuracy of one method over episodes.
 
     Attributes:
-        accuracies: (E,) share of the queries classified right, per episode.
+        right: (E, N, Q) whether each query was classified right.
+        classes: (E, N) the class of each way.
     """
 
-    method: str
-    dataset: str
-    shape: EpisodeShape
-    accuracies: np.ndarray
+    right: np.ndarray
+    classes: np.ndarray
+
+    @property
+    def accuracies(self) -> np.ndarray:
+        """(E,) share of the queries classified right, per episode."""
+        found: np.ndarray = self.right.mean(axis=(1, 2))
+        return found
 
     @property
     def mean(self) -> float:
@@ -31,29 +71,42 @@ class AccuracyReport:
 
     @property
     def ci95(self) -> float:
-        """Half the width of the 95 % confidence interval: 1.96 standard errors (0 for a single episode)."""
-        if len(self.accuracies) < 2:
-            return 0.0
-        return float(1.96 * self.accuracies.std(ddof=1) / np.sqrt(len(self.accuracies)))
+        return ci95(self.accuracies)
+
+    def per_class(self, class_names: Sequence[str]) -> dict[str, float]:
+        """{class: share of its queries classified right}, of the classes that the episodes hold."""
+        shares = self.right.mean(axis=2)
+        return {name: float(shares[self.classes == c].mean()) for c, name in enumerate(class_names) if (self.classes == c).any()}
 
 
-def episode_accuracies(
-    features: Tensor, episodes: np.ndarray, shape: EpisodeShape, *, distance: Distance = "euclidean"
-) -> np.ndarray:
-    """Nearest-centre accuracy of every episode, from features computed once.
+def ci95(values: np.ndarray) -> float:
+    """Half the width of the 95 % confidence interval of the mean: 1.96 standard errors (0 for a single value)."""
+    if len(values) < 2:
+        return 0.0
+    return float(1.96 * values.std(ddof=1) / np.sqrt(len(values)))
 
-    Args:
-        features: (M, D) of all images.
-        episodes: (E, N, S + Q) indices from `draw_test_episodes`.
 
-    Returns:
-        (E,) in [0, 1].
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PairedDifference:
+    """By how much one method is better than another on the same episodes.
+
+    Attributes:
+        mean: of the episodes' differences; positive: the first is better.
+        ci95: half the width of its 95 % confidence interval.
+        p_value: of a paired t-test of no difference; 1 where all episodes agree.
+        num_episodes: that both were measured on.
     """
-    accuracies = []
-    expected = torch.arange(shape.n_way).repeat_interleave(shape.n_query)
-    for part in torch.from_numpy(episodes).split(_EPISODES_AT_ONCE):
-        support = features[part[:, :, : shape.n_shot]].flatten(1, 2)
-        queries = features[part[:, :, shape.n_shot :]].flatten(1, 2)
-        logits = prototype_logits(queries, class_centres(support, n_way=shape.n_way), distance=distance)
-        accuracies.append((logits.argmax(dim=-1) == expected).float().mean(dim=1))
-    return torch.cat(accuracies).numpy()
+
+    mean: float
+    ci95: float
+    p_value: float
+    num_episodes: int
+
+
+def paired_difference(accuracies: np.ndarray, others: np.ndarray) -> PairedDifference:
+    """Of (E,) and (F,) accuracies, of which the first min(E, F) are of the same episodes."""
+    count = min(len(accuracies), len(others))
+    differences = accuracies[:count] - others[:count]
+    same = count < 2 or float(differences.std()) == 0.0
+    p_value = float(not differences.any()) if same else float(stats.ttest_rel(accuracies[:count], others[:count]).pvalue)
+    return PairedDifference(mean=float(differences.mean()), ci95=ci95(differences), p_value=p_value, num_episodes=count)

@@ -1,64 +1,181 @@
-"""Few-shot methods, a file each, behind one signature.
+"""Few-shot methods, a file each, found by themselves: a file put beside these, or an installed package's entry point in
+the group `lr_ray.methods`, that has a `METHOD` is a method.
 
-A method turns the frozen backbone into a function from images to features for as long as its context lasts; queries
-then go to the nearest class centre. A method's name may carry an argument after a colon, such as `loras-avg:3`.
+Two kinds. A `FeatureMethod` needs the features of the images alone, which are computed once for all episodes and all
+methods that share them. A `TunedMethod` trains on every episode's support set. In `evaluation.methods` a method's
+settings follow its name: `loras-avg:3` (its first one), `bpa:features=recycle,regularisation=0.2`.
 """
 
-from collections.abc import Callable, Iterable
+import pkgutil
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any, Literal
 
+from pydantic import ValidationError
 from torch import Tensor
 
 from lr_ray.errors import ConfigError
+from lr_ray.section import Section
 from lr_ray.vit.backbone import Backbone, Precision
 from lr_ray.vit.lora import Adapter
 from lr_ray.vit.tokens import encode_pixels
 
+Ingredient = Literal["adapters", "meta_lora", "joint", "oracle", "tune"]
+"""What a method may need besides the backbone; `tune`: real labelled images of other classes."""
 Embed = Callable[[Tensor], Tensor]
 """(B, 3, H, W) uint8 → (B, D) features."""
+Head = Callable[[Tensor, Tensor], Tensor]
+"""Of E episodes at once: (E, N, K, D) support features, (E, M, D) of queries → (E, M, N) scores, the highest wins."""
+ENTRY_POINTS = "lr_ray.methods"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MethodInputs:
-    """What a method may draw on; each is read only by the methods that need it."""
+    """What a method may draw on; each is read only by the methods that need it.
+
+    Attributes:
+        adapters: the library.
+        meta_lora, joint, oracle: what `lr-ray train` made, the latter two with `--joint`, `--oracle`.
+        tune: (M, 3, H, W) uint8 real images and their (M,) classes, none of which is tested.
+    """
 
     backbone: Backbone
     precision: Precision
     adapters: Callable[[], Iterable[Adapter]]
     meta_lora: Callable[[], Adapter]
+    joint: Callable[[], Adapter]
     oracle: Callable[[], Adapter]
+    tune: Callable[[], tuple[Tensor, Tensor]]
 
     def embed(self, images: Tensor) -> Tensor:
         """The backbone as it is now."""
         return encode_pixels(self.backbone, images, precision=self.precision)
 
 
-Method = Callable[[MethodInputs, str], AbstractContextManager[Embed]]
+class NoSettings(Section):
+    """Of a method that has none."""
 
 
-def find_method(name: str) -> tuple[Method, str]:
-    """The method called `name` and the argument after its colon, if any.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FeatureMethod:
+    """A head on features.
+
+    Attributes:
+        source: where the method and the defaults of its settings are from.
+        features: settings → what the features are of: a name that `embedder` knows.
+        head: (settings, what `fit` gave) → the head.
+        fit: (settings, (M, D) features of real images of other classes, (M,) classes, seed) → tensors, trained once
+            before the episodes; default nothing.
+        num_trained: (settings, ways, D) → parameters that are trained on each episode.
+    """
+
+    name: str
+    source: str
+    settings: type[Section] = NoSettings
+    features: Callable[[Any], str]
+    head: Callable[[Any, Mapping[str, Tensor]], Head]
+    fit: Callable[[Any, Tensor, Tensor, int], dict[str, Tensor]] | None = None
+    num_trained: Callable[[Any, int, int], int] = lambda _settings, _n_way, _dim: 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Adaptation:
+    """What training on one support set gave.
+
+    Attributes:
+        scores: (M, N) of the queries, the highest wins.
+        num_trained: parameters that were trained.
+    """
+
+    scores: Tensor
+    num_trained: int
+
+
+Adapt = Callable[[Tensor, Tensor, int], Adaptation]
+"""One episode: (N, K, 3, H, W) uint8 support images, (M, 3, H, W) uint8 queries, a seed → its scores."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TunedMethod:
+    """Training on each episode's support set.
+
+    Attributes:
+        source: where the method and the defaults of its settings are from.
+        needs: what it reads, besides the backbone.
+        adapt: (inputs, settings) → a context within which episodes are done one by one; the backbone is left as it was.
+    """
+
+    name: str
+    source: str
+    settings: type[Section] = NoSettings
+    needs: Callable[[Any], tuple[Ingredient, ...]] = lambda _settings: ()
+    adapt: Callable[[MethodInputs, Any], AbstractContextManager[Adapt]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChosenMethod:
+    """A method with its settings; `label` is how it was asked for."""
+
+    label: str
+    method: FeatureMethod | TunedMethod
+    settings: Any
+
+    @property
+    def needs(self) -> tuple[Ingredient, ...]:
+        """What must be there before it can be measured."""
+        from lr_ray.fewshot.methods.features import needs_of
+
+        if isinstance(self.method, TunedMethod):
+            return self.method.needs(self.settings)
+        of_features = needs_of(self.method.features(self.settings))
+        return of_features if self.method.fit is None else (*of_features, "tune")
+
+
+@cache
+def known_methods() -> dict[str, FeatureMethod | TunedMethod]:
+    """{name: method}, of this package and of those that are installed beside it."""
+    modules = [import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)]
+    found = [method for module in modules if (method := getattr(module, "METHOD", None)) is not None]
+    found += [method for module in modules for method in getattr(module, "METHODS", ())]
+    found += [entry.load() for entry in entry_points(group=ENTRY_POINTS)]
+    return {method.name: method for method in found}
+
+
+def find_method(label: str) -> ChosenMethod:
+    """The method of that name, with the settings after its colon.
 
     Raises:
-        ConfigError: no such method.
+        ConfigError: no such method or setting, or a value that is not allowed.
     """
-    from lr_ray.fewshot.methods.loras_avg import loras_avg
-    from lr_ray.fewshot.methods.nn import nn
-    from lr_ray.fewshot.methods.oracle import oracle
-    from lr_ray.fewshot.methods.raw_pixels import raw_pixels
-    from lr_ray.fewshot.methods.recycle import recycle
+    from lr_ray.fewshot.methods.text_towers import NOT_APPLICABLE
 
-    known: dict[str, Method] = {
-        "raw-pixels": raw_pixels,
-        "nn": nn,
-        "loras-avg": loras_avg,
-        "recycle": recycle,
-        "oracle": oracle,
-    }
-    base, _, argument = name.partition(":")
-    if base not in known:
-        raise ConfigError(f"evaluation.methods: {name!r} is not a method; there are {', '.join(known)}")
-    if argument and base != "loras-avg":
-        raise ConfigError(f"evaluation.methods: {name!r}: {base} takes no argument; only loras-avg:SCALE does")
-    return known[base], argument
+    name, _, text = label.partition(":")
+    if name in NOT_APPLICABLE:
+        raise ConfigError(f"evaluation.methods: {name} does not apply: {NOT_APPLICABLE[name]}")
+    known = known_methods()
+    if name not in known:
+        raise ConfigError(f"evaluation.methods: {label!r} is not a method; there are {', '.join(known)}")
+    method = known[name]
+    fields = method.settings.model_fields
+    allowed = ", ".join(f"{field} (default {info.default})" for field, info in fields.items()) or "none"
+    if text and "=" not in text and fields:
+        values = {next(iter(fields)): text}
+    else:
+        values = dict(_pair(part) for part in text.split(",") if part)
+    try:
+        settings = method.settings.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        problem = "no such setting" if first["type"] == "extra_forbidden" else first["msg"]
+        raise ConfigError(f"evaluation.methods: {label!r}: {where}: {problem}; settings of {name}: {allowed}") from error
+    return ChosenMethod(label=label, method=method, settings=settings)
+
+
+def _pair(part: str) -> tuple[str, str]:
+    key, _, value = part.partition("=")
+    return key.strip(), value.strip()

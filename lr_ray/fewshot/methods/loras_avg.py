@@ -1,23 +1,24 @@
 """`loras-avg`, `loras-avg:SCALE`: nearest class centre with the average of the LoRAs, times a scale."""
 
-import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from pydantic import Field
 
-from lr_ray.errors import ConfigError
-from lr_ray.fewshot.methods import Embed, MethodInputs
-from lr_ray.vit.lora import average_deltas, merged
+from lr_ray.fewshot.methods import FeatureMethod
+from lr_ray.fewshot.methods.features import LORAS_AVG
+from lr_ray.fewshot.methods.nn import nearest_centre
+from lr_ray.section import Section
 
 
-@contextmanager
-def loras_avg(inputs: MethodInputs, argument: str) -> Iterator[Embed]:
-    """The mean of the products B·A (ranks may differ), not of A and B apart."""
-    try:
-        scale = float(argument or 1)
-        if not math.isfinite(scale):
-            raise ValueError
-    except ValueError:
-        raise ConfigError(f"evaluation.methods: loras-avg:{argument} is not loras-avg:NUMBER, such as loras-avg:3") from None
-    deltas = {name: scale * delta for name, delta in average_deltas(inputs.adapters()).items()}
-    with merged(inputs.backbone.model, deltas):
-        yield inputs.embed
+class LorasAvgSettings(Section):
+    """Of `loras-avg`."""
+
+    scale: float = Field(default=1.0, allow_inf_nan=False)
+    """Of the average."""
+
+
+METHOD = FeatureMethod(
+    name="loras-avg",
+    source="Hu et al., LoRA Recycle, CVPR 2025, arXiv 2412.02220: its LoRAs Avg + NN, of the products",
+    settings=LorasAvgSettings,
+    features=lambda settings: f"{LORAS_AVG}:{settings.scale:g}",
+    head=lambda _settings, _trained: nearest_centre,
+)

@@ -1,12 +1,20 @@
-"""`nn`: nearest class centre on the features of the backbone as it came."""
+"""`nn`: nearest class centre, Euclidean, on the features of the backbone as it came."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from torch import Tensor
 
-from lr_ray.fewshot.methods import Embed, MethodInputs
+from lr_ray.fewshot.methods import FeatureMethod
+from lr_ray.fewshot.methods.features import BACKBONE
+from lr_ray.fewshot.protonet import prototype_logits
 
 
-@contextmanager
-def nn(inputs: MethodInputs, _argument: str) -> Iterator[Embed]:
-    """No LoRA at all."""
-    yield inputs.embed
+def nearest_centre(support: Tensor, queries: Tensor) -> Tensor:
+    """Minus the Euclidean distance to the mean of each class: (E, N, K, D), (E, M, D) → (E, M, N)."""
+    return prototype_logits(queries, support.mean(dim=-2))
+
+
+METHOD = FeatureMethod(
+    name="nn",
+    source="Snell et al., Prototypical Networks, NeurIPS 2017, arXiv 1703.05175; without its training",
+    features=lambda _settings: BACKBONE,
+    head=lambda _settings, _trained: nearest_centre,
+)

@@ -1,14 +1,12 @@
 """`recycle`: nearest class centre on the features of backbone + meta-LoRA, the method of this project."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from lr_ray.fewshot.methods import FeatureMethod
+from lr_ray.fewshot.methods.features import RECYCLE
+from lr_ray.fewshot.methods.nn import nearest_centre
 
-from lr_ray.fewshot.methods import Embed, MethodInputs
-from lr_ray.vit.lora import merged
-
-
-@contextmanager
-def recycle(inputs: MethodInputs, _argument: str) -> Iterator[Embed]:
-    """The meta-LoRA trained on synthetic images, merged into the backbone."""
-    with merged(inputs.backbone.model, inputs.meta_lora().deltas()):
-        yield inputs.embed
+METHOD = FeatureMethod(
+    name="recycle",
+    source="Hu et al., LoRA Recycle, CVPR 2025, arXiv 2412.02220, as docs/method.md changes it",
+    features=lambda _settings: RECYCLE,
+    head=lambda _settings, _trained: nearest_centre,
+)
