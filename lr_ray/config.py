@@ -35,11 +35,13 @@ class EvaluationConfig(Section):
     """What is measured."""
 
     methods: tuple[str, ...] = ("nn", "loras-avg", "recycle")
-    """Of raw-pixels, nn, loras-avg or loras-avg:SCALE, recycle, oracle."""
+    """Names of lr_ray/fewshot/methods, a method's settings after a colon: `loras-avg:2`, `bpa:features=recycle`."""
     shapes: tuple[EpisodeShape, ...] = (EpisodeShape(n_shot=1), EpisodeShape(n_shot=5))
     """Of the test episodes."""
     episodes: int = Field(default=600, gt=0)
     """Test episodes of every shape (the paper: 600)."""
+    tuned_episodes: int = Field(default=100, gt=0)
+    """How many of them, the first, methods meet that are trained on every episode: an episode takes them seconds."""
     batch_size: int = Field(default=100, gt=0)
     """Images of one forward pass."""
     precision: Precision = "auto"
@@ -123,6 +125,10 @@ class ExperimentConfig(Section):
     @property
     def meta_lora_root(self) -> str:
         return f"{self.output_root.rstrip('/')}/meta_lora"
+
+    @property
+    def joint_root(self) -> str:
+        return f"{self.output_root.rstrip('/')}/joint"
 
     @property
     def oracle_root(self) -> str:

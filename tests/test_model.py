@@ -17,7 +17,8 @@ from lr_ray.data.load import load_data
 from lr_ray.errors import AdapterError, BackboneError, ConfigError, DataError, LrRayError
 from lr_ray.fewshot.episodes import EpisodeShape, draw_test_episodes
 from lr_ray.fewshot.evaluate import episode_accuracies
-from lr_ray.fewshot.methods import MethodInputs, find_method
+from lr_ray.fewshot.methods import MethodInputs
+from lr_ray.fewshot.methods.features import embedder
 from lr_ray.model import Model
 from lr_ray.storage.adapters import read_adapter, write_adapter
 from lr_ray.storage.filesystem import list_files, read_bytes, write_bytes
@@ -35,17 +36,17 @@ def digits() -> LabelledImages:
     return load_data(DataConfig(source="digits", classes=("6:10",)))
 
 
-def evaluated(config: ExperimentConfig, method: str, images: torch.Tensor) -> torch.Tensor:
+def evaluated(config: ExperimentConfig, features: str, images: torch.Tensor) -> torch.Tensor:
     """The features that `lr-ray eval` gives the images."""
     inputs = MethodInputs(
         backbone=load_backbone(config.backbone),
         precision=config.evaluation.precision,
         adapters=list,
         meta_lora=lambda: read_adapter(config.meta_lora_root),
+        joint=lambda: read_adapter(config.joint_root),
         oracle=lambda: read_adapter(config.oracle_root),
     )
-    function, argument = find_method(method)
-    with function(inputs, argument) as embed, torch.inference_mode():
+    with embedder(inputs, features) as embed, torch.inference_mode():
         return embed(images)
 
 
@@ -64,7 +65,7 @@ def test_features_are_those_of_recycle_in_evaluation(model: Model, tiny_experime
     features = model.embed(images)
     assert features.shape == (40, 192)
     assert torch.equal(features, evaluated(tiny_experiment, "recycle", images))
-    assert not torch.allclose(features, evaluated(tiny_experiment, "nn", images), rtol=0.1, atol=0.1)
+    assert not torch.allclose(features, evaluated(tiny_experiment, "backbone", images), rtol=0.1, atol=0.1)
 
 
 def test_classifying_gives_the_accuracy_of_evaluation(model: Model, digits: LabelledImages):

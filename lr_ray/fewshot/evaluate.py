@@ -76,7 +76,7 @@ class AccuracyReport:
     def per_class(self, class_names: Sequence[str]) -> dict[str, float]:
         """{class: share of its queries classified right}, of the classes that the episodes hold."""
         shares = self.right.mean(axis=2)
-        return {name: float(shares[self.classes == c].mean()) for c, name in enumerate(class_names) if (self.classes == c).any()}
+        return {class_names[c]: float(shares[self.classes == c].mean()) for c in np.unique(self.classes)}
 
 
 def ci95(values: np.ndarray) -> float:

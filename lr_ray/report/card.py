@@ -11,7 +11,7 @@ from lr_ray.storage.filesystem import join, read_if_there, write_bytes
 from lr_ray.storage.manifest import read_manifest
 from lr_ray.vit.embedded import EMBEDDED_BACKBONE
 
-_METHODS = {"meta_lora": "recycle", "oracle": "oracle"}
+_METHODS = {"meta_lora": "recycle", "joint": "joint", "oracle": "oracle"}
 """{kind of the manifest: method that measures it}."""
 _ADAPTERS_SHOWN = 20
 _UNKNOWN = "unknown: ask their authors"
@@ -142,7 +142,8 @@ def _shape(row: dict[str, Any]) -> str:
 
 
 def _title(manifest: dict[str, Any]) -> str:
-    return f"{manifest['config']['name']}: {'oracle' if manifest['kind'] == 'oracle' else 'meta-LoRA'}"
+    titles = {"meta_lora": "meta-LoRA", "joint": "meta-LoRA by plain supervision", "oracle": "oracle"}
+    return f"{manifest['config']['name']}: {titles[manifest['kind']]}"
 
 
 def _lead(manifest: dict[str, Any]) -> str:

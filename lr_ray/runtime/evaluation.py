@@ -1,146 +1,251 @@
-"""`lr-ray eval`: every method on the same episodes, each method in its own Ray task."""
+"""`lr-ray eval`: every method on the same episodes, in Ray tasks that each commit what they found."""
 
 import json
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from lr_ray.config import ExperimentConfig
+from lr_ray.data.images import LabelledImages
 from lr_ray.data.load import load_data
-from lr_ray.errors import ConfigError
 from lr_ray.fewshot.episodes import draw_test_episodes
-from lr_ray.fewshot.evaluate import AccuracyReport, episode_accuracies
-from lr_ray.fewshot.methods import MethodInputs, find_method
+from lr_ray.fewshot.evaluate import AccuracyReport, is_right, paired_difference, predict
+from lr_ray.fewshot.methods import FeatureMethod, MethodInputs, TunedMethod, find_method
+from lr_ray.fewshot.methods.features import embedder
 from lr_ray.report.card import complete_card
 from lr_ray.report.progress import Reporter
+from lr_ray.runtime.cost import begin_peak_memory, count_flops, peak_memory_mib
+from lr_ray.runtime.evaluation_plan import EpisodesTask, EvaluationPlan, FeaturesTask, FitTask, Measurement, test_data_of
 from lr_ray.runtime.session import work_through, worker_device
-from lr_ray.storage.adapters import CONFIG_NAME, list_adapters, read_adapter, read_adapters, read_specs
-from lr_ray.storage.filesystem import exists, join, read_if_there, write_bytes
-from lr_ray.storage.manifest import digest_of
-from lr_ray.vit.backbone import load_backbone
+from lr_ray.storage.adapters import read_adapter, read_adapters
+from lr_ray.storage.filesystem import exists, join, list_uris, read_if_there, write_bytes
+from lr_ray.storage.measurements import read_predictions, read_tensors, write_episodes, write_predictions, write_tensors
+from lr_ray.vit.backbone import Backbone, load_backbone
 
 RESULTS_NAME = "results.json"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EvaluationTask:
-    """One method, measured on all shapes from features computed once."""
-
-    method: str
-    config: ExperimentConfig
-    digest: str
+REFERENCE = "recycle"
+"""The method that all others are compared with."""
+_FIT_IMAGES_PER_CLASS = 100
 
 
 def evaluate_methods(config: ExperimentConfig, reporter: Reporter) -> list[dict[str, Any]]:
-    """Measure the methods that `results.json` lacks; returns these methods' rows, in the order of methods and shapes.
+    """Measure what has not been measured; returns these methods' rows, in the order of methods and shapes.
 
-    Rows of other methods, data or shapes stay in the file. The model cards of what was measured tell these methods' rows.
+    Rows of other methods, data or shapes stay in `results.json`. The model cards of what was measured tell these methods'
+    rows.
 
     Raises:
-        ConfigError: no test data, or an unknown method.
+        ConfigError: no test data, an unknown method, or one that needs what is not there; before any work.
         EpisodeError: too few classes or images.
     """
-    if config.data.test is None:
-        raise ConfigError("data.test is not set: name the real images of unseen classes, with --data or in the config")
-    data = load_data(config.data.test)
-    for shape in config.evaluation.shapes:
-        draw_test_episodes(data.labels, shape, num_episodes=1, seed=config.seed)
-    tasks = _plan(config, data.digest())
+    plan = EvaluationPlan(config)
+    tasks = [task for measurement in plan.measurements for task in measurement.tasks]
+    done = list_uris(join(config.output_root, "evaluation"), suffix="")
+    todo = [task for task in tasks if task.uri not in done]
+    names = ", ".join(dict.fromkeys(task.label for task in todo))
+    reporter.say(f"eval: {len(config.evaluation.methods)} methods on {plan.data.name}; to measure: {names or 'none'}")
+    _store_episodes(plan)
+    features = [plan.features[uri] for uri in dict.fromkeys(t.features_uri for t in todo if t.features_uri) if uri not in done]
+    work_through("features", embed_test_images, features, config.ray, reporter, lambda task, _: task.features)
+    fits = [plan.fits[uri] for uri in dict.fromkeys(t.fitted_uri for t in todo if t.fitted_uri) if uri not in done]
+    work_through("fit", fit_method, fits, config.ray, reporter, lambda task, _: task.label)
+
+    def found(task: EpisodesTask, accuracy: float) -> str:
+        return f"{task.label} {task.shape.n_shot}-shot {100 * accuracy:.1f}"
+
+    work_through("eval", predict_episodes, todo, config.ray, reporter, found)
+    rows = _rows(plan)
     uri = join(config.output_root, RESULTS_NAME)
     known: list[dict[str, Any]] = json.loads(read_if_there(uri) or b"[]")
-    wanted = {task.digest for task in tasks}
-    others = [row for row in known if row["digest"] not in wanted]
-    rows = [row for row in known if row["digest"] in wanted]
-    todo = [task for task in tasks if task.digest not in {row["digest"] for row in rows}]
-    reporter.say(f"eval: {len(tasks)} methods on {data.name}, {len(tasks) - len(todo)} measured already")
-    order = {task.digest: position for position, task in enumerate(tasks)}
-
-    def take(task: EvaluationTask, result: list[dict[str, Any]]) -> str:
-        rows.extend(result)
-        rows.sort(key=lambda row: order[row["digest"]])
-        write_bytes(uri, json.dumps(others + rows, indent=2, ensure_ascii=False).encode())
-        return f"{task.method} " + ", ".join(f"{row['accuracy']:.1f}" for row in result)
-
-    work_through("eval", evaluate_one, todo, config.ray, reporter, take)
-    for method, folder in (("recycle", config.meta_lora_root), ("oracle", config.oracle_root)):
+    wanted = {(row["method"], row["dataset"], row["n_way"], row["n_shot"], row["n_query"]) for row in rows}
+    others = [r for r in known if (r["method"], r["dataset"], r["n_way"], r["n_shot"], r["n_query"]) not in wanted]
+    write_bytes(uri, json.dumps(others + rows, indent=2, ensure_ascii=False).encode())
+    for method, folder in (("recycle", config.meta_lora_root), ("joint", config.joint_root), ("oracle", config.oracle_root)):
         if method in config.evaluation.methods:
             complete_card(folder, rows)
     return rows
 
 
-def _plan(config: ExperimentConfig, data_digest: str) -> list[EvaluationTask]:
-    backbone = load_backbone(config.backbone)
-    tasks = []
-    for method in config.evaluation.methods:
-        find_method(method)
-        base = method.partition(":")[0]
-        ingredients: dict[str, Any] = {}
-        if base == "loras-avg":
-            ingredients = {"adapters": [spec.digest for spec in read_specs(list_adapters(config.adapters_root))]}
-        elif base in ("recycle", "oracle"):
-            folder = config.meta_lora_root if base == "recycle" else config.oracle_root
-            if not exists(join(folder, CONFIG_NAME)):
-                command = "lr-ray train" + (" --oracle" if base == "oracle" else "")
-                raise ConfigError(f"evaluation.methods: {base} needs {folder}; run `{command}` first or leave it out")
-            ingredients = {base: read_adapter(folder).spec.digest}
-        inputs = {
-            "method": method,
-            "ingredients": ingredients,
-            "backbone": backbone.identity,
-            "data": data_digest,
-            "shapes": [shape.model_dump() for shape in config.evaluation.shapes],
-            "episodes": config.evaluation.episodes,
-            "precision": config.evaluation.precision,
-            "seed": config.seed,
-        }
-        tasks.append(EvaluationTask(method=method, config=config, digest=digest_of(inputs)))
-    return tasks
+def _store_episodes(plan: EvaluationPlan) -> None:
+    """So that other programs may meet the same."""
+    evaluation = plan.config.evaluation
+    for shape in evaluation.shapes:
+        if not exists(uri := plan.episodes_uri(shape)):
+            data = plan.data
+            episodes = draw_test_episodes(data.labels, shape, num_episodes=evaluation.episodes, seed=plan.config.seed)
+            write_episodes(uri, episodes, data.labels, data.class_names, data.describe, shape.n_shot)
 
 
-def evaluate_one(task: EvaluationTask) -> list[dict[str, Any]]:
-    """Features of all test images, then every shape's episodes; a row of `results.json` per shape."""
-    config = task.config
-    backbone = load_backbone(config.backbone, device=worker_device(config.ray))
-    assert config.data.test is not None
-    data = load_data(config.data.test)
-    images = data.pixels(np.arange(len(data)), backbone.image_px)
-    inputs = MethodInputs(
+def _inputs(config: ExperimentConfig, backbone: Backbone) -> MethodInputs:
+    return MethodInputs(
         backbone=backbone,
         precision=config.evaluation.precision,
         adapters=lambda: read_adapters(config.adapters_root),
         meta_lora=lambda: read_adapter(config.meta_lora_root),
+        joint=lambda: read_adapter(config.joint_root),
         oracle=lambda: read_adapter(config.oracle_root),
     )
-    method, argument = find_method(task.method)
-    start = time.perf_counter()
-    with method(inputs, argument) as embed, torch.inference_mode():
-        features = torch.cat([embed(part).cpu() for part in images.split(config.evaluation.batch_size)])
-    embedding_s = time.perf_counter() - start
-    return [_row(task, data.name, data.labels, features, shape, embedding_s) for shape in config.evaluation.shapes]
 
 
-def _row(
-    task: EvaluationTask, dataset: str, labels: np.ndarray, features: torch.Tensor, shape: Any, embedding_s: float
-) -> dict[str, Any]:
-    evaluation = task.config.evaluation
+def _embed(
+    config: ExperimentConfig, features: str, data: LabelledImages, positions: np.ndarray
+) -> tuple[Tensor, dict[str, Any]]:
+    """(n, D) features of some images, and what they cost."""
+    backbone = load_backbone(config.backbone, device=worker_device(config.ray))
+    begin_peak_memory(backbone.device)
+    seconds = 0.0
+    parts = []
+    with embedder(_inputs(config, backbone), features) as embed, torch.inference_mode():
+        for start in range(0, len(positions), config.evaluation.batch_size):
+            images = data.pixels(positions[start : start + config.evaluation.batch_size], backbone.image_px)
+            began = time.perf_counter()
+            parts.append(embed(images).cpu())
+            seconds += time.perf_counter() - began
+        flops = count_flops(lambda: embed(images[:1]))
+    cost = {"seconds": seconds, "peak_memory_mib": peak_memory_mib(backbone.device), "flops_per_image": flops}
+    return torch.cat(parts), cost
+
+
+def embed_test_images(task: FeaturesTask) -> None:
+    """Commit the features of all test images."""
+    data = test_data_of(task.config)
+    features, cost = _embed(task.config, task.features, data, np.arange(len(data)))
+    write_tensors(task.uri, {"features": features}, cost)
+
+
+def fit_method(task: FitTask) -> None:
+    """Commit what a method learns from the features of real images of other classes."""
+    config, chosen = task.config, find_method(task.label)
+    assert isinstance(chosen.method, FeatureMethod)
+    assert chosen.method.fit is not None
+    assert config.data.tune is not None
+    data = load_data(config.data.tune)
+    members = [np.flatnonzero(data.labels == c) for c in range(len(data.class_names))]
+    rng = np.random.default_rng(config.seed)
+    positions = np.concatenate([rng.permutation(found)[:_FIT_IMAGES_PER_CLASS] for found in members])
+    features, _ = _embed(config, chosen.method.features(chosen.settings), data, positions)
     start = time.perf_counter()
-    episodes = draw_test_episodes(labels, shape, num_episodes=evaluation.episodes, seed=task.config.seed)
-    report = AccuracyReport(
-        method=task.method, dataset=dataset, shape=shape, accuracies=episode_accuracies(features, episodes, shape)
-    )
+    tensors = chosen.method.fit(chosen.settings, features, torch.from_numpy(data.labels[positions]), config.seed)
+    write_tensors(task.uri, tensors, {"seconds": time.perf_counter() - start})
+
+
+def predict_episodes(task: EpisodesTask) -> float:
+    """Commit what a method predicts of some episodes; returns its accuracy on them."""
+    data, chosen = test_data_of(task.config), find_method(task.label)
+    episodes = draw_test_episodes(data.labels, task.shape, num_episodes=task.stop, seed=task.config.seed)[task.start :]
+    measure = _predict_from_features if isinstance(chosen.method, FeatureMethod) else _predict_by_tuning
+    predicted, seconds, facts = measure(task, data, episodes)
+    write_predictions(task.uri, predicted, seconds, facts)
+    return float(is_right(predicted).mean())
+
+
+def _predict_from_features(
+    task: EpisodesTask, _data: LabelledImages, episodes: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+    chosen, shape = find_method(task.label), task.shape
+    assert isinstance(chosen.method, FeatureMethod)
+    device = torch.device(worker_device(task.config.ray))
+    tensors, cost = read_tensors(task.features_uri)
+    features = tensors["features"]
+    fitted, _ = read_tensors(task.fitted_uri) if task.fitted_uri else ({}, {})
+    head = chosen.method.head(chosen.settings, fitted)
+    begin_peak_memory(device)
+    start = time.perf_counter()
+    with torch.inference_mode():
+        predicted = predict(features, episodes, shape, head)
+    head_s = (time.perf_counter() - start) / len(episodes)
+    peak = max(peak_memory_mib(device), cost["peak_memory_mib"])
+    with torch.inference_mode():
+        head_flops = count_flops(lambda: predict(features, episodes[:1], shape, head))
+    images_per_s = len(features) / cost["seconds"]
+    facts = {
+        "images_per_s": images_per_s,
+        "peak_memory_mib": peak,
+        "trained_parameters": chosen.method.num_trained(chosen.settings, shape.n_way, features.shape[1]),
+        "flops": episodes[0].size * cost["flops_per_image"] + head_flops,
+        "seconds": cost["seconds"] + head_s * len(episodes),
+    }
+    return predicted, np.full(len(episodes), head_s + episodes[0].size / images_per_s), facts
+
+
+def _predict_by_tuning(
+    task: EpisodesTask, data: LabelledImages, episodes: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+    config, chosen, shape = task.config, find_method(task.label), task.shape
+    assert isinstance(chosen.method, TunedMethod)
+    backbone = load_backbone(config.backbone, device=worker_device(config.ray))
+    begin_peak_memory(backbone.device)
+    predicted, seconds = [], []
+    with chosen.method.adapt(_inputs(config, backbone), chosen.settings) as adapt:
+        for index, episode in enumerate(episodes, start=task.start):
+            images = data.pixels(episode.ravel(), backbone.image_px).unflatten(0, episode.shape)
+            support, queries = images[:, : shape.n_shot], images[:, shape.n_shot :].flatten(0, 1)
+            began = time.perf_counter()
+            adaptation = adapt(support, queries, config.seed * 1_000_003 + index)
+            seconds.append(time.perf_counter() - began)
+            predicted.append(adaptation.scores.argmax(dim=-1).cpu().numpy().reshape(shape.n_way, shape.n_query))
+        peak = peak_memory_mib(backbone.device)
+        facts = {"peak_memory_mib": peak, "trained_parameters": adaptation.num_trained}
+        if task.start == 0:
+            facts["flops"] = count_flops(lambda: adapt(support, queries, 0))
+    return np.stack(predicted), np.array(seconds), facts
+
+
+def _rows(plan: EvaluationPlan) -> list[dict[str, Any]]:
+    rows, accuracies = [], {}
+    for measurement in plan.measurements:
+        row, accuracies[measurement.chosen.label, measurement.shape] = _row(plan, measurement)
+        rows.append(row)
+    for row, measurement in zip(rows, plan.measurements, strict=True):
+        reference = accuracies.get((REFERENCE, measurement.shape))
+        row |= _compared(accuracies[measurement.chosen.label, measurement.shape], reference, row["method"])
+    return rows
+
+
+def _compared(accuracies: np.ndarray, reference: np.ndarray | None, label: str) -> dict[str, Any]:
+    """The paired difference to recycling, in points."""
+    if reference is None or label == REFERENCE:
+        return dict.fromkeys(("difference", "difference_ci95", "p_value", "difference_episodes"))
+    found = paired_difference(accuracies, reference)
     return {
-        "method": report.method,
-        "dataset": report.dataset,
+        "difference": round(100 * found.mean, 2),
+        "difference_ci95": round(100 * found.ci95, 2),
+        "p_value": found.p_value,
+        "difference_episodes": found.num_episodes,
+    }
+
+
+def _row(plan: EvaluationPlan, measurement: Measurement) -> tuple[dict[str, Any], np.ndarray]:
+    """A row of `results.json` without its comparison, and the (E,) accuracies."""
+    shape, data, chosen = measurement.shape, plan.data, measurement.chosen
+    parts = [read_predictions(task.uri, shape) for task in measurement.tasks]
+    predicted = np.concatenate([found for found, _, _ in parts])
+    seconds = np.concatenate([took for _, took, _ in parts])
+    facts = parts[0][2]
+    episodes = draw_test_episodes(data.labels, shape, num_episodes=len(predicted), seed=plan.config.seed)
+    report = AccuracyReport(right=is_right(predicted), classes=data.labels[episodes[:, :, 0]])
+    per_class = report.per_class(data.class_names)
+    row = {
+        "method": chosen.label,
+        "source": chosen.method.source,
+        "dataset": data.name,
         "n_way": shape.n_way,
         "n_shot": shape.n_shot,
         "n_query": shape.n_query,
-        "episodes": len(report.accuracies),
+        "episodes": len(predicted),
         "accuracy": round(100 * report.mean, 2),
         "ci95": round(100 * report.ci95, 2),
-        "seconds": round(embedding_s + time.perf_counter() - start, 2),
-        "images_per_s": round(len(features) / embedding_s, 1),
-        "digest": task.digest,
+        "macro_accuracy": round(100 * float(np.mean(list(per_class.values()))), 2),
+        "per_class": {name: round(100 * value, 2) for name, value in per_class.items()},
+        "episode_ms": round(1000 * float(seconds.mean()), 2),
+        "images_per_s": round(facts["images_per_s"], 1) if "images_per_s" in facts else None,
+        "peak_memory_mib": round(max(found["peak_memory_mib"] for _, _, found in parts)),
+        "trained_parameters": facts["trained_parameters"],
+        "gflops_per_episode": round(facts["flops"] / 1e9, 2),
+        "seconds": round(facts.get("seconds", float(seconds.sum())), 2),
+        "digest": measurement.digest,
     }
+    return row, report.accuracies

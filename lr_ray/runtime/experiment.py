@@ -3,24 +3,28 @@
 from typing import Any
 
 from lr_ray.config import ExperimentConfig
+from lr_ray.fewshot.methods import ingredients_of
 from lr_ray.grid import Cell
 from lr_ray.report.progress import Reporter
 from lr_ray.runtime.evaluation import evaluate_methods
 from lr_ray.runtime.inversion import invert_library
 from lr_ray.runtime.session import ray_session
 from lr_ray.runtime.stand_ins import make_stand_ins
-from lr_ray.runtime.training import train_meta_lora, train_oracle
+from lr_ray.runtime.training import train_joint, train_meta_lora, train_oracle
 from lr_ray.runtime.tuning import tune_library
 
 
 def run_experiment(config: ExperimentConfig, reporter: Reporter) -> list[dict[str, Any]]:
     """Tune (where the config names data for it and no adapters), invert, train, evaluate; returns the rows of results."""
+    needs = ingredients_of(config.evaluation.methods)
     with ray_session(config.ray):
         if config.data.tune is not None and config.adapters is None:
             tune_library(config, reporter)
         invert_library(config, reporter, strict=True)
         train_meta_lora(config, reporter)
-        if "oracle" in config.evaluation.methods:
+        if "joint" in needs:
+            train_joint(config, reporter)
+        if "oracle" in needs:
             train_oracle(config, reporter)
         return evaluate_methods(config, reporter)
 
@@ -28,15 +32,19 @@ def run_experiment(config: ExperimentConfig, reporter: Reporter) -> list[dict[st
 def run_cell(cell: Cell, reporter: Reporter) -> list[dict[str, Any]]:
     """The same for one cell of a grid, whose meta-LoRA is made only if it is measured."""
     config = cell.config
+    needs = ingredients_of(config.evaluation.methods)
     with ray_session(config.ray):
         if cell.tune:
             tune_library(config, reporter)
-        if "recycle" in config.evaluation.methods:
+        if needs & {"meta_lora", "joint"}:
             if cell.stand_in is None or cell.stand_in.kind in ("shuffled", "mixed"):
                 invert_library(config.model_copy(update={"synthetic": cell.inverted_root}), reporter, strict=True)
             if cell.stand_in is not None:
                 make_stand_ins(config, cell.stand_in, cell.inverted_root, reporter)
+        if "meta_lora" in needs:
             train_meta_lora(config, reporter)
-        if "oracle" in config.evaluation.methods:
+        if "joint" in needs:
+            train_joint(config, reporter)
+        if "oracle" in needs:
             train_oracle(config, reporter)
         return evaluate_methods(config, reporter)

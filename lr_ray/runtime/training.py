@@ -17,7 +17,7 @@ from lr_ray.report.trackers import TrackedRun, Tracker, open_trackers
 from lr_ray.runtime.relations import see_with_every_adapter
 from lr_ray.runtime.session import ray_session, this_node, user_error
 from lr_ray.runtime.train_loop import checkpoints_of, read_checkpoint, train_loop_per_worker
-from lr_ray.runtime.training_job import TrainingJob, meta_lora_job, oracle_job
+from lr_ray.runtime.training_job import TrainingJob, joint_job, meta_lora_job, oracle_job
 from lr_ray.storage.adapters import CONFIG_NAME, with_digest, write_adapter
 from lr_ray.storage.filesystem import arrow_filesystem, exists, join, storage_errors
 from lr_ray.storage.manifest import claim_folder, digest_of, read_manifest
@@ -46,6 +46,12 @@ def train_oracle(config: ExperimentConfig, reporter: Reporter) -> dict[str, Any]
     """
     backbone = load_backbone(config.backbone)
     return _train(oracle_job(config, backbone), backbone, reporter)
+
+
+def train_joint(config: ExperimentConfig, reporter: Reporter) -> dict[str, Any]:
+    """Plain supervision on the synthetic images, with which the episodes are compared; raises what `train_meta_lora` does."""
+    backbone = load_backbone(config.backbone)
+    return _train(joint_job(config, backbone), backbone, reporter)
 
 
 def _train(job: TrainingJob, backbone: Backbone, reporter: Reporter) -> dict[str, Any]:

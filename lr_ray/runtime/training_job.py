@@ -1,7 +1,7 @@
 """What a meta-training has to do, planned and checked before anything is started."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -29,7 +29,8 @@ class TrainingJob:
     """One meta-LoRA to be.
 
     Attributes:
-        kind: `meta_lora`, from synthetic images, or `oracle`, from the real ones that the adapters were tuned on.
+        kind: `meta_lora`, episodes of synthetic images; `joint`, plain supervision on them; or `oracle`, episodes of the real
+            ones that the adapters were tuned on.
         training: the config's section, for the oracle without what needs a teacher.
         folder: where the result goes.
         refs: the classes to train on.
@@ -54,6 +55,14 @@ class TrainingJob:
     holdout_files: tuple[str, ...] = ()
     inputs: dict[str, Any]
     facts: dict[str, Any]
+
+
+def joint_job(config: ExperimentConfig, backbone: Backbone) -> TrainingJob:
+    """Plain supervision on the synthetic images, in the place of episodes; raises what `meta_lora_job` does."""
+    changes = {"objective": "joint", "relations": RelationsConfig()}
+    training = config.training.model_copy(update=changes)
+    job = meta_lora_job(config.model_copy(update={"training": training}), backbone)
+    return replace(job, kind="joint", config=config, folder=config.joint_root)
 
 
 def meta_lora_job(config: ExperimentConfig, backbone: Backbone) -> TrainingJob:

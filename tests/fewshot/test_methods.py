@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from lr_ray.errors import AdapterError, ConfigError
-from lr_ray.fewshot.methods import MethodInputs, find_method
+from lr_ray.fewshot.methods import FeatureMethod, MethodInputs, find_method, ingredients_of, known_methods
+from lr_ray.fewshot.methods.features import embedder
 from lr_ray.vit.backbone import Backbone
 from lr_ray.vit.lora import Adapter
 
 MakeBackbone = Callable[[], Backbone]
 MakeAdapter = Callable[..., Adapter]
-METHODS = ["raw-pixels", "nn", "loras-avg", "loras-avg:3", "recycle", "oracle"]
+METHODS = ["raw-pixels", "nn", "loras-avg", "loras-avg:3", "recycle", "joint", "oracle"]
 
 
 @pytest.fixture
@@ -27,6 +28,7 @@ def inputs(backbone: Backbone, make_adapter: MakeAdapter, adapters: list[Adapter
         precision="fp32",
         adapters=lambda: iter(adapters),
         meta_lora=lambda: make_adapter(10, rank=4),
+        joint=lambda: make_adapter(15, rank=4),
         oracle=lambda: make_adapter(20, rank=4),
     )
 
@@ -54,9 +56,14 @@ def features_of(backbone: Backbone, images: Tensor, update: Callable[[str], Tens
 
 
 def embed(inputs: MethodInputs, name: str, images: Tensor) -> Tensor:
-    method, argument = find_method(name)
-    with method(inputs, argument) as to_features:
+    with embedder(inputs, features_name(name)) as to_features:
         return to_features(images)
+
+
+def features_name(name: str) -> str:
+    chosen = find_method(name)
+    assert isinstance(chosen.method, FeatureMethod)
+    return chosen.method.features(chosen.settings)
 
 
 def test_nn_is_the_bare_backbone(inputs: MethodInputs, images: Tensor, make_backbone: MakeBackbone):
@@ -85,7 +92,7 @@ def test_loras_avg_changes_no_adapter(inputs: MethodInputs, images: Tensor, adap
     assert torch.equal(embed(inputs, "loras-avg:3", images), first)
 
 
-@pytest.mark.parametrize(("name", "seed"), [("recycle", 10), ("oracle", 20)])
+@pytest.mark.parametrize(("name", "seed"), [("recycle", 10), ("joint", 15), ("oracle", 20)])
 def test_a_meta_lora_is_merged(
     inputs: MethodInputs,
     images: Tensor,
@@ -114,9 +121,8 @@ def test_the_methods_differ(inputs: MethodInputs, images: Tensor):
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_backbone_is_left_as_it_was(inputs: MethodInputs, images: Tensor, name: str, fails: bool):
     before = {key: (value, value.clone()) for key, value in inputs.backbone.model.named_parameters()}
-    method, argument = find_method(name)
     try:
-        with method(inputs, argument) as to_features:
+        with embedder(inputs, features_name(name)) as to_features:
             to_features(images)
             if fails:
                 raise KeyError
@@ -136,7 +142,11 @@ def test_the_backbone_is_left_as_it_was(inputs: MethodInputs, images: Tensor, na
         ("nn", None),
         ("loras-avg", "adapters"),
         ("recycle", "meta_lora"),
+        ("joint", "joint"),
         ("oracle", "oracle"),
+        ("bpa:features=oracle", "oracle"),
+        ("linear-probe:loras-avg:2", "adapters"),
+        ("loras-avg-linear", "adapters"),
     ],
 )
 def test_a_method_reads_only_what_it_needs(
@@ -148,23 +158,75 @@ def test_a_method_reads_only_what_it_needs(
     def adapters() -> Iterator[Adapter]:
         yield make_adapter(1)
 
-    sources = {"adapters": absent, "meta_lora": absent, "oracle": absent}
+    sources = {"adapters": absent, "meta_lora": absent, "joint": absent, "oracle": absent}
     if needs:
         sources[needs] = adapters if needs == "adapters" else lambda: make_adapter(1)
     assert len(embed(MethodInputs(backbone=backbone, precision="fp32", **sources), name, images)) == 5
+    assert find_method(name).needs == ((needs,) if needs else ())
+
+
+def test_what_methods_need_together():
+    assert ingredients_of(["nn", "caml", "recycle", "bpa:joint"]) == {"tune", "meta_lora", "joint"}
+
+
+def test_every_method_tells_its_source_and_has_settings_with_defaults():
+    for name, method in known_methods().items():
+        assert method.name == name
+        assert len(method.source) > 10
+        method.settings()
 
 
 @pytest.mark.parametrize("name", ["no-such-method", "", "NN", "loras_avg", "loras-avg3"])
 def test_an_unknown_method_is_refused_and_the_known_are_named(name: str):
-    with pytest.raises(ConfigError, match=r"is not a method.*raw-pixels, nn, loras-avg, recycle, oracle") as caught:
+    with pytest.raises(ConfigError, match=r"is not a method; there are .*loras-avg.*nn.*oracle.*recycle") as caught:
         find_method(name)
     assert repr(name) in str(caught.value)
 
 
-@pytest.mark.parametrize("argument", ["x", "3x", "1,5", "3:4"])
-def test_a_scale_that_is_no_number_is_refused(inputs: MethodInputs, images: Tensor, argument: str):
-    with pytest.raises(ConfigError, match=f"loras-avg:{argument} is not loras-avg:NUMBER"):
-        embed(inputs, f"loras-avg:{argument}", images)
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("loras-avg:x", r"scale: .*valid number.*; settings of loras-avg: scale \(default 1.0\)"),
+        ("loras-avg:1,5", "scale: .*valid number"),
+        ("loras-avg:inf", "scale: .*finite number"),
+        ("nn:3", "3: no such setting; settings of nn: none"),
+        (
+            "bpa:shots=1",
+            r"shots: no such setting; settings of bpa: features \(default backbone\), regularisation \(default 0.1\)",
+        ),
+        ("bpa:regularisation=0", "regularisation: .*greater than 0"),
+        ("bpa:features=nn", "features: .*no such features; there are raw-pixels, backbone"),
+        ("bpa:features=loras-avg:x", "features: .*the scale of loras-avg:SCALE is a number"),
+        ("coop", "coop does not apply: it learns the words of a text encoder"),
+    ],
+)
+def test_settings_that_are_not_allowed(name: str, message: str):
+    with pytest.raises(ConfigError, match=f"evaluation.methods: .*{message}"):
+        find_method(name)
+
+
+def test_settings_follow_the_name():
+    settings = find_method("bpa:features=loras-avg:2,regularisation=0.2").settings
+    assert (settings.features, settings.regularisation, settings.num_iterations) == ("loras-avg:2", 0.2, 10)
+    assert find_method("loras-avg:3").settings.scale == 3.0
+
+
+def test_an_installed_package_may_bring_a_method(monkeypatch: pytest.MonkeyPatch):
+    mine = FeatureMethod(
+        name="mine", source="tests", features=lambda _: "backbone", head=lambda *_: lambda _support, queries: queries
+    )
+
+    class Entry:
+        def load(self) -> FeatureMethod:
+            return mine
+
+    monkeypatch.setattr("lr_ray.fewshot.methods.entry_points", lambda *, group: [Entry()] if group == "lr_ray.methods" else [])
+    known_methods.cache_clear()
+    try:
+        assert find_method("mine").method is mine
+    finally:
+        monkeypatch.undo()
+        known_methods.cache_clear()
 
 
 def test_no_adapters_have_no_average(backbone: Backbone, make_adapter: MakeAdapter, images: Tensor):
@@ -173,6 +235,7 @@ def test_no_adapters_have_no_average(backbone: Backbone, make_adapter: MakeAdapt
         precision="fp32",
         adapters=list,
         meta_lora=lambda: make_adapter(1),
+        joint=lambda: make_adapter(1),
         oracle=lambda: make_adapter(1),
     )
     with pytest.raises(AdapterError, match="no adapters to average"):

@@ -40,7 +40,6 @@ class MethodInputs:
     Attributes:
         adapters: the library.
         meta_lora, joint, oracle: what `lr-ray train` made, the latter two with `--joint`, `--oracle`.
-        tune: (M, 3, H, W) uint8 real images and their (M,) classes, none of which is tested.
     """
 
     backbone: Backbone
@@ -49,7 +48,6 @@ class MethodInputs:
     meta_lora: Callable[[], Adapter]
     joint: Callable[[], Adapter]
     oracle: Callable[[], Adapter]
-    tune: Callable[[], tuple[Tensor, Tensor]]
 
     def embed(self, images: Tensor) -> Tensor:
         """The backbone as it is now."""
@@ -174,6 +172,11 @@ def find_method(label: str) -> ChosenMethod:
         problem = "no such setting" if first["type"] == "extra_forbidden" else first["msg"]
         raise ConfigError(f"evaluation.methods: {label!r}: {where}: {problem}; settings of {name}: {allowed}") from error
     return ChosenMethod(label=label, method=method, settings=settings)
+
+
+def ingredients_of(labels: Iterable[str]) -> set[Ingredient]:
+    """What these methods need together; raises as `find_method`."""
+    return {need for label in labels for need in find_method(label).needs}
 
 
 def _pair(part: str) -> tuple[str, str]:

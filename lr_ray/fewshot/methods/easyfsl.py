@@ -1,0 +1,65 @@
+"""Heads that easyfsl has, on our features: an optional extra (`pip install 'lr-ray[heads]'`)."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lr_ray.errors import ConfigError
+from lr_ray.fewshot.methods import FeatureMethod, Head
+from lr_ray.fewshot.methods.features import BACKBONE, FeaturesName
+from lr_ray.section import Section
+
+_HEADS = {
+    "simple-shot": ("SimpleShot", "Wang et al., SimpleShot, 2019, arXiv 1911.04623"),
+    "bd-cspn": ("BDCSPN", "Liu et al., Prototype Rectification, ECCV 2020, arXiv 1911.10713; transductive"),
+    "laplacian-shot": ("LaplacianShot", "Ziko et al., LaplacianShot, ICML 2020, arXiv 2006.15486; transductive"),
+    "pt-map": ("PTMAP", "Hu et al., PT-MAP, 2020, arXiv 2006.03806; transductive"),
+    "tim": ("TIM", "Boudiaf et al., TIM, NeurIPS 2020, arXiv 2008.11297; transductive"),
+}
+"""{method: (easyfsl's class, source)}; FEAT is not among them: its attention has to be trained with the backbone."""
+
+
+class EasyfslSettings(Section):
+    """Of heads that easyfsl has; their own hyper-parameters are its defaults."""
+
+    features: FeaturesName = BACKBONE
+    """What they are of."""
+
+
+def _head(name: str) -> Head:
+    try:
+        from easyfsl import methods
+    except ImportError:
+        raise ConfigError(
+            "evaluation.methods: this head is easyfsl's, which is not installed; pip install 'lr-ray[heads]', or leave it out"
+        ) from None
+    build: Callable[..., Any] = getattr(methods, name)
+    unit = {"feature_normalization": 2.0} if name == "PTMAP" else {}  # else its transport plan underflows to zeros
+
+    def score(support: Tensor, queries: Tensor) -> Tensor:
+        n_way, n_shot = support.shape[1:3]
+        labels = torch.arange(n_way).repeat_interleave(n_shot)
+        scores = []
+        with torch.inference_mode(mode=False), torch.enable_grad():  # some of them learn
+            for of_support, of_queries in zip(support.clone(), queries.clone(), strict=True):
+                classifier = build(**unit)
+                classifier.process_support_set(of_support.flatten(0, 1), labels)
+                scores.append(classifier(of_queries).detach())
+        return torch.stack(scores)
+
+    return score
+
+
+def _method(name: str, class_name: str, source: str) -> FeatureMethod:
+    return FeatureMethod(
+        name=name,
+        source=f"{source}, as easyfsl has it",
+        settings=EasyfslSettings,
+        features=lambda settings: str(settings.features),
+        head=lambda _settings, _trained: _head(class_name),
+    )
+
+
+METHODS = tuple(_method(name, *found) for name, found in _HEADS.items())

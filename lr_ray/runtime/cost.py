@@ -1,0 +1,39 @@
+"""What a piece of work costs: peak memory of this process, and FLOPs."""
+
+import resource
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+_CLEAR_PEAK = Path("/proc/self/clear_refs")
+
+
+def begin_peak_memory(device: torch.device) -> None:
+    """Forget the peak so far, where the system can."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif _CLEAR_PEAK.exists():
+        _CLEAR_PEAK.write_text("5")
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Since `begin_peak_memory`: allocated on a GPU, else resident of the whole process, with the libraries."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device) / 2**20)
+    if _CLEAR_PEAK.exists():
+        (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) / 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 1024
+
+
+def count_flops(work: Callable[[], Any]) -> int:
+    """Of the matrix products and convolutions in a piece of work, which is done once for it."""
+    counter = FlopCounterMode(display=False)
+    with counter:
+        work()
+    return int(counter.get_total_flops())

@@ -1,0 +1,187 @@
+"""What an evaluation has to do, planned and checked before anything is started."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from lr_ray.config import ExperimentConfig
+from lr_ray.data.images import LabelledImages
+from lr_ray.data.load import load_data
+from lr_ray.errors import ConfigError
+from lr_ray.fewshot.episodes import EpisodeShape, draw_test_episodes
+from lr_ray.fewshot.methods import ChosenMethod, FeatureMethod, Ingredient, TunedMethod, find_method
+from lr_ray.fewshot.methods.features import needs_of
+from lr_ray.storage.adapters import CONFIG_NAME, list_adapters, read_adapter, read_specs
+from lr_ray.storage.filesystem import exists, join
+from lr_ray.storage.manifest import digest_of
+from lr_ray.storage.measurements import file_name
+from lr_ray.vit.backbone import load_backbone
+
+_TUNED_EPISODES_A_TASK = 5
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FeaturesTask:
+    """Features of all test images, and where they go."""
+
+    config: ExperimentConfig
+    features: str
+    uri: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FitTask:
+    """What a method learns from real images of other classes before the episodes, and where it goes."""
+
+    config: ExperimentConfig
+    label: str
+    uri: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EpisodesTask:
+    """A method on episodes `start` to `stop` of a shape, and where its predictions go.
+
+    Attributes:
+        features_uri, fitted_uri: what it reads, if it is a `FeatureMethod` with or without `fit`; else "".
+    """
+
+    config: ExperimentConfig
+    label: str
+    shape: EpisodeShape
+    start: int
+    stop: int
+    uri: str
+    features_uri: str = ""
+    fitted_uri: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measurement:
+    """A row to be: one method on one shape, in one or more tasks.
+
+    Attributes:
+        digest: of everything that determines the row.
+    """
+
+    chosen: ChosenMethod
+    shape: EpisodeShape
+    digest: str
+    tasks: tuple[EpisodesTask, ...]
+
+
+class EvaluationPlan:
+    """Every task of an evaluation, named by what determines it: methods that share features share a task for them."""
+
+    def __init__(self, config: ExperimentConfig) -> None:
+        """Raises:
+        ConfigError: no test data, an unknown method, or one that needs what is not there.
+        EpisodeError: too few classes or images.
+        """
+        if config.data.test is None:
+            raise ConfigError("data.test is not set: name the real images of unseen classes, with --data or in the config")
+        self.config, self.data = config, load_data(config.data.test)
+        for shape in config.evaluation.shapes:
+            draw_test_episodes(self.data.labels, shape, num_episodes=1, seed=config.seed)
+        self._chosen = [find_method(label) for label in config.evaluation.methods]
+        self._root = join(config.output_root, "evaluation")
+        self._found: dict[Ingredient, Any] = {}
+        for chosen in self._chosen:
+            for need in chosen.needs:
+                self._ingredient(need, chosen.label)
+        self.features: dict[str, FeaturesTask] = {}
+        self.fits: dict[str, FitTask] = {}
+        self.measurements = [self._measure(chosen, shape) for chosen in self._chosen for shape in config.evaluation.shapes]
+
+    @cached_property
+    def _shared(self) -> dict[str, Any]:
+        return {
+            "backbone": load_backbone(self.config.backbone).identity,
+            "data": self.data.digest(),
+            "precision": self.config.evaluation.precision,
+        }
+
+    def episodes_uri(self, shape: EpisodeShape) -> str:
+        """Where the episodes of a shape are stored for other programs."""
+        drawn = {"data": self._shared["data"], "shape": shape.model_dump(), "seed": self.config.seed}
+        digest = digest_of({**drawn, "episodes": self.config.evaluation.episodes})
+        return join(self._root, file_name(f"episodes-{shape.n_way}-way-{shape.n_shot}-shot", digest, ".parquet"))
+
+    def _measure(self, chosen: ChosenMethod, shape: EpisodeShape) -> Measurement:
+        evaluation, method = self.config.evaluation, chosen.method
+        made_of: dict[str, Any] = {
+            **self._shared,
+            "method": method.name,
+            "settings": chosen.settings.model_dump(mode="json"),
+            "shape": shape.model_dump(),
+            "seed": self.config.seed,
+            "ingredients": {need: self._found[need] for need in chosen.needs},
+        }
+        where = {}
+        if isinstance(method, FeatureMethod):
+            where = {"features_uri": self._features_uri(method.features(chosen.settings))}
+            where |= {"fitted_uri": self._fitted_uri(chosen, made_of)} if method.fit is not None else {}
+        episodes, at_once = evaluation.episodes, evaluation.episodes
+        if isinstance(method, TunedMethod):
+            episodes, at_once = min(episodes, evaluation.tuned_episodes), _TUNED_EPISODES_A_TASK
+        name = f"{chosen.label}-{shape.n_way}-way-{shape.n_shot}-shot"
+        digest = digest_of(made_of)
+        tasks = tuple(
+            EpisodesTask(
+                config=self.config,
+                label=chosen.label,
+                shape=shape,
+                start=start,
+                stop=stop,
+                uri=join(self._root, file_name(name, digest, f"-{start:05d}-{stop:05d}.parquet")),
+                **where,
+            )
+            for start, stop in _spans(episodes, at_once)
+        )
+        return Measurement(chosen=chosen, shape=shape, digest=digest_of({**made_of, "episodes": episodes}), tasks=tasks)
+
+    def _features_uri(self, features: str) -> str:
+        needs = {need: self._found[need] for need in needs_of(features)}
+        digest = digest_of({**self._shared, "features": features, "ingredients": needs})
+        uri = join(self._root, file_name(f"features-{features}", digest, ".safetensors"))
+        self.features[uri] = FeaturesTask(config=self.config, features=features, uri=uri)
+        return uri
+
+    def _fitted_uri(self, chosen: ChosenMethod, made_of: Mapping[str, Any]) -> str:
+        digest = digest_of({key: value for key, value in made_of.items() if key not in ("data", "shape")})
+        uri = join(self._root, file_name(f"fitted-{chosen.label}", digest, ".safetensors"))
+        self.fits[uri] = FitTask(config=self.config, label=chosen.label, uri=uri)
+        return uri
+
+    def _ingredient(self, need: Ingredient, label: str) -> None:
+        """Look up what determines it, or raise."""
+        if need in self._found:
+            return
+        config = self.config
+        if need == "adapters":
+            self._found[need] = [spec.digest for spec in read_specs(list_adapters(config.adapters_root))]
+        elif need == "tune":
+            if config.data.tune is None:
+                raise ConfigError(f"evaluation.methods: {label} learns from real images; set data.tune or leave it out")
+            self._found[need] = load_data(config.data.tune).digest()
+        else:
+            root, option = {
+                "meta_lora": (config.meta_lora_root, ""),
+                "joint": (config.joint_root, " --joint"),
+                "oracle": (config.oracle_root, " --oracle"),
+            }[need]
+            if not exists(join(root, CONFIG_NAME)):
+                raise ConfigError(f"evaluation.methods: {label} needs {root}; run `lr-ray train{option}` first or leave it out")
+            self._found[need] = read_adapter(root).spec.digest
+
+
+def test_data_of(config: ExperimentConfig) -> LabelledImages:
+    """The images that a planned evaluation tests on."""
+    assert config.data.test is not None
+    return load_data(config.data.test)
+
+
+def _spans(total: int, length: int) -> Iterator[tuple[int, int]]:
+    for start in range(0, total, length):
+        yield start, min(start + length, total)

@@ -1,0 +1,111 @@
+"""What an evaluation keeps: the episodes, features of the test images, and what each method predicted."""
+
+import io
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+from torch import Tensor
+
+from lr_ray.errors import StorageError
+from lr_ray.fewshot.episodes import EpisodeShape
+from lr_ray.storage.filesystem import read_bytes, write_bytes
+
+_FACTS_KEY = b"lr_ray"
+
+
+def file_name(label: str, digest: str, suffix: str) -> str:
+    """Of something that is called so and was made from inputs of that digest."""
+    return f"{re.sub('[^a-zA-Z0-9.]+', '-', label).strip('-')}-{digest[:12]}{suffix}"
+
+
+def write_episodes(
+    uri: str, episodes: np.ndarray, labels: np.ndarray, class_names: Sequence[str], describe: Callable[[int], str], n_shot: int
+) -> None:
+    """Commit test episodes for other programs: Parquet, a row an image of an episode, support before queries.
+
+    Columns: `episode`, `way` (in [0, N)), `class_name`, `role` (support or query), `image` (its position in the data),
+    `source` (its file, or row of a file).
+
+    Args:
+        episodes: (E, N, K + Q) positions of images.
+        labels: (M,) class of each image.
+        describe: position of an image → where it came from.
+    """
+    images = episodes.ravel()
+    episode, way, place = (index.ravel() for index in np.indices(episodes.shape))
+    names = np.array(class_names)[labels[images]]
+    sources = {int(image): describe(int(image)) for image in np.unique(images)}
+    table = pa.table(
+        {
+            "episode": episode.astype(np.int32),
+            "way": way.astype(np.int32),
+            "class_name": pa.array(names.astype(object), pa.string()),
+            "role": pa.array(np.where(place < n_shot, "support", "query").astype(object), pa.string()),
+            "image": images,
+            "source": [sources[int(image)] for image in images],
+        }
+    )
+    _write_table(uri, table)
+
+
+def write_predictions(uri: str, predicted: np.ndarray, seconds: np.ndarray, facts: Mapping[str, Any]) -> None:
+    """Commit what a method predicted of some episodes: a row an episode.
+
+    Args:
+        predicted: (E, N, Q) ways in [0, N).
+        seconds: (E,) that each took.
+        facts: of all of them, as JSON.
+    """
+    flat = predicted.reshape(len(predicted), -1).astype(np.int16)
+    table = pa.table({"predicted": pa.array(list(flat), pa.list_(pa.int16())), "seconds": seconds.astype(np.float64)})
+    _write_table(uri, table.replace_schema_metadata({_FACTS_KEY: json.dumps(dict(facts))}))
+
+
+def read_predictions(uri: str, shape: EpisodeShape) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+    """The (E, N, Q) predicted ways, the (E,) seconds and the facts.
+
+    Raises:
+        StorageError: unreadable, or not of episodes of that shape.
+    """
+    try:
+        table = pq.read_table(pa.BufferReader(read_bytes(uri)), columns=["predicted", "seconds"])
+        facts = json.loads(table.schema.metadata[_FACTS_KEY])
+        predicted = np.stack(table["predicted"].to_numpy()).reshape(-1, shape.n_way, shape.n_query)
+    except (pa.ArrowException, KeyError, ValueError, TypeError) as error:
+        raise StorageError(f"predictions {uri}: damaged ({error}); delete the file and run again") from error
+    return predicted, table["seconds"].to_numpy(), facts
+
+
+def write_tensors(uri: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    """Commit tensors and facts, as JSON, as one safetensors file."""
+    write_bytes(uri, save_safetensors(dict(tensors), metadata={_FACTS_KEY.decode(): json.dumps(dict(facts))}))
+
+
+def read_tensors(uri: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `write_tensors` wrote.
+
+    Raises:
+        StorageError: unreadable or damaged.
+    """
+    content = read_bytes(uri)
+    try:
+        tensors: dict[str, Tensor] = load_safetensors(content)
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        facts: dict[str, Any] = json.loads(header["__metadata__"][_FACTS_KEY.decode()])
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise StorageError(f"{uri}: damaged ({error}); delete the file and run again") from error
+    return tensors, facts
+
+
+def _write_table(uri: str, table: pa.Table) -> None:
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer)
+    write_bytes(uri, buffer.getvalue())
