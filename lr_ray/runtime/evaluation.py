@@ -143,13 +143,16 @@ def predict_episodes(task: EpisodesTask) -> float:
 
 
 def _predict_from_features(
-    task: EpisodesTask, _data: LabelledImages, episodes: np.ndarray
+    task: EpisodesTask, data: LabelledImages, episodes: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
     chosen, shape = find_method(task.label), task.shape
     assert isinstance(chosen.method, FeatureMethod)
     device = torch.device(worker_device(task.config.ray))
-    tensors, cost = read_tensors(task.features_uri)
-    features = tensors["features"]
+    if task.features_uri:
+        tensors, cost = read_tensors(task.features_uri)
+        features = tensors["features"]
+    else:
+        features, cost = _embed(task.config, chosen.method.features(chosen.settings), data, np.arange(len(data)))
     fitted, _ = read_tensors(task.fitted_uri) if task.fitted_uri else ({}, {})
     head = chosen.method.head(chosen.settings, fitted)
     begin_peak_memory(device)

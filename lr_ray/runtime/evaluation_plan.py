@@ -11,7 +11,7 @@ from lr_ray.data.load import load_data
 from lr_ray.errors import ConfigError
 from lr_ray.fewshot.episodes import EpisodeShape, draw_test_episodes
 from lr_ray.fewshot.methods import ChosenMethod, FeatureMethod, Ingredient, TunedMethod, find_method
-from lr_ray.fewshot.methods.features import needs_of
+from lr_ray.fewshot.methods.features import RAW_PIXELS, needs_of
 from lr_ray.storage.adapters import CONFIG_NAME, list_adapters, read_adapter, read_specs
 from lr_ray.storage.filesystem import exists, join
 from lr_ray.storage.manifest import digest_of
@@ -44,7 +44,8 @@ class EpisodesTask:
     """A method on episodes `start` to `stop` of a shape, and where its predictions go.
 
     Attributes:
-        features_uri, fitted_uri: what it reads, if it is a `FeatureMethod` with or without `fit`; else "".
+        features_uri: what a `FeatureMethod` reads; "" of one whose features are the pixels themselves.
+        fitted_uri: what one with `fit` reads; else "".
     """
 
     config: ExperimentConfig
@@ -142,6 +143,8 @@ class EvaluationPlan:
         return Measurement(chosen=chosen, shape=shape, digest=digest_of({**made_of, "episodes": episodes}), tasks=tasks)
 
     def _features_uri(self, features: str) -> str:
+        if features == RAW_PIXELS:  # larger than the images, and as soon made as read
+            return ""
         needs = {need: self._found[need] for need in needs_of(features)}
         digest = digest_of({**self._shared, "features": features, "ingredients": needs})
         uri = join(self._root, file_name(f"features-{features}", digest, ".safetensors"))

@@ -13,11 +13,10 @@ from typer.testing import CliRunner
 import lr_ray
 from lr_ray.config import ExperimentConfig, load_config
 from lr_ray.data.load import load_data
-from lr_ray.errors import ClusterError, ConfigError, DataError, EpisodeError, StorageError
+from lr_ray.errors import ClusterError, DataError, EpisodeError, StorageError
 from lr_ray.fewshot.episodes import draw_test_episodes
 from lr_ray.fewshot.evaluate import episode_accuracies
 from lr_ray.fewshot.relations import directions
-from lr_ray.runtime.evaluation import evaluate_methods
 from lr_ray.runtime.relations import relation_targets, see_with_every_adapter
 from lr_ray.runtime.training import train_meta_lora
 from lr_ray.runtime.tuning import tune_library
@@ -38,6 +37,8 @@ def test_whole_job_through_the_command_line(local_run: tuple[Path, list[dict[str
     assert (root / "contact_sheet.png").read_bytes().startswith(b"\x89PNG")
     assert "meta-LoRA" in (root / "report.html").read_text()
     assert len(list((root / "meta_lora" / "tensorboard").iterdir())) == 1
+    assert [row["difference"] is None for row in rows] == [False, False, False, True, False]
+    assert rows[4]["difference"] == pytest.approx(rows[4]["accuracy"] - rows[3]["accuracy"], abs=0.011)
     nn, recycle, oracle = (f"{row['accuracy']:.2f} ± {row['ci95']:.2f}" for row in (rows[1], rows[3], rows[4]))
     card = (root / "meta_lora" / "README.md").read_text()
     assert f"| 20 | {recycle} | {nn} |" in card
@@ -178,11 +179,3 @@ def test_errors_before_and_inside_training(inverted: ExperimentConfig) -> None:
     with pytest.raises(StorageError, match=r"were made with a backbone of image_px 32, but the config's has 64; correct"):
         train_meta_lora(larger, QUIET)
     assert not Path(inverted.meta_lora_root, "training").exists()
-
-
-def test_evaluation_errors(tiny_experiment: ExperimentConfig) -> None:
-    with pytest.raises(ConfigError, match="'nearest' is not a method; there are raw-pixels, nn"):
-        evaluate_methods(changed(tiny_experiment, evaluation={"methods": ("nearest",)}), QUIET)
-    shape = tiny_experiment.evaluation.shapes[0].model_copy(update={"n_way": 9})
-    with pytest.raises(EpisodeError, match="9-way episodes: the data have 4 classes"):
-        evaluate_methods(changed(tiny_experiment, evaluation={"shapes": (shape,)}), QUIET)

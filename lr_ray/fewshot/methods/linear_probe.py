@@ -34,18 +34,21 @@ def logistic_regression(support: Tensor, c: float) -> tuple[Tensor, Tensor]:
         W (E, N, D) and b (E, N).
     """
     n_way, n_shot = support.shape[1:3]
-    inputs = F.pad(support.flatten(1, 2), (0, 1), value=1.0)  # (E, N·K, D + 1), the last for the bias
-    wanted = torch.eye(n_way, dtype=inputs.dtype).repeat_interleave(n_shot, dim=0)
-    decay = torch.full((inputs.shape[-1],), 1 / (c * n_way * n_shot), dtype=inputs.dtype)
-    decay[-1] = 0.0
-    step = 1.0 / (1.0 + float(decay[0]))  # the Hessian is at most half of the largest ‖x‖² = 2, plus the decay
-    weights = ahead = torch.zeros(len(inputs), n_way, inputs.shape[-1], dtype=inputs.dtype)
+    inputs = support.flatten(1, 2)
+    count = n_way * n_shot
+    gram = inputs @ inputs.transpose(-2, -1)  # W = A·X throughout, so all steps are taken on A (E, N, N·K)
+    wanted = torch.eye(n_way, dtype=inputs.dtype).repeat_interleave(n_shot, dim=1)
+    decay = 1 / (c * count)
+    step = 1 / (1 + decay)  # the Hessian is at most half of ‖(x, 1)‖² = 2, plus the decay
+    factors = ahead = torch.zeros(len(inputs), n_way, count, dtype=inputs.dtype)
+    bias = ahead_bias = torch.zeros(len(inputs), n_way, 1, dtype=inputs.dtype)
     for iteration in range(math.ceil(_STEPS * max(1.0, c) ** 0.5)):
-        errors = (inputs @ ahead.transpose(-2, -1)).softmax(dim=-1) - wanted
-        gradient = errors.transpose(-2, -1) @ inputs / (n_way * n_shot) + decay * ahead
-        before, weights = weights, ahead - step * gradient
-        ahead = weights + iteration / (iteration + 3) * (weights - before)
-    return weights[..., :-1], weights[..., -1]
+        errors = ((ahead @ gram + ahead_bias).softmax(dim=-2) - wanted) / count
+        momentum = iteration / (iteration + 3)
+        before, factors = factors, ahead - step * (errors + decay * ahead)
+        before_bias, bias = bias, ahead_bias - step * errors.sum(dim=-1, keepdim=True)
+        ahead, ahead_bias = factors + momentum * (factors - before), bias + momentum * (bias - before_bias)
+    return factors @ inputs, bias[..., 0]
 
 
 def linear_head(c: float) -> Head:

@@ -1,0 +1,116 @@
+"""`lr-ray eval`: what is measured is kept, what is missing is done, and a stranger can check it."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from lr_ray.config import ExperimentConfig
+from lr_ray.data.load import load_data
+from lr_ray.errors import ConfigError, EpisodeError
+from lr_ray.runtime.evaluation import evaluate_methods
+from lr_ray.vit.backbone import load_backbone
+from lr_ray.vit.tokens import encode_pixels
+from tests.jobs import QUIET, changed, snapshot
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+CAML = "caml:num_steps=2,width=8,num_layers=1,n_way=3"
+
+
+def measure(config: ExperimentConfig, *methods: str, **evaluation: object) -> list[dict[str, Any]]:
+    return evaluate_methods(changed(config, evaluation={"methods": methods, **evaluation}), QUIET)
+
+
+def parts(files: Mapping[str, Any]) -> set[str]:
+    """What the files of an evaluation are of: their names up to the shape or the digest."""
+    return {re.split(r"-3-way|-[0-9a-f]{12}", Path(name).name)[0] for name in files}
+
+
+def test_methods_that_are_added_use_what_is_there(tiny_experiment: ExperimentConfig) -> None:
+    root = f"{tiny_experiment.output_root}/evaluation"
+    first = measure(tiny_experiment, "nn", "raw-pixels")
+    before = snapshot(root)
+    assert parts(before) == {"nn", "raw-pixels", "features-backbone", "episodes"}
+
+    rows = measure(tiny_experiment, "bpa", "nn", CAML)
+
+    after = snapshot(root)
+    assert [row["method"] for row in rows] == ["bpa", "nn", CAML]
+    assert rows[1] == first[0]
+    assert before == {name: after[name] for name in before}
+    stored = json.loads(Path(tiny_experiment.output_root, "results.json").read_text())
+    assert [row["method"] for row in stored] == ["raw-pixels", "bpa", "nn", CAML]
+
+
+def test_predictions_that_are_lost_are_made_again_and_are_the_same(tiny_experiment: ExperimentConfig) -> None:
+    rows = measure(tiny_experiment, "linear-probe", CAML)
+    lost = [path for path in Path(tiny_experiment.output_root, "evaluation").iterdir() if "features" not in path.name]
+    predicted = {
+        path: pq.read_table(path)["predicted"].to_pylist() for path in lost if parts({str(path): 0}) & {"linear-probe"}
+    }
+    for path in lost:
+        path.unlink()
+
+    again = measure(tiny_experiment, "linear-probe", CAML)
+
+    accuracies = ("method", "accuracy", "ci95", "macro_accuracy", "per_class", "digest")
+    assert [{key: row[key] for key in accuracies} for row in again] == [{key: row[key] for key in accuracies} for row in rows]
+    assert {path: pq.read_table(path)["predicted"].to_pylist() for path in predicted} == predicted
+
+
+def test_a_row_tells_what_it_cost(tiny_experiment: ExperimentConfig) -> None:
+    nn, probe = measure(tiny_experiment, "nn", "linear-probe")
+    assert (nn["trained_parameters"], probe["trained_parameters"]) == (0, 3 * 193)
+    assert 0.5 < nn["gflops_per_episode"] < 2  # 18 images of 5 tokens through a ViT-Tiny of 5.4 million weights
+    assert nn["images_per_s"] == probe["images_per_s"] > 0
+    assert 18_000 / nn["images_per_s"] < nn["episode_ms"] < probe["episode_ms"]
+    assert 200 < nn["peak_memory_mib"] < 20_000
+    assert nn["difference"] is None
+
+
+def test_a_stranger_meets_the_same_episodes(tiny_experiment: ExperimentConfig) -> None:
+    """From the stored episodes alone: the nearest centre by another program's hand."""
+    (row,) = measure(tiny_experiment, "nn")
+    (path,) = Path(tiny_experiment.output_root, "evaluation").glob("episodes-3-way-1-shot-*.parquet")
+    table = pq.read_table(path).to_pylist()
+    assert tiny_experiment.data.test is not None
+    data, backbone = load_data(tiny_experiment.data.test), load_backbone(tiny_experiment.backbone)
+    right: list[bool] = []
+    per_class: dict[str, list[bool]] = {}
+    for episode in range(20):
+        images = [found for found in table if found["episode"] == episode]
+        features = encode_pixels(backbone, data.pixels([found["image"] for found in images], 32), precision="auto")
+        centres = {f["way"]: x for f, x in zip(images, features, strict=True) if f["role"] == "support"}
+        for found, feature in zip(images, features, strict=True):
+            assert data.describe(found["image"]) == found["source"]
+            if found["role"] == "query":
+                nearest = min(centres, key=lambda way, x=feature: float(torch.dist(x, centres[way])))  # type: ignore[misc]
+                right.append(nearest == found["way"])
+                per_class.setdefault(found["class_name"], []).append(nearest == found["way"])
+    assert row["accuracy"] == pytest.approx(100 * sum(right) / len(right), abs=0.34)  # one query of 300 may be a tie in bf16
+    assert row["per_class"].keys() == per_class.keys()
+    for name, found in per_class.items():
+        assert row["per_class"][name] == pytest.approx(100 * sum(found) / len(found), abs=2)
+
+
+def test_errors_come_before_the_work(tiny_experiment: ExperimentConfig) -> None:
+    shape = tiny_experiment.evaluation.shapes[0].model_copy(update={"n_way": 9})
+    without = changed(tiny_experiment, data={"tune": None})
+    for expected, call in (
+        ("'nearest' is not a method; there are ", lambda: measure(tiny_experiment, "nn", "nearest")),
+        ("nn:2'?: 2: no such setting", lambda: measure(tiny_experiment, "nn:2")),
+        ("needs .*/meta_lora; run `lr-ray train` first or leave it out", lambda: measure(tiny_experiment, "nn", "recycle")),
+        ("needs .*/joint; run `lr-ray train --joint` first", lambda: measure(tiny_experiment, "bpa:features=joint")),
+        ("caml learns from real images; set data.tune or leave it out", lambda: measure(without, "caml")),
+    ):
+        with pytest.raises(ConfigError, match=expected):
+            call()
+    with pytest.raises(EpisodeError, match="9-way episodes: the data have 4 classes"):
+        measure(tiny_experiment, "nn", shapes=(shape,))
+    assert not Path(tiny_experiment.output_root).exists()

@@ -1,0 +1,74 @@
+"""What an evaluation keeps is what was given, and what is damaged is named."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from lr_ray.errors import StorageError
+from lr_ray.fewshot.episodes import EpisodeShape
+from lr_ray.storage.measurements import (
+    file_name,
+    read_predictions,
+    read_tensors,
+    write_episodes,
+    write_predictions,
+    write_tensors,
+)
+
+SHAPE = EpisodeShape(n_way=2, n_shot=1, n_query=2)
+
+
+def test_a_name_is_one_for_any_file_system() -> None:
+    name = file_name("bpa:features=loras-avg:2.5,x/y", "0123456789abcdef", ".parquet")
+    assert name == "bpa-features-loras-avg-2.5-x-y-0123456789ab.parquet"
+
+
+def test_predictions(tmp_path: Path) -> None:
+    uri, predicted = str(tmp_path / "p.parquet"), np.array([[[0, 1], [1, 1]], [[1, 0], [0, 1]], [[0, 0], [1, 0]]])
+    write_predictions(uri, predicted, np.array([0.5, 1.0, 2.0]), {"trained_parameters": 7})
+    found, seconds, facts = read_predictions(uri, SHAPE)
+    assert np.array_equal(found, predicted)
+    assert seconds.tolist() == [0.5, 1.0, 2.0]
+    assert facts == {"trained_parameters": 7}
+
+
+@pytest.mark.parametrize("damage", [b"", b"PAR1", b"no parquet at all"])
+def test_damaged_predictions(tmp_path: Path, damage: bytes) -> None:
+    path = tmp_path / "p.parquet"
+    path.write_bytes(damage)
+    with pytest.raises(StorageError, match=r"predictions .*p.parquet: damaged .*; delete the file and run again"):
+        read_predictions(str(path), SHAPE)
+
+
+def test_predictions_of_another_shape(tmp_path: Path) -> None:
+    uri = str(tmp_path / "p.parquet")
+    write_predictions(uri, np.zeros((1, 2, 2)), np.ones(1), {})
+    with pytest.raises(StorageError, match="damaged"):
+        read_predictions(uri, EpisodeShape(n_way=3, n_shot=1, n_query=2))
+
+
+def test_tensors_and_their_facts(tmp_path: Path) -> None:
+    uri = str(tmp_path / "t.safetensors")
+    write_tensors(uri, {"features": torch.arange(6.0).view(2, 3)}, {"seconds": 1.5})
+    tensors, facts = read_tensors(uri)
+    assert torch.equal(tensors["features"], torch.arange(6.0).view(2, 3))
+    assert facts == {"seconds": 1.5}
+    Path(uri).write_bytes(Path(uri).read_bytes()[:-1])
+    with pytest.raises(StorageError, match=r"t.safetensors: damaged .*; delete the file and run again"):
+        read_tensors(uri)
+
+
+def test_episodes_name_every_image_for_other_programs(tmp_path: Path) -> None:
+    labels = np.array([0, 0, 0, 1, 1, 1])
+    episodes = np.array([[[0, 1, 2], [3, 4, 5]], [[5, 3, 4], [1, 0, 2]]])
+    uri = str(tmp_path / "e.parquet")
+    write_episodes(uri, episodes, labels, ("cat", "dog"), lambda image: f"{image}.png", SHAPE.n_shot)
+    rows = pq.read_table(uri).to_pylist()
+    assert len(rows) == 12
+    assert rows[0] == {"episode": 0, "way": 0, "class_name": "cat", "role": "support", "image": 0, "source": "0.png"}
+    assert rows[4] == {"episode": 0, "way": 1, "class_name": "dog", "role": "query", "image": 4, "source": "4.png"}
+    assert rows[6] == {"episode": 1, "way": 0, "class_name": "dog", "role": "support", "image": 5, "source": "5.png"}
+    assert [row["image"] for row in rows] == episodes.ravel().tolist()
