@@ -85,7 +85,7 @@ _NAMED = {
     "miniimagenet": Dataset(
         layouts=(
             Layout(needs=("images", "*.csv"), load=loader_of(tables.mini_imagenet)),
-            Layout(needs=("n01532829",), load=class_folders("n*"), folders=("", "images")),
+            Layout(needs=("n01532829",), load=class_folders("n*"), folders=("", "images", "data")),
             Layout(needs=("*/n0*",), load=class_folders("train/n*", "val/n*", "test/n*")),
         ),
         obtain="the images (https://github.com/yaoyao-liu/mini-imagenet-tools makes them of ImageNet) and train.csv, val.csv, "

@@ -14,7 +14,9 @@ from lr_ray.data.parquet import load_parquet
 from lr_ray.errors import DataError
 
 HUB = "hf://"
-_ADDRESS = re.compile(r"hf://datasets/(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w.-]+))?(/(?P<prefix>.+))?")
+_ADDRESS = re.compile(
+    r"hf://datasets/(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>refs/(convert|pr)/\w+|[^/@]+))?(/(?P<prefix>.+))?"
+)
 
 
 def fetch(address: str) -> list[Path]:

@@ -70,15 +70,16 @@ def inside(folder: Path, relative: str, listed_in: str) -> Path:
 
 
 def _describe(item: Item) -> str:
-    return str(item.file) if item.box is None else f"{item.file} {tuple(round(side) for side in item.box)}"
+    return str(item.file) if item.box is None else f"{item.file} ({', '.join(f'{side:.0f}' for side in item.box)})"
 
 
 def _open(item: Item) -> Image.Image:
     image = Image.open(item.file)
     if item.box is None or image.width * image.height > MAX_PIXELS:  # the caller refuses what is too large
         return image
-    left, upper, right, lower = (round(side) for side in item.box)
-    return image.crop((max(left, 0), max(upper, 0), min(right, image.width), min(lower, image.height)))
+    limits = (image.width, image.height, image.width, image.height)
+    left, upper, right, lower = (round(min(max(side, 0), limit)) for side, limit in zip(item.box, limits, strict=True))
+    return image.crop((left, upper, right, lower))
 
 
 def _digest(folder: Path, items: Sequence[Item]) -> str:

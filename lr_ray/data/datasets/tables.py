@@ -1,6 +1,7 @@
 """Images labelled in CSV files and lists."""
 
 import csv
+import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def domain_net(domain: str, folder: Path, split: str) -> Iterator[Item]:
     """DOMAIN_train.txt and DOMAIN_test.txt, lines of DOMAIN/CLASS/IMAGE.jpg and a label."""
     for part in ("train", "test") if split == "all" else (split,):
         table = folder / f"{domain}_{part}.txt"
-        for line in _text(table).splitlines():
+        for line in filter(None, map(str.strip, _text(table).split("\n"))):
             path = inside(folder, line.rpartition(" ")[0], table.name)
             yield Item(path, path.parent.name)
 
@@ -61,14 +62,17 @@ def rows(table: Path, columns: Sequence[str]) -> Iterator[dict[str, str]]:
     Raises:
         DataError: unreadable, without the columns, or a row shorter than the header.
     """
-    lines = csv.DictReader(_text(table).splitlines())
-    header = lines.fieldnames or ()
+    try:
+        lines = csv.DictReader(io.StringIO(_text(table), newline=""))
+        header, content = lines.fieldnames or (), list(lines)
+    except csv.Error as error:
+        raise DataError(f"data {table}: not CSV ({error}); put the authors' file there") from error
     if missing := [column for column in columns if column not in header]:
         raise DataError(
             f"data {table}: no column {missing[0]!r} among {', '.join(header) or 'none'}; needed: {', '.join(columns)}: "
             "put the authors' file there"
         )
-    for number, row in enumerate(lines, start=2):
+    for number, row in enumerate(content, start=2):
         if None in row.values():
             raise DataError(f"data {table}: line {number} has fewer values than the header; put the authors' file there")
         yield {column: value.strip() for column, value in row.items() if column is not None}
