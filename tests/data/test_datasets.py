@@ -471,15 +471,15 @@ def test_the_documentation_has_every_dataset_with_its_splits():
 # ---------------------------------------------------------------------------------------------------------- Parquet
 
 
-def write_parquet(file: Path, classes: list[str]) -> None:
+def write_parquet(file: Path, classes: list[str], image: str = "image", label: str = "label") -> None:
     """An image of each class, labelled by number."""
     buffer = io.BytesIO()
     Image.new("RGB", (6, 6)).save(buffer, format="PNG")
     columns = {
-        "image": [{"bytes": buffer.getvalue(), "path": f"{name}.png"} for name in classes],
-        "label": list(range(len(classes))),
+        image: [{"bytes": buffer.getvalue(), "path": f"{name}.png"} for name in classes],
+        label: list(range(len(classes))),
     }
-    features = {"image": {"_type": "Image"}, "label": {"names": classes, "_type": "ClassLabel"}}
+    features = {image: {"_type": "Image"}, label: {"names": classes, "_type": "ClassLabel"}}
     file.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(
         pa.table(columns).replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})}), file
@@ -497,6 +497,18 @@ def test_parquet_serves_in_the_place_of_the_authors_layout(tmp_path: Path):
         assert str(tmp_path) in data.describe(i)
     with pytest.raises(DataError, match=r"cifar-fs/test: no images|no images of the classes asked for"):
         load("cifar-fs/test", tmp_path)
+
+
+def test_cifar_fs_of_the_hubs_cifar_100(tmp_path: Path):
+    """Its columns are img and fine_label, its parts of images, its name of the crab is cra."""
+    every = sorted(name for classes in class_lists("cifar-fs").values() for name in classes)
+    for part in ("train", "test"):
+        names = ["cra" if name == "crab" else name for name in every]
+        write_parquet(tmp_path / "cifar100" / f"{part}-00000-of-00001.parquet", names, "img", "fine_label")
+    for split, classes in class_lists("cifar-fs").items():
+        data = load(f"cifar-fs/{split}", tmp_path)
+        assert data.class_names == tuple(classes)
+        assert Counter(data.labels.tolist()) == dict.fromkeys(range(len(classes)), 2)
 
 
 @pytest.mark.parametrize(("split", "num_classes"), [("train", 64), ("val", 16)])

@@ -1,6 +1,7 @@
 """The datasets that LR-Ray knows by name: what they are, where they come from, how they lie on disk."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import partial
 
 from lr_ray.data.datasets import annotations, tables, wilds
@@ -35,6 +36,7 @@ class Dataset:
         class_list: name of the file of class splits in `splits/`; None: no class split is known.
         parts: splits that the authors' own files make, image by image.
         home: the folder in $LR_RAY_DATA; default the dataset's name.
+        aliases: class name in Parquet as the hub has it → the authors'.
     """
 
     layouts: tuple[Layout, ...]
@@ -43,6 +45,7 @@ class Dataset:
     class_list: str | None = None
     parts: tuple[str, ...] = ()
     home: str | None = None
+    aliases: Mapping[str, str] = field(default_factory=dict)
 
 
 _META = "meta-dataset"
@@ -78,9 +81,10 @@ def _meta(layout: Layout, name: str, obtain: str, terms: str) -> Dataset:
 _NAMED = {
     "cifar-fs": Dataset(
         layouts=(Layout(needs=("apple",), load=class_folders("*"), folders=("", "data", "cifar100/data")),),
-        obtain="cifar100.zip of https://github.com/bertinetto/r2d2, or give Parquet files with CIFAR-100's class names",
+        obtain="cifar100.zip of https://github.com/bertinetto/r2d2, or set data.SECTION.root to hf://datasets/uoft-cs/cifar100",
         terms="none given by CIFAR-100's authors",
         class_list="cifar-fs",
+        aliases={"cra": "crab"},
     ),
     "miniimagenet": Dataset(
         layouts=(

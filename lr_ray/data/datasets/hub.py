@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -56,20 +56,30 @@ def load_hub(address: str) -> LabelledImages:
     Raises:
         DataError: as `fetch`, or not in the Hugging Face Image convention.
     """
-    return replace(classes_of(fetch(address), lambda _: True), name=address.removeprefix(f"{HUB}datasets/"))
+    return replace(classes_of(fetch(address), lambda _: True, {}), name=address.removeprefix(f"{HUB}datasets/"))
 
 
-def classes_of(files: Sequence[Path], keep: Keep) -> LabelledImages:
+def classes_of(files: Sequence[Path], keep: Keep, aliases: Mapping[str, str]) -> LabelledImages:
     """The images of Parquet files whose class is kept; a class of the same name in several files is one.
+
+    Args:
+        files: at least one.
+        keep: class name → whether it is kept.
+        aliases: class name in the files → its name.
 
     Raises:
         DataError: not in the Hugging Face Image convention, or none of the classes.
     """
-    kept = [(data, [name for name in data.class_names if keep(name)]) for data in map(load_parquet, files)]
+    named = [_renamed(load_parquet(file), aliases) for file in files]
+    kept = [(data, [name for name in data.class_names if keep(name)]) for data in named]
     parts = [data.select(names) for data, names in kept if names]
     if not parts:
         raise DataError(f"data {files[0].parent}: no images of the classes asked for in its Parquet files; add the other files")
     return _joined(parts)
+
+
+def _renamed(data: LabelledImages, aliases: Mapping[str, str]) -> LabelledImages:
+    return replace(data, class_names=tuple(aliases.get(name, name) for name in data.class_names))
 
 
 def _joined(parts: Sequence[LabelledImages]) -> LabelledImages:

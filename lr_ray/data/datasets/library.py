@@ -116,7 +116,7 @@ def _parquet_reader(source: str, dataset: Dataset, files: list[Path]) -> Callabl
                 f"data {source}: which images are {split!r} is told by the authors' files, not by Parquet; "
                 f"download {dataset.obtain}, or leave the split out"
             )
-        return classes_of(files, keep)
+        return classes_of(files, keep, dataset.aliases)
 
     return read
 
