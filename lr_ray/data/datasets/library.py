@@ -15,6 +15,7 @@ from lr_ray.errors import DataError
 
 ALL = "all"
 ROOT_VARIABLE = "LR_RAY_DATA"
+_PARQUET = ("*.parquet", "*/*.parquet", "*/*/*.parquet")  # no deeper: the folder may be a large tree of something else
 _FAMILIES = {name.partition("/")[0] for name in DATASETS}
 
 
@@ -102,7 +103,7 @@ def _reader(source: str, dataset: Dataset, root: str) -> Callable[[str, Keep], L
         for place in (folder / part for part in layout.folders):
             if all(any(place.glob(need)) for need in layout.needs):
                 return lambda split, keep: layout.load(place, split, keep)
-    if files := sorted(folder.rglob("*.parquet")):
+    if files := sorted(file for pattern in _PARQUET for file in folder.glob(pattern)):
         return _parquet_reader(source, dataset, files)
     raise DataError(
         f"data {source}: {_absence(dataset, folder)}; download {dataset.obtain}, and unpack it there, or set data.SECTION.root"
