@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 from pydantic import Field, ValidationError
 
+from lr_ray.data.datasets.library import default_root, names_dataset
 from lr_ray.data.images import DataConfig
 from lr_ray.data.load import EMBEDDED_DATA
 from lr_ray.errors import ConfigError
@@ -203,6 +204,8 @@ def _with_absolute_paths(config: ExperimentConfig) -> ExperimentConfig:
     def located(data: DataConfig | None) -> DataConfig | None:
         if data is None or data.source in EMBEDDED_DATA:
             return data
+        if names_dataset(data.source):
+            return data.model_copy(update={"root": absolute(data.root or default_root(data.source))})
         return data.model_copy(update={"source": absolute(data.source)})
 
     data = {name: located(getattr(config.data, name)) for name in DataSection.model_fields}

@@ -119,7 +119,7 @@ def test_an_exponent_without_a_point_is_a_number(load: Load):
     [
         ("sede: 1", "sede", TOP_KEYS),
         ("data: {tset: {source: digits}}", "data.tset", "tune, validation, test"),
-        ("data: {test: {source: digits, calsses: [a]}}", "data.test.calsses", "source, classes"),
+        ("data: {test: {source: digits, calsses: [a]}}", "data.test.calsses", "source, root, classes"),
         ("training: {augmentation: {flop: true}}", "training.augmentation.flop", VIEW_KEYS),
         ("evaluation: {shapes: [{n_way: 5}, {n_wya: 5}]}", "evaluation.shapes.1.n_wya", "n_way, n_shot, n_query"),
     ],

@@ -14,14 +14,17 @@ from torch import Tensor
 from lr_ray.errors import DataError
 from lr_ray.section import Section
 
-_MAX_PIXELS = 50_000_000
+MAX_PIXELS = 50_000_000
 
 
 class DataConfig(Section):
     """Which images, of which classes."""
 
     source: str
-    """`glyphs`, `digits`, a Parquet file or folder in the Hugging Face Image convention, or a folder of class folders."""
+    """`glyphs`, `digits`, a dataset's name and split (`cub/test`; all in docs/datasets.md), a Parquet file or folder in the
+    Hugging Face Image convention, hf://datasets/OWNER/NAME with such files, or a folder of class folders."""
+    root: str | None = None
+    """Folder (or hf:// address of Parquet) of the dataset that `source` names; default its place in $LR_RAY_DATA."""
     classes: tuple[str, ...] | None = None
     """Class names, patterns (`latin/*`) or ranges of positions (`0:30`); default all."""
 
@@ -116,9 +119,9 @@ def read_pixels(
     def load(index: int) -> Tensor:
         try:
             image = open_image(index)
-            if not 0 < image.width * image.height <= _MAX_PIXELS:
+            if not 0 < image.width * image.height <= MAX_PIXELS:
                 raise DataError(
-                    f"image {describe(index)} has {image.width}×{image.height} pixels; at most {_MAX_PIXELS} are allowed, "
+                    f"image {describe(index)} has {image.width}×{image.height} pixels; at most {MAX_PIXELS} are allowed, "
                     "and at least one: replace or remove it"
                 )
             return torch.from_numpy(np.array(fit_square(image.convert("RGB"), image_px))).permute(2, 0, 1)

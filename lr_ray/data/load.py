@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+from lr_ray.data.datasets.catalogue import DATASETS
+from lr_ray.data.datasets.hub import HUB, load_hub
+from lr_ray.data.datasets.library import load_dataset, names_dataset
 from lr_ray.data.digits import load_digits
 from lr_ray.data.folder import load_folder
 from lr_ray.data.glyphs import load_glyphs
@@ -18,16 +21,26 @@ def load_data(config: DataConfig) -> LabelledImages:
     Raises:
         DataError: no such data, not readable as images, or no such class.
     """
-    if config.source in EMBEDDED_DATA:
-        return EMBEDDED_DATA[config.source]().select(config.classes)
-    if "://" in config.source:
-        raise DataError(f"data {config.source!r}: real images are read from local files only; copy them here first")
-    path = Path(config.source)
+    return _load(config.source, config.root).select(config.classes)
+
+
+def _load(source: str, root: str | None) -> LabelledImages:
+    if names_dataset(source):
+        return load_dataset(source, root)
+    if root is not None:
+        raise DataError(f"data {source!r}: root {root!r} is only for datasets by name (cub, …); leave it out, or name one")
+    if source in EMBEDDED_DATA:
+        return EMBEDDED_DATA[source]()
+    if source.startswith(HUB):
+        return load_hub(source)
+    if "://" in source:
+        raise DataError(f"data {source!r}: real images are read from local files only; copy them here first")
+    path = Path(source)
     if not path.exists():
         raise DataError(
-            f"data {config.source!r}: no such file or folder, nor one of {', '.join(EMBEDDED_DATA)}; "
-            "give a Parquet file or folder, or a folder of class folders"
+            f"data {source!r}: no such file or folder, nor one of {', '.join([*EMBEDDED_DATA, *DATASETS])}; "
+            "give a Parquet file or folder, a folder of class folders, or hf://datasets/OWNER/NAME"
         )
     if path.is_file() or any(path.rglob("*.parquet")):
-        return load_parquet(path).select(config.classes)
-    return load_folder(path).select(config.classes)
+        return load_parquet(path)
+    return load_folder(path)

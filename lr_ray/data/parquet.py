@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,23 @@ from PIL import Image
 from lr_ray.data.images import LabelledImages
 from lr_ray.errors import DataError
 
+_IMAGE_COLUMNS = ("image", "img")
+_LABEL_COLUMNS = ("label", "fine_label")  # the second of each as in uoft-cs/cifar100
+
 
 def load_parquet(path: Path) -> LabelledImages:
     """Columns `image` (struct of bytes and path) and `label` (integer, names in the schema's `huggingface` metadata; or text).
+
+    CIFAR-100's `img` and `fine_label` are taken in their place.
 
     Raises:
         DataError: unreadable, or without these columns.
     """
     files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
     try:
-        table = pa.concat_tables([pq.read_table(file, columns=["image", "label"], memory_map=True) for file in files])
-        encoded = table.column("image").combine_chunks().field("bytes")
+        image, label = _columns(pq.read_schema(files[0]).names)
+        table = pa.concat_tables([pq.read_table(file, columns=[image, label], memory_map=True) for file in files])
+        encoded = table.column(image).combine_chunks().field("bytes")
     except (OSError, pa.ArrowException, KeyError, AttributeError) as error:
         raise DataError(
             f"data {path}: not Parquet in the Hugging Face Image convention ({error}); "
@@ -34,12 +41,12 @@ def load_parquet(path: Path) -> LabelledImages:
         raise DataError(
             f"data {path}: {table.num_rows} rows, {encoded.null_count} of them without image bytes; nothing to read"
         )
-    raw_labels = table.column("label")
+    raw_labels = table.column(label)
     if raw_labels.null_count:
         raise DataError(f"data {path}: {raw_labels.null_count} of {table.num_rows} rows have no label; remove them")
     if pa.types.is_integer(raw_labels.type):
         labels = raw_labels.to_numpy().astype(np.int64)
-        names = _class_names(table.schema.metadata, int(labels.max()) + 1)
+        names = _class_names(table.schema.metadata, label, int(labels.max()) + 1)
         present = np.unique(labels)
         if present[0] < 0 or present[-1] >= len(names):
             raise DataError(f"data {path}: labels {present[0]} to {present[-1]}, but {len(names)} class names; mend the labels")
@@ -64,9 +71,15 @@ def load_parquet(path: Path) -> LabelledImages:
     )
 
 
-def _class_names(metadata: dict[bytes, bytes] | None, num_classes: int) -> list[str]:
+def _columns(names: Sequence[str]) -> tuple[str, str]:
+    """Of image and label, those that are there; else the first, so that the error names it."""
+    image, label = (next((n for n in known if n in names), known[0]) for known in (_IMAGE_COLUMNS, _LABEL_COLUMNS))
+    return image, label
+
+
+def _class_names(metadata: dict[bytes, bytes] | None, column: str, num_classes: int) -> list[str]:
     """From the Hugging Face features in the metadata, else the numbers themselves."""
     features: dict[str, Any] = json.loads((metadata or {}).get(b"huggingface", b"{}"))
-    label = features.get("info", {}).get("features", {}).get("label", {})
+    label = features.get("info", {}).get("features", {}).get(column, {})
     names = label.get("names") or label.get("feature", {}).get("names")
     return [str(name) for name in names] if names else [str(index) for index in range(num_classes)]

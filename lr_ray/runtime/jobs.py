@@ -115,8 +115,9 @@ def _refuse_paths_of_this_machine(config: ExperimentConfig, cluster: str, reads:
                 f"--cluster {cluster}: {name} {path} is a path of this machine, which its nodes do not see; give a URI such as "
                 f"s3://BUCKET/{name}, or file:///… for a disk that all nodes share"
             )
-    sources = {f"data.{section}.source": getattr(config.data, section) for section in reads}
-    inputs = {name: data.source for name, data in sources.items() if data is not None and data.source not in EMBEDDED_DATA}
+    read = {section: data for section in reads if (data := getattr(config.data, section)) is not None}
+    inputs = {f"data.{section}.source": data.source for section, data in read.items() if data.source not in EMBEDDED_DATA}
+    inputs |= {f"data.{section}.root": data.root for section, data in read.items()}
     for name, path in (inputs | {"backbone.weights": config.backbone.weights}).items():
         if path is not None and Path(path).exists():
             raise ClusterError(

@@ -173,6 +173,11 @@ YAML = str(Path(__file__).parents[2] / "cluster" / "aws.yaml")
         (REMOTE | {"adapters": "/tmp/a"}, (), "adapters /tmp/a is a path of this machine"),
         (REMOTE | {"synthetic": "/tmp/s"}, (), "synthetic /tmp/s is a path of this machine"),
         (REMOTE | {"data": {"test": {"source": __file__}}}, ("test",), r"data\.test\.source .* is on this machine"),
+        (
+            REMOTE | {"data": {"test": {"source": "cub/test", "root": "/tmp"}}},
+            ("test",),
+            r"data\.test\.root /tmp is on this machine",
+        ),
         (REMOTE | {"backbone": {"weights": __file__}}, (), r"backbone\.weights .* is on this machine"),
     ],
 )
@@ -184,7 +189,16 @@ def test_paths_that_the_nodes_of_a_cluster_do_not_see(
         submit(config, YAML, reads)
 
 
-@pytest.mark.parametrize("changes", [{}, {"output": "file:///shared/run"}, {"data": {"test": {"source": "/data/of/nodes"}}}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"output": "file:///shared/run"},
+        {"data": {"test": {"source": "/data/of/nodes"}}},
+        {"data": {"test": {"source": "cub/test", "root": "/data/of/nodes"}}},
+        {"data": {"test": {"source": "cub/test", "root": "hf://datasets/a/b"}}},
+    ],
+)
 def test_paths_that_they_may_see(monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]) -> None:
     def reached(_cluster: str) -> None:
         raise ClusterError("reached")
