@@ -10,7 +10,9 @@ from lr_ray.errors import ConfigError
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 VIEW_KEYS = "roll, flip, affine, crop, blur, colour, negative, noise"
-TOP_KEYS = "name, output, adapters, synthetic, relations, seed, backbone, data, tuning, inversion, training, evaluation, ray"
+TOP_KEYS = (
+    "name, output, adapters, synthetic, relations, seed, backbone, data, tuning, inversion, training, evaluation, ray, tracking"
+)
 
 Load = Callable[..., ExperimentConfig]
 

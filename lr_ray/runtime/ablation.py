@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from lr_ray.errors import ConfigError
-from lr_ray.fewshot.methods import find_method
+from lr_ray.fewshot.methods import ingredients_of
 from lr_ray.grid import GridConfig, plan_cell
 from lr_ray.report.progress import Reporter
 from lr_ray.runtime.experiment import run_cell
@@ -30,8 +30,8 @@ def run_grid(grid: GridConfig, cells: Sequence[str] | None, reporter: Reporter) 
     if unknown := [name for name in names if name not in grid.cells]:
         raise ConfigError(f"cell {unknown[0]!r} is not in the grid; there are {', '.join(grid.cells)}")
     plan = [plan_cell(grid, name, seed) for name in names for seed in grid.cells[name].seeds or grid.seeds]
-    for method in {method for cell in plan for method in cell.config.evaluation.methods}:
-        find_method(method)
+    for cell in plan:
+        ingredients_of(cell.config.evaluation.methods)
     rows: list[dict[str, Any]] = []
     with ray_session(plan[0].config.ray):
         for position, cell in enumerate(plan):

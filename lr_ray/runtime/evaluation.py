@@ -46,7 +46,9 @@ def evaluate_methods(config: ExperimentConfig, reporter: Reporter) -> list[dict[
     done = list_uris(join(config.output_root, "evaluation"), suffix="")
     todo = [task for task in tasks if task.uri not in done]
     names = ", ".join(dict.fromkeys(task.label for task in todo))
-    reporter.say(f"eval: {len(config.evaluation.methods)} methods on {plan.data.name}; to measure: {names or 'none'}")
+    reporter.say(
+        f"eval: {len(plan.measurements) // len(config.evaluation.shapes)} methods on {plan.data.name}; to measure: {names or 'none'}"
+    )
     _store_episodes(plan)
     features = [plan.features[uri] for uri in dict.fromkeys(t.features_uri for t in todo if t.features_uri) if uri not in done]
     work_through("features", embed_test_images, features, config.ray, reporter, lambda task, _: task.features)
@@ -64,7 +66,7 @@ def evaluate_methods(config: ExperimentConfig, reporter: Reporter) -> list[dict[
     others = [r for r in known if (r["method"], r["dataset"], r["n_way"], r["n_shot"], r["n_query"]) not in wanted]
     write_bytes(uri, json.dumps(others + rows, indent=2, ensure_ascii=False).encode())
     for method, folder in (("recycle", config.meta_lora_root), ("joint", config.joint_root), ("oracle", config.oracle_root)):
-        if method in config.evaluation.methods:
+        if any(row["method"] == method for row in rows):
             complete_card(folder, rows)
     return rows
 

@@ -10,7 +10,7 @@ from lr_ray.data.images import LabelledImages
 from lr_ray.data.load import load_data
 from lr_ray.errors import ConfigError
 from lr_ray.fewshot.episodes import EpisodeShape, draw_test_episodes
-from lr_ray.fewshot.methods import ChosenMethod, FeatureMethod, Ingredient, TunedMethod, find_method
+from lr_ray.fewshot.methods import ChosenMethod, FeatureMethod, Ingredient, TunedMethod, expand, find_method
 from lr_ray.fewshot.methods.features import RAW_PIXELS, needs_of
 from lr_ray.storage.adapters import CONFIG_NAME, list_adapters, read_adapter, read_specs
 from lr_ray.storage.filesystem import exists, join
@@ -85,7 +85,7 @@ class EvaluationPlan:
         self.config, self.data = config, load_data(config.data.test)
         for shape in config.evaluation.shapes:
             draw_test_episodes(self.data.labels, shape, num_episodes=1, seed=config.seed)
-        self._chosen = [find_method(label) for label in config.evaluation.methods]
+        self._chosen = [find_method(label) for label in expand(config.evaluation.methods)]
         self._root = join(config.output_root, "evaluation")
         self._found: dict[Ingredient, Any] = {}
         for chosen in self._chosen:

@@ -1,5 +1,6 @@
 """Heads on features, each against its definition or against the library that has it too."""
 
+import importlib
 from typing import Any
 
 import easyfsl.methods
@@ -13,7 +14,7 @@ from torch import Tensor
 from lr_ray.errors import ConfigError, EpisodeError
 from lr_ray.fewshot.episodes import EpisodeShape, draw_test_episodes
 from lr_ray.fewshot.evaluate import predict
-from lr_ray.fewshot.methods import FeatureMethod, Head, find_method, known_methods
+from lr_ray.fewshot.methods import FeatureMethod, Head, expand, find_method, known_methods
 from lr_ray.fewshot.methods.bpa import balanced_affinities
 from lr_ray.fewshot.methods.linear_probe import logistic_regression
 
@@ -167,9 +168,19 @@ def test_caml_and_too_many_ways(label: str, message: str) -> None:
 
 
 def test_easyfsl_is_an_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "easyfsl", None)
-    with pytest.raises(ConfigError, match=r"not installed; pip install 'lr-ray\[heads\]'"):
-        head_of("bd-cspn")
+    from lr_ray.fewshot.methods import easyfsl as heads
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
+    known_methods.cache_clear()
+    try:
+        importlib.reload(heads)
+        with pytest.raises(ConfigError, match=r"bd-cspn is a head of easyfsl; pip install 'lr-ray\[heads\]', or leave it out"):
+            find_method("bd-cspn")
+        assert "bd-cspn" not in expand(["all"])
+    finally:
+        monkeypatch.undo()
+        importlib.reload(heads)
+        known_methods.cache_clear()
 
 
 @pytest.mark.parametrize("name", ["bd-cspn", "tim", "pt-map"])

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lr_ray.errors import AdapterError, ConfigError
-from lr_ray.fewshot.methods import FeatureMethod, MethodInputs, find_method, ingredients_of, known_methods
+from lr_ray.fewshot.methods import FeatureMethod, MethodInputs, expand, find_method, ingredients_of, known_methods
 from lr_ray.fewshot.methods.features import embedder
 from lr_ray.vit.backbone import Backbone
 from lr_ray.vit.lora import Adapter
@@ -167,6 +167,14 @@ def test_a_method_reads_only_what_it_needs(
 
 def test_what_methods_need_together():
     assert ingredients_of(["nn", "caml", "recycle", "bpa:joint"]) == {"tune", "meta_lora", "joint"}
+
+
+def test_all_methods_are_those_that_are_not_named_besides():
+    found = expand(["loras-avg:2", "all", "nn"])
+    assert found[0] == "loras-avg:2"
+    assert found[-1] == "nn"
+    assert sorted(["loras-avg", *found[1:]]) == sorted(known_methods())
+    assert expand(["nn", "recycle"]) == ("nn", "recycle")
 
 
 def test_every_method_tells_its_source_and_has_settings_with_defaults():

@@ -1,5 +1,5 @@
 """Few-shot methods, a file each, found by themselves: a file put beside these, or an installed package's entry point in
-the group `lr_ray.methods`, that has a `METHOD` is a method.
+the group `lr_ray.methods`, that has a `METHOD` (or `METHODS`) is a method; `UNAVAILABLE` tells why some are not.
 
 Two kinds. A `FeatureMethod` needs the features of the images alone, which are computed once for all episodes and all
 methods that share them. A `TunedMethod` trains on every episode's support set. In `evaluation.methods` a method's
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
+from types import ModuleType
 from typing import Any, Literal
 
 from pydantic import ValidationError
@@ -136,11 +137,21 @@ class ChosenMethod:
 @cache
 def known_methods() -> dict[str, FeatureMethod | TunedMethod]:
     """{name: method}, of this package and of those that are installed beside it."""
-    modules = [import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)]
-    found = [method for module in modules if (method := getattr(module, "METHOD", None)) is not None]
-    found += [method for module in modules for method in getattr(module, "METHODS", ())]
+    found = [method for module in _modules() if (method := getattr(module, "METHOD", None)) is not None]
+    found += [method for module in _modules() for method in getattr(module, "METHODS", ())]
     found += [entry.load() for entry in entry_points(group=ENTRY_POINTS)]
     return {method.name: method for method in found}
+
+
+def _modules() -> list[ModuleType]:
+    return [import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)]
+
+
+def expand(labels: Iterable[str]) -> tuple[str, ...]:
+    """`all` becomes every known method that is not named besides, with its defaults."""
+    given = tuple(labels)
+    others = sorted(known_methods().keys() - {label.partition(":")[0] for label in given})
+    return tuple(name for label in given for name in (others if label == "all" else [label]))
 
 
 def find_method(label: str) -> ChosenMethod:
@@ -149,11 +160,10 @@ def find_method(label: str) -> ChosenMethod:
     Raises:
         ConfigError: no such method or setting, or a value that is not allowed.
     """
-    from lr_ray.fewshot.methods.text_towers import NOT_APPLICABLE
-
     name, _, text = label.partition(":")
-    if name in NOT_APPLICABLE:
-        raise ConfigError(f"evaluation.methods: {name} does not apply: {NOT_APPLICABLE[name]}")
+    for module in _modules():
+        if (reason := getattr(module, "UNAVAILABLE", {}).get(name)) is not None:
+            raise ConfigError(f"evaluation.methods: {name} {reason}")
     known = known_methods()
     if name not in known:
         raise ConfigError(f"evaluation.methods: {label!r} is not a method; there are {', '.join(known)}")
@@ -176,7 +186,7 @@ def find_method(label: str) -> ChosenMethod:
 
 def ingredients_of(labels: Iterable[str]) -> set[Ingredient]:
     """What these methods need together; raises as `find_method`."""
-    return {need for label in labels for need in find_method(label).needs}
+    return {need for label in expand(labels) for need in find_method(label).needs}
 
 
 def _pair(part: str) -> tuple[str, str]:

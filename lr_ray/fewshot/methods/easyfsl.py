@@ -1,12 +1,12 @@
 """Heads that easyfsl has, on our features: an optional extra (`pip install 'lr-ray[heads]'`)."""
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lr_ray.errors import ConfigError
 from lr_ray.fewshot.methods import FeatureMethod, Head
 from lr_ray.fewshot.methods.features import BACKBONE, FeaturesName
 from lr_ray.section import Section
@@ -29,12 +29,8 @@ class EasyfslSettings(Section):
 
 
 def _head(name: str) -> Head:
-    try:
-        from easyfsl import methods
-    except ImportError:
-        raise ConfigError(
-            "evaluation.methods: this head is easyfsl's, which is not installed; pip install 'lr-ray[heads]', or leave it out"
-        ) from None
+    from easyfsl import methods
+
     build: Callable[..., Any] = getattr(methods, name)
     unit = {"feature_normalization": 2.0} if name == "PTMAP" else {}  # else its transport plan underflows to zeros
 
@@ -62,4 +58,6 @@ def _method(name: str, class_name: str, source: str) -> FeatureMethod:
     )
 
 
-METHODS = tuple(_method(name, *found) for name, found in _HEADS.items())
+_INSTALLED = find_spec("easyfsl") is not None
+METHODS = tuple(_method(name, *found) for name, found in _HEADS.items()) if _INSTALLED else ()
+UNAVAILABLE = {} if _INSTALLED else dict.fromkeys(_HEADS, "is a head of easyfsl; pip install 'lr-ray[heads]', or leave it out")
