@@ -46,9 +46,8 @@ def evaluate_methods(config: ExperimentConfig, reporter: Reporter) -> list[dict[
     done = list_uris(join(config.output_root, "evaluation"), suffix="")
     todo = [task for task in tasks if task.uri not in done]
     names = ", ".join(dict.fromkeys(task.label for task in todo))
-    reporter.say(
-        f"eval: {len(plan.measurements) // len(config.evaluation.shapes)} methods on {plan.data.name}; to measure: {names or 'none'}"
-    )
+    count = len({measurement.chosen.label for measurement in plan.measurements})
+    reporter.say(f"eval: {count} methods on {plan.data.name}; to measure: {names or 'none'}")
     _store_episodes(plan)
     features = [plan.features[uri] for uri in dict.fromkeys(t.features_uri for t in todo if t.features_uri) if uri not in done]
     work_through("features", embed_test_images, features, config.ray, reporter, lambda task, _: task.features)
