@@ -100,6 +100,11 @@ def latest(rows: Sequence[Row]) -> list[Row]:
     return list({(row["dataset"], row["method"], shape_of(row)): row for row in rows}.values())
 
 
+def measured_last(rows: Sequence[Row]) -> list[Row]:
+    """Of the data set of the last row, the last row of each method and shape: what a picture can show."""
+    return [row for row in latest(rows) if row["dataset"] == rows[-1]["dataset"]]
+
+
 def shape_of(row: Row) -> Shape:
     """(ways, shots)."""
     return row["n_way"], row["n_shot"]
@@ -217,36 +222,26 @@ def as_text(table: ResultsTable) -> "Table":
 def as_markdown(table: ResultsTable) -> str:
     """A table as GitHub renders it, all columns; `recycle` bold, the best of a column underlined."""
 
-    def cell(text: str, *, ours: bool, best: bool) -> str:
+    def cell(text: str, ours: bool, best: bool) -> str:
         plain = _markdown(text)
         marked = f"<ins>{plain}</ins>" if best else plain
         return f"**{marked}**" if ours and plain else marked
 
-    lines = [
-        [cell(line.name, ours=line.ours, best=False)]
-        + [cell(text, ours=line.ours, best=i in line.best) for i, text in enumerate(line.texts)]
-        for line in table.lines
-    ]
     head = ["method", *(column.head for column in table.columns)]
     rule = ["---", *("---:" for _ in table.columns)]
-    body = "\n".join(f"| {' | '.join(cells)} |" for cells in [head, rule, *lines])
+    body = "\n".join(f"| {' | '.join(cells)} |" for cells in [head, rule, *_cells(table, cell)])
     return "\n\n".join([_markdown(table.title), body, *(_markdown(note) for note in table.notes)]) + "\n"
 
 
 def as_latex(table: ResultsTable) -> str:
     """A `table` of booktabs, all columns; `recycle` bold, the best of a column underlined."""
 
-    def cell(text: str, *, ours: bool, best: bool) -> str:
+    def cell(text: str, ours: bool, best: bool) -> str:
         marked = rf"\underline{{{_latex(text)}}}" if best else _latex(text)
         return rf"\textbf{{{marked}}}" if ours and text else marked
 
-    lines = [
-        [cell(line.name, ours=line.ours, best=False)]
-        + [cell(text, ours=line.ours, best=i in line.best) for i, text in enumerate(line.texts)]
-        for line in table.lines
-    ]
     head = [_latex(text) for text in ("method", *(column.head for column in table.columns))]
-    body = [f"{' & '.join(cells)} \\\\" for cells in lines]
+    body = [f"{' & '.join(cells)} \\\\" for cells in _cells(table, cell)]
     return "\n".join(
         [
             r"% needs \usepackage{booktabs}",
@@ -291,6 +286,14 @@ def as_csv(rows: Sequence[Row]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return content.getvalue()
+
+
+def _cells(table: ResultsTable, cell: Callable[[str, bool, bool], str]) -> list[list[str]]:
+    """Of each line the name and the texts, by `cell(text, ours, best)`."""
+    return [
+        [cell(line.name, line.ours, False), *(cell(text, line.ours, i in line.best) for i, text in enumerate(line.texts))]
+        for line in table.lines
+    ]
 
 
 def _markdown(text: str) -> str:
