@@ -161,7 +161,7 @@ def _difference(row: Row) -> str:
 def _number(value: float | None) -> str:
     if value is None:
         return ""
-    return f"{value:,.0f}" if value == int(value) or abs(value) >= 100 else f"{value:.1f}"
+    return f"{value:,.0f}" if float(value).is_integer() or abs(value) >= 100 else f"{value:.1f}"
 
 
 def _usual_episodes(rows: Sequence[Row]) -> int:
