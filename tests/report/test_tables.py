@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from lr_ray.report.tables import as_csv, as_html, as_latex, as_markdown, as_text, results_table
+from lr_ray.report.tables import as_csv, as_html, as_latex, as_markdown, as_text, measured_last, results_table
 
 EVIL = "a_b|<c>&%"
 
@@ -227,3 +227,13 @@ def test_csv_reads_back():
     assert float(first["episode_ms"]) == 96.34
     assert "per_class" not in first
     assert set(first) == (set(rows[1]) - {"per_class"})
+
+
+def test_an_oracle_that_is_as_good_is_not_underlined():
+    assert markdown_lines([*ROWS, row("oracle", 1, 61.5)])["oracle"][0] == "61.50 ± 0.90"
+
+
+def test_pictures_show_the_last_measurement_on_the_last_data_set():
+    rows = [row("nn", 1, 10.0, dataset="digits"), row("nn", 1, 20.0), row("nn", 5, 30.0), row("nn", 1, 40.0)]
+    assert [(found["n_shot"], found["accuracy"]) for found in measured_last(rows)] == [(1, 40.0), (5, 30.0)]
+    assert measured_last([]) == []
