@@ -1,22 +1,31 @@
 """One self-contained HTML page on a run: its accuracies, its images, its curves, how to repeat it."""
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from string import Template
 from typing import Any
 
 import yaml
 
+from lr_ray.report.tables import as_html, measured_last, results_table, shape_of
+
+_ADAPTERS_SHOWN, _CLASSES_SHOWN = 100, 12
 _PAGE = Template("""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>LR-Ray: $name</title>
 <style>
-body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a2e; max-width: 68rem; margin: 2rem auto; padding: 0 1rem }
-h1 { margin-bottom: 0 } h2 { margin-top: 2.5rem } .lead { font-size: 1.15rem }
-table { border-collapse: collapse } th, td { padding: .3rem .9rem; text-align: right; border-bottom: 1px solid #dde }
-th:first-child, td:first-child { text-align: left } tr.ours { font-weight: 600; background: #fbeef0 }
-img { max-width: 100% } figure { margin: 0; overflow-x: auto }
+html { color-scheme: light; background: #fff }
+body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a2e; max-width: 76rem; margin: 2rem auto; padding: 0 1rem;
+  overflow-wrap: break-word }
+h1 { margin-bottom: 0 } h2 { margin-top: 2.5rem } .lead { font-size: 1.15rem } .note { color: #667; font-size: .9rem }
+.wide, figure { margin: 1rem 0; overflow-x: auto } .long { max-height: 30rem; overflow-y: auto }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid #dde } td { white-space: nowrap }
+th:first-child, td:first-child, .texts th, .texts td { text-align: left }
+.texts td { white-space: normal; vertical-align: top }
+tr.ours { font-weight: 600; background: #fbeef0 } td.best { text-decoration: underline; text-underline-offset: .2em }
+img { display: block; max-width: max(100%, 44rem) }
 pre { background: #f4f4f8; padding: 1rem; overflow-x: auto; font-size: .85rem }
 footer { margin-top: 3rem; color: #667 }
 </style></head><body>
@@ -24,17 +33,32 @@ footer { margin-top: 3rem; color: #667 }
 <p class="lead">$lead</p>
 <h2>Accuracy on unseen classes</h2>
 $table
-<figure><img alt="Accuracy of each method" src="$bars"></figure>
+$sources
+$bars
+$time
+$classes
+$embeddings
+<h2>Meta-training</h2>
+$curves
 <h2>Synthetic images</h2>
 <p>$images</p>
-<figure><img alt="Contact sheet of synthetic images" src="$sheet"></figure>
-<h2>Meta-training</h2>
-<figure><img alt="Loss and accuracy by step" src="$curves"></figure>
+$sheet
+<h2>Adapters</h2>
+$adapters
 <h2>How this was made</h2>
 <details><summary>Resolved configuration</summary><pre>$config</pre></details>
 <footer>$versions</footer>
 </body></html>
 """)
+_PICTURES = {
+    "bars": ("", "Accuracy of each method"),
+    "time": ("Accuracy and time", "Accuracy of each method against the time of an episode"),
+    "classes": ("Class by class", "Accuracy of each class without the meta-LoRA, with it, and with the oracle"),
+    "embeddings": ("One episode's features", "Support and query features before and after the meta-LoRA, in two dimensions"),
+    "curves": ("", "Loss and accuracy by step"),
+    "sheet": ("", "Contact sheet of synthetic images"),
+}
+"""{key: (heading, text in place of the picture)}"""
 
 
 def render_report(
@@ -45,7 +69,7 @@ def render_report(
     num_images: int,
     config: dict[str, Any],
     versions: dict[str, str],
-    pictures: dict[str, bytes],
+    pictures: Mapping[str, bytes],
 ) -> str:
     """The page.
 
@@ -53,27 +77,36 @@ def render_report(
         rows: of `results.json`.
         adapters: manifests of the library.
         num_images: synthetic images made.
-        pictures: PNGs `bars`, `sheet`, `curves`.
+        pictures: PNGs `bars`, `time`, `classes`, `embeddings`, `curves`, `sheet`; one that is not there is left out.
     """
     accuracies = [adapter["held_out_accuracy"] for adapter in adapters if "held_out_accuracy" in adapter]
     held_out = f", {100 * sum(accuracies) / len(accuracies):.1f} % accurate on images they did not see" if accuracies else ""
-    sources = {name: f"data:image/png;base64,{base64.b64encode(png).decode()}" for name, png in pictures.items()}
     return _PAGE.substitute(
         name=escape(name),
         lead=escape(_lead(rows)),
-        table=_table(rows),
+        table=as_html(results_table(rows)),
+        sources=_sources(rows),
         images=escape(
             f"{num_images} images, inverted from {len(adapters)} adapters{held_out}. No real image was used to make them."
         ),
+        adapters=_adapters(adapters),
         config=escape(yaml.safe_dump(config, allow_unicode=True, sort_keys=False)),
         versions=escape(", ".join(f"{package} {version}" for package, version in versions.items())),
-        **sources,
+        **{key: _figure(pictures.get(key), *texts) for key, texts in _PICTURES.items()},
     )
+
+
+def _figure(png: bytes | None, heading: str, alt: str) -> str:
+    if png is None:
+        return ""
+    above = f"<h2>{heading}</h2>\n" if heading else ""
+    return f'{above}<figure><img alt="{alt}" src="data:image/png;base64,{base64.b64encode(png).decode()}"></figure>'
 
 
 def _lead(rows: Sequence[dict[str, Any]]) -> str:
     """The gain in a sentence."""
-    first = {row["method"]: row for row in rows if row["n_shot"] == rows[0]["n_shot"] and row["n_way"] == rows[0]["n_way"]}
+    measured = measured_last(rows)
+    first = {row["method"]: row for row in measured if shape_of(row) == shape_of(measured[0])}
     if not {"nn", "recycle"} <= first.keys():
         return "Accuracy on few-shot tasks of unseen classes."
     ours, nothing = first["recycle"], first["nn"]
@@ -83,12 +116,38 @@ def _lead(rows: Sequence[dict[str, Any]]) -> str:
     )
 
 
-def _table(rows: Sequence[dict[str, Any]]) -> str:
+def _sources(rows: Sequence[dict[str, Any]]) -> str:
+    found = {row["method"]: row["source"] for row in rows if row.get("source")}
+    if not found:
+        return ""
+    table = _texts(["method", "from"], list(found.items()))
+    return f"<details><summary>Where the methods are from</summary>{table}</details>"
+
+
+def _adapters(adapters: Sequence[dict[str, Any]]) -> str:
+    """A line each, the first of very many."""
+    if not adapters:
+        return "<p>None.</p>"
     lines = [
-        f"<tr{' class=ours' if row['method'] == 'recycle' else ''}><td>{escape(row['method'])}</td><td>{row['n_way']}</td>"
-        f"<td>{row['n_shot']}</td><td>{row['accuracy']:.2f} ± {row['ci95']:.2f}</td><td>{row['episodes']}</td>"
-        f"<td>{row['images_per_s']:.0f}</td></tr>"
-        for row in rows
+        (
+            str(adapter.get("adapter_id", "unknown")),
+            f"{100 * adapter['held_out_accuracy']:.1f}" if "held_out_accuracy" in adapter else "",
+            _classes(adapter.get("class_names") or []),
+        )
+        for adapter in adapters[:_ADAPTERS_SHOWN]
     ]
-    head = "<tr><th>method</th><th>way</th><th>shot</th><th>accuracy, %</th><th>episodes</th><th>images/s</th></tr>"
-    return f"<table>{head}{''.join(lines)}</table>"
+    more = len(adapters) - len(lines)
+    rest = f"<p class=note>and {more} more.</p>" if more else ""
+    return f"<div class=long>{_texts(['adapter', 'accuracy on images it did not see, %', 'classes'], lines)}</div>{rest}"
+
+
+def _classes(names: Sequence[str]) -> str:
+    more = f", and {len(names) - _CLASSES_SHOWN} more" if len(names) > _CLASSES_SHOWN else ""
+    return ", ".join(names[:_CLASSES_SHOWN]) + more
+
+
+def _texts(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table of words."""
+    top = "".join(f"<th scope=col>{escape(text)}</th>" for text in head)
+    body = "".join(f"<tr>{''.join(f'<td>{escape(text)}</td>' for text in line)}</tr>" for line in lines)
+    return f'<div class="wide texts"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'

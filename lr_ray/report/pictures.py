@@ -1,21 +1,17 @@
 """What people would rather see than read: synthetic images with their masks, training curves, accuracies."""
 
-import io
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from lr_ray.fewshot.episodes import ImagePool
+from lr_ray.report.drawing import COLOURS, INK, MUTED, PALE, to_png
 from lr_ray.vit.tokens import num_kept
-
-_INK, _MUTED, _ACCENT, _PALE = "#1a1a2e", "#8d99ae", "#d1495b", "#e8a5ad"
-_COLOURS = {"recycle": _ACCENT, "oracle": "#2a9d8f"}
 
 
 def masked(images: Tensor, patch_order: Tensor, *, keep_ratio: float) -> Tensor:
@@ -57,13 +53,13 @@ def contact_sheet(pool: ImagePool, *, keep_ratio: float, max_adapters: int = 6, 
                 top.imshow(images[column].permute(1, 2, 0).numpy(), interpolation="nearest")
                 bottom.imshow(faded[column].permute(1, 2, 0).numpy(), interpolation="nearest")
                 if column == 0:
-                    top.set_title(pool.class_names[c][:20], fontsize=9, loc="left", color=_INK, parse_math=False)
+                    top.set_title(pool.class_names[c][:20], fontsize=9, loc="left", color=INK, parse_math=False)
     figure.suptitle(
         f"Synthetic images, a row an adapter; below each the {100 * keep_ratio:.0f} % of patches that [CLS] attends to most",
         fontsize=10,
-        color=_INK,
+        color=INK,
     )
-    return _png(figure)
+    return to_png(figure)
 
 
 def training_curves(histories: dict[str, Sequence[dict[str, float]]]) -> bytes:
@@ -71,7 +67,7 @@ def training_curves(histories: dict[str, Sequence[dict[str, float]]]) -> bytes:
     figure = Figure(figsize=(9, 3.2), dpi=110, layout="constrained")
     loss_axis, accuracy_axis = figure.subplots(1, 2)
     for name, history in histories.items():
-        colour = _COLOURS.get(name, _MUTED)
+        colour = COLOURS.get(name, MUTED)
         steps = [entry["step"] for entry in history]
         loss_axis.plot(steps, _smoothed([entry["loss"] for entry in history]), color=colour, label=name)
         accuracy_axis.plot(steps, _smoothed([entry["accuracy"] for entry in history]), color=colour, label=f"{name}, training")
@@ -86,29 +82,31 @@ def training_curves(histories: dict[str, Sequence[dict[str, float]]]) -> bytes:
                 label=f"{name}, validation",
             )
     for axis, title in ((loss_axis, "loss of the training episodes"), (accuracy_axis, "accuracy")):
-        axis.set_title(title, fontsize=10, loc="left", color=_INK)
+        axis.set_title(title, fontsize=10, loc="left", color=INK)
         axis.set_xlabel("step")
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(frameon=False, fontsize=8)
-    return _png(figure)
+    return to_png(figure)
 
 
-def accuracy_bars(rows: Sequence[dict[str, Any]]) -> bytes:
+def accuracy_bars(rows: Sequence[Mapping[str, Any]]) -> bytes:
     """PNG: accuracy of each method with its 95 % confidence interval, a panel a shape."""
     shapes = list(dict.fromkeys((row["n_way"], row["n_shot"]) for row in rows))
     figure = Figure(figsize=(4.6 * len(shapes), 0.42 * len(rows) / len(shapes) + 1.1), dpi=110, layout="constrained")
     for axis, (n_way, n_shot) in zip(figure.subplots(1, len(shapes), squeeze=False).flat, shapes, strict=True):
         chosen = [row for row in rows if (row["n_way"], row["n_shot"]) == (n_way, n_shot)][::-1]
         names, values = [row["method"] for row in chosen], [row["accuracy"] for row in chosen]
-        colours = [_COLOURS.get(name, _MUTED) for name in names]
-        axis.barh(names, values, xerr=[row["ci95"] for row in chosen], color=colours, ecolor=_INK, height=0.65)
+        colours = [COLOURS.get(name, MUTED) for name in names]
+        axis.barh(range(len(names)), values, xerr=[row["ci95"] for row in chosen], color=colours, ecolor=INK, height=0.65)
+        axis.set_yticks(range(len(names)), names, parse_math=False)
+        axis.set_ylim(-0.6, len(names) - 0.4)
         for position, row in enumerate(chosen):
             axis.text(row["accuracy"] + row["ci95"] + 0.8, position, f"{row['accuracy']:.1f}", va="center", fontsize=8)
-        axis.axvline(100 / n_way, color=_INK, linestyle=":", linewidth=0.8)
+        axis.axvline(100 / n_way, color=INK, linestyle=":", linewidth=0.8)
         axis.set_xlim(0, 108)
-        axis.set_title(f"{n_way}-way {n_shot}-shot accuracy, % (dotted: chance)", fontsize=10, loc="left", color=_INK)
+        axis.set_title(f"{n_way}-way {n_shot}-shot accuracy, % (dotted: chance)", fontsize=10, loc="left", color=INK)
         axis.spines[["top", "right"]].set_visible(False)
-    return _png(figure)
+    return to_png(figure)
 
 
 def grid_bars(summary: Sequence[dict[str, Any]]) -> bytes:
@@ -126,10 +124,10 @@ def grid_bars(summary: Sequence[dict[str, Any]]) -> bytes:
             if bar not in found:
                 continue
             row = found[bar]
-            colour = _PALE if bar[1] == "recycle" and bar[0] != "recycle" else _COLOURS.get(bar[1], _MUTED)
-            axis.barh(position, row["accuracy"], xerr=row["ci95"], color=colour, ecolor=_INK, height=0.65)
+            colour = PALE if bar[1] == "recycle" and bar[0] != "recycle" else COLOURS.get(bar[1], MUTED)
+            axis.barh(position, row["accuracy"], xerr=row["ci95"], color=colour, ecolor=INK, height=0.65)
             seeds = list(row["seeds"].values())
-            axis.plot(seeds, [position] * len(seeds), ".", color=_INK, markersize=3)
+            axis.plot(seeds, [position] * len(seeds), ".", color=INK, markersize=3)
             axis.text(
                 max(row["highest"], row["accuracy"] + row["ci95"]) + 0.6,
                 position,
@@ -142,11 +140,11 @@ def grid_bars(summary: Sequence[dict[str, Any]]) -> bytes:
         axis.set_xlim(max(0, lowest - 6), min(104, highest + 6))
         axis.set_yticks(range(len(bars)), labels, fontsize=8, parse_math=False)
         axis.set_ylim(len(bars) - 0.4, -0.6)
-        axis.set_title(f"{shape[0]}-way {shape[1]}-shot accuracy, %", fontsize=10, loc="left", color=_INK)
+        axis.set_title(f"{shape[0]}-way {shape[1]}-shot accuracy, %", fontsize=10, loc="left", color=INK)
         axis.spines[["top", "right"]].set_visible(False)
         for method, row in _references(found.values()).items():
-            axis.axvline(row["accuracy"], color=_COLOURS.get(method, _INK), linestyle="--", linewidth=0.8)
-    return _png(figure)
+            axis.axvline(row["accuracy"], color=COLOURS.get(method, INK), linestyle="--", linewidth=0.8)
+    return to_png(figure)
 
 
 def _references(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -166,10 +164,3 @@ def _smoothed(values: Sequence[float]) -> np.ndarray:
     window = max(1, len(values) // 10)
     padded = np.concatenate([np.full(window - 1, values[0]), values])
     return np.convolve(padded, np.ones(window) / window, mode="valid")
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    with matplotlib.rc_context({"font.family": "DejaVu Sans"}):
-        figure.savefig(buffer, format="png")
-    return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""The report of a run: `contact_sheet.png` and `report.html` in its output folder."""
+"""The report of a run: `results.md`, `.tex` and `.csv`, `contact_sheet.png` and `report.html` in its output folder."""
 
 import threading
 from collections.abc import Sequence
@@ -6,9 +6,11 @@ from itertools import chain
 from typing import Any
 
 from lr_ray.config import ExperimentConfig
+from lr_ray.report.charts import EpisodeFeatures, accuracy_against_time, embedding_maps, per_class_bars
 from lr_ray.report.html import render_report
 from lr_ray.report.pictures import accuracy_bars, contact_sheet, grid_bars, training_curves
 from lr_ray.report.progress import Reporter
+from lr_ray.report.tables import as_csv, as_latex, as_markdown, measured_last, results_table
 from lr_ray.storage.adapters import list_adapters
 from lr_ray.storage.filesystem import join, list_files, write_bytes
 from lr_ray.storage.manifest import read_manifest, read_manifests, versions
@@ -19,8 +21,14 @@ _ADAPTERS_SHOWN = 6
 _SECONDS_BETWEEN_LOOKS = 2.0
 
 
-def write_report(config: ExperimentConfig, rows: Sequence[dict[str, Any]]) -> list[str]:
+def write_report(
+    config: ExperimentConfig, rows: Sequence[dict[str, Any]], embeddings: EpisodeFeatures | None = None
+) -> list[str]:
     """Draw and commit what `evaluate_methods` measured; returns the URIs of what was written.
+
+    Args:
+        rows: of `results.json`; on the data set of the last of them are the pictures.
+        embeddings: an episode for the page to show before and after the meta-LoRA.
 
     Raises:
         StorageError: a step of the run is missing.
@@ -28,24 +36,45 @@ def write_report(config: ExperimentConfig, rows: Sequence[dict[str, Any]]) -> li
     root = config.output_root
     files = list_synthetic(config.synthetic_root)
     sheet = _sheet(config, by_adapter(files))
-    manifests = {"recycle": read_manifest(config.meta_lora_root), "oracle": read_manifest(config.oracle_root)}
+    folders = list_adapters(config.adapters_root)
+    manifests = read_manifests(folders)
     page = render_report(
         name=config.name,
         rows=rows,
-        adapters=read_manifests(list_adapters(config.adapters_root)),
+        adapters=[
+            {"adapter_id": folder.rstrip("/").rpartition("/")[2]} | found
+            for folder, found in zip(folders, manifests, strict=True)
+        ],
         num_images=count_images(config.synthetic_root, files),
         config=config.resolved(),
         versions=versions(),
-        pictures={
-            "bars": accuracy_bars(rows),
-            "sheet": sheet,
-            "curves": training_curves({name: found["history"] for name, found in manifests.items() if found}),
-        },
+        pictures=_charts(rows, embeddings) | {"sheet": sheet, "curves": _curves(config)},
     )
-    written = {join(root, SHEET_NAME): sheet, join(root, "report.html"): page.encode()}
-    for uri, content in written.items():
-        write_bytes(uri, content)
-    return list(written)
+    table = results_table(rows)
+    texts = {"results.md": as_markdown(table), "results.tex": as_latex(table), "results.csv": as_csv(rows), "report.html": page}
+    written = {SHEET_NAME: sheet} | {name: text.encode() for name, text in texts.items()}
+    for name, content in written.items():
+        write_bytes(join(root, name), content)
+    return [join(root, name) for name in written]
+
+
+def _charts(rows: Sequence[dict[str, Any]], embeddings: EpisodeFeatures | None) -> dict[str, bytes]:
+    """PNGs of what can be drawn from these rows."""
+    measured = measured_last(rows)
+    drawn = {
+        "bars": accuracy_bars(measured) if measured else None,
+        "time": accuracy_against_time(measured),
+        "classes": per_class_bars(measured),
+        "embeddings": None
+        if embeddings is None
+        else embedding_maps(embeddings.features, embeddings.labels, embeddings.class_names, embeddings.support),
+    }
+    return {name: png for name, png in drawn.items() if png is not None}
+
+
+def _curves(config: ExperimentConfig) -> bytes:
+    manifests = {"recycle": read_manifest(config.meta_lora_root), "oracle": read_manifest(config.oracle_root)}
+    return training_curves({name: found["history"] for name, found in manifests.items() if found})
 
 
 def _sheet(config: ExperimentConfig, adapters: Sequence[Sequence[str]]) -> bytes:

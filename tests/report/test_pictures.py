@@ -214,7 +214,8 @@ def report(**changes: Any) -> str:
         "num_images": 120,
         "config": {"name": "demo", "seed": 0},
         "versions": {"torch": "2.9", "ray": "2.50"},
-        "pictures": {"bars": b"bars", "sheet": b"sheet", "curves": b"curves"},
+        "pictures": dict.fromkeys(("bars", "time", "classes", "embeddings"), b"chart")
+        | {"sheet": b"sheet", "curves": b"curves"},
     }
     return render_report(**values | changes)
 
@@ -222,7 +223,8 @@ def report(**changes: Any) -> str:
 def test_a_report_is_self_contained():
     html = report()
     references = Page(html).references
-    assert references == [f"data:image/png;base64,{content}" for content in ("YmFycw==", "c2hlZXQ=", "Y3VydmVz")]
+    assert references == [f"data:image/png;base64,{content}" for content in [*["Y2hhcnQ="] * 4, "Y3VydmVz", "c2hlZXQ="]]
+    assert html.count("<img alt=") == 6
     assert not re.search(r"url\(|@import|https?://", html)
 
 
@@ -243,14 +245,48 @@ def test_a_report_without_recycling_or_accuracies_claims_nothing():
 
 def test_only_our_row_is_highlighted():
     html = report()
-    assert re.findall(r"<tr class=ours><td>([^<]*)", html) == ["recycle", "recycle"]
+    assert re.findall(r"<tr class=ours><td>([^<]*)", html) == ["recycle"]
 
 
 def test_a_report_escapes_html():
-    plain, html = Page(report()), report(name=EVIL, rows=[row(EVIL)], config={EVIL: EVIL}, versions={EVIL: EVIL}, adapters=[])
+    adapters = [{"adapter_id": EVIL, "class_names": [EVIL]}]
+    rows = [row(EVIL) | {"source": EVIL, "dataset": EVIL}]
+    plain = Page(report(rows=[row("nn") | {"source": "x"}]))
+    html = report(name=EVIL, rows=rows, config={EVIL: EVIL}, versions={EVIL: EVIL}, adapters=adapters)
     page = Page(html)
     assert page.tags.count("script") == 0
     assert set(page.tags) == set(plain.tags)
     assert "<script" not in html
-    assert page.text.count("alert") >= 6
+    assert page.text.count("alert") >= 10
     assert f"LR-Ray: {EVIL}" in page.text
+
+
+def test_pictures_that_are_not_there_leave_no_heading():
+    html = report(pictures={"bars": b"bars", "sheet": b"sheet", "curves": b"curves"})
+    assert html.count("<img") == 3
+    assert "Class by class" in report()
+    for heading in ("Class by class", "Accuracy and time", "One episode's features"):
+        assert heading not in html
+
+
+def test_a_report_names_the_adapters_and_the_sources_of_the_methods():
+    adapters = [{"adapter_id": "a-1", "class_names": [f"class {i}" for i in range(20)], "held_out_accuracy": 0.912}, {}]
+    text = Page(report(adapters=adapters, rows=[row("nn") | {"source": "Snell et al."}, row("recycle")])).text
+    assert "a-191.2class 0, class 1" in text
+    assert "class 11, and 8 more" in text
+    assert "unknown" in text
+    assert "nnSnell et al." in text
+    assert "from" not in Page(report(adapters=[])).text.partition("Where the methods")[2]
+
+
+def test_very_many_adapters_are_cut():
+    text = Page(report(adapters=[{"adapter_id": f"adapter-{i:04}"} for i in range(1000)])).text
+    assert text.count("adapter-0") == 100
+    assert "and 900 more." in text
+
+
+def test_a_report_of_rows_of_another_data_set_tells_that_of_the_last():
+    old = [row("nn", accuracy=10) | {"dataset": "old"}, row("recycle", accuracy=20) | {"dataset": "old"}]
+    text = Page(report(rows=[*old, row("nn", 5, 40.0), row("recycle", 5, 50.0)])).text
+    assert "5-way 5-shot tasks of unseen classes: 50.0 % with the meta-LoRA, 40.0 % without it" in text
+    assert "recycle (old)" in text

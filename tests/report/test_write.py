@@ -1,12 +1,17 @@
+import csv
+import json
 import threading
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from lr_ray.config import ExperimentConfig
 from lr_ray.errors import StorageError
+from lr_ray.report.charts import EpisodeFeatures
 from lr_ray.report.progress import Reporter
-from lr_ray.report.write import watch_synthetic
+from lr_ray.report.write import watch_synthetic, write_report
 from lr_ray.storage.synthetic import synthetic_name, write_synthetic
 from tests.storage.test_synthetic import draw, spec_of
 
@@ -66,3 +71,50 @@ def test_images_that_are_damaged_end_the_watching(tmp_path: Path):
     (folder / "adapter-0123456789ab.parquet").write_bytes(b"damaged")
     with pytest.raises(StorageError, match="run `lr-ray invert` again"):
         watch_synthetic(ExperimentConfig(name="watched", output=str(tmp_path)), Reporter(quiet=True), threading.Event())
+
+
+def result(method: str, accuracy: float, **changes: Any) -> dict[str, Any]:
+    task = {"method": method, "dataset": "digits", "n_way": 5, "n_shot": 1, "episodes": 600}
+    return task | {"accuracy": accuracy, "ci95": 1.0, "images_per_s": 9.0} | changes
+
+
+@pytest.fixture
+def measured(tmp_path: Path) -> ExperimentConfig:
+    """A run as it is before its report is written."""
+    add(tmp_path, "adapter-1", seed=0)
+    for folder in ("adapters/adapter-1", "meta_lora"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "adapter_config.json").write_text("{}")
+    history = [{"step": step, "loss": 1.0, "accuracy": 0.5} for step in range(3)]
+    (tmp_path / "meta_lora" / "lr_ray.json").write_text(json.dumps({"history": history}))
+    return ExperimentConfig(name="measured", output=str(tmp_path))
+
+
+def test_a_report_is_five_files(measured: ExperimentConfig, tmp_path: Path):
+    rows = [result(name, value, episode_ms=9.0, per_class={"a": value}) for name, value in (("nn", 50.0), ("recycle", 60.0))]
+    names = ["contact_sheet.png", "results.md", "results.tex", "results.csv", "report.html"]
+    assert write_report(measured, rows) == [f"{tmp_path}/{name}" for name in names]
+    assert "| nn | 50.00 ± 1.00 |" in (tmp_path / "results.md").read_text(encoding="utf-8")
+    assert r"\textbf{recycle}" in (tmp_path / "results.tex").read_text(encoding="utf-8")
+    with (tmp_path / "results.csv").open(encoding="utf-8", newline="") as file:
+        assert [line["accuracy"] for line in csv.DictReader(file)] == ["50.0", "60.0"]
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert page.count('<img alt="') == 5
+    assert "<td>adapter-1</td>" in page
+
+
+def test_a_report_of_older_rows_leaves_out_what_they_do_not_tell(measured: ExperimentConfig, tmp_path: Path):
+    write_report(measured, [result("nn", 50.0)])
+    assert (tmp_path / "report.html").read_text(encoding="utf-8").count('<img alt="') == 3
+
+
+def test_an_episode_is_shown_if_there_is_one(measured: ExperimentConfig, tmp_path: Path):
+    features = np.random.default_rng(0).normal(size=(6, 4))
+    episode = EpisodeFeatures(
+        features={"nn": features, "recycle": 2 * features},
+        labels=np.array([0, 0, 0, 1, 1, 1]),
+        class_names=("a", "b"),
+        support=np.array([True, False, False] * 2),
+    )
+    write_report(measured, [result("nn", 50.0)], embeddings=episode)
+    assert "One episode's features" in (tmp_path / "report.html").read_text(encoding="utf-8")
