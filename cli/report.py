@@ -27,11 +27,11 @@ def report(
             watch_synthetic(experiment, reporter(quiet=json), threading.Event())
         except KeyboardInterrupt:
             raise typer.Exit from None
-    from lr_ray.runtime.evaluation import RESULTS_NAME
+    from lr_ray.runtime.evaluation import RESULTS_NAME, example_episode
     from lr_ray.storage.filesystem import join, read_bytes
 
     rows = json_module.loads(read_bytes(join(experiment.output_root, RESULTS_NAME)))
-    written = write_report(experiment, rows)
+    written = write_report(experiment, rows, example_episode(experiment))
     if json:
         print_json(written)
     else:

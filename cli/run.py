@@ -28,10 +28,11 @@ def run(
 def run_and_report(experiment: "ExperimentConfig", *, json: bool) -> None:
     """Every step in turn, then the table and where the report is."""
     from lr_ray.report.write import write_report
+    from lr_ray.runtime.evaluation import example_episode
     from lr_ray.runtime.experiment import run_experiment
 
     rows = run_experiment(experiment, reporter(quiet=json))
-    written = write_report(experiment, rows)
+    written = write_report(experiment, rows, example_episode(experiment))
     if json:
         print_json(rows)
         return

@@ -16,11 +16,12 @@ from lr_ray.fewshot.evaluate import AccuracyReport, is_right, paired_difference,
 from lr_ray.fewshot.methods import FeatureMethod, MethodInputs, TunedMethod, find_method
 from lr_ray.fewshot.methods.features import embedder
 from lr_ray.report.card import complete_card
+from lr_ray.report.charts import EpisodeFeatures
 from lr_ray.report.progress import Reporter
 from lr_ray.runtime.cost import begin_peak_memory, count_flops, peak_memory_mib
 from lr_ray.runtime.evaluation_plan import EpisodesTask, EvaluationPlan, FeaturesTask, FitTask, Measurement, test_data_of
 from lr_ray.runtime.session import work_through, worker_device
-from lr_ray.storage.adapters import read_adapter, read_adapters
+from lr_ray.storage.adapters import CONFIG_NAME, read_adapter, read_adapters
 from lr_ray.storage.filesystem import exists, join, list_uris, read_if_there, write_bytes
 from lr_ray.storage.measurements import read_predictions, read_tensors, write_episodes, write_predictions, write_tensors
 from lr_ray.vit.backbone import Backbone, load_backbone
@@ -60,14 +61,35 @@ def evaluate_methods(config: ExperimentConfig, reporter: Reporter) -> list[dict[
     work_through("eval", predict_episodes, todo, config.ray, reporter, found)
     rows = _rows(plan)
     uri = join(config.output_root, RESULTS_NAME)
-    known: list[dict[str, Any]] = json.loads(read_if_there(uri) or b"[]")
+    stored = read_if_there(uri) or b"[]"
+    known: list[dict[str, Any]] = json.loads(stored)
     wanted = {(row["method"], row["dataset"], row["n_way"], row["n_shot"], row["n_query"]) for row in rows}
     others = [r for r in known if (r["method"], r["dataset"], r["n_way"], r["n_shot"], r["n_query"]) not in wanted]
-    write_bytes(uri, json.dumps(others + rows, indent=2, ensure_ascii=False).encode())
+    if (content := json.dumps(others + rows, indent=2, ensure_ascii=False).encode()) != stored:
+        write_bytes(uri, content)
     for method, folder in (("recycle", config.meta_lora_root), ("joint", config.joint_root), ("oracle", config.oracle_root)):
         if any(row["method"] == method for row in rows):
             complete_card(folder, rows)
     return rows
+
+
+def example_episode(config: ExperimentConfig) -> EpisodeFeatures | None:
+    """The first test episode of the last shape, before and after the meta-LoRA; None where either was not measured."""
+    if config.data.test is None or not exists(join(config.meta_lora_root, CONFIG_NAME)):
+        return None
+    both = config.evaluation.model_copy(update={"methods": ("nn", "recycle")})
+    plan = EvaluationPlan(config.model_copy(update={"evaluation": both}))
+    shape, data = config.evaluation.shapes[-1], plan.data
+    uris = {m.chosen.label: m.tasks[0].features_uri for m in plan.measurements}
+    if not all(exists(uri) for uri in uris.values()):
+        return None
+    (episode,) = draw_test_episodes(data.labels, shape, num_episodes=1, seed=config.seed)
+    return EpisodeFeatures(
+        features={label: read_tensors(uri)[0]["features"][episode.ravel()].numpy() for label, uri in uris.items()},
+        labels=data.labels[episode.ravel()],
+        class_names=data.class_names,
+        support=np.tile(np.arange(episode.shape[1]) < shape.n_shot, len(episode)),
+    )
 
 
 def _store_episodes(plan: EvaluationPlan) -> None:
@@ -249,7 +271,7 @@ def _row(plan: EvaluationPlan, measurement: Measurement) -> tuple[dict[str, Any]
         "peak_memory_mib": round(max(found["peak_memory_mib"] for _, _, found in parts)),
         "trained_parameters": facts["trained_parameters"],
         "gflops_per_episode": round(facts["flops"] / 1e9, 2),
-        "seconds": round(facts.get("seconds", float(seconds.sum())), 2),
+        "seconds": round(facts.get("seconds", float(seconds.sum())), 3),
         "digest": measurement.digest,
     }
     return row, report.accuracies
