@@ -6,12 +6,12 @@ python -m bench.tables runs/demo runs/cifar-fs runs/gain-glyphs runs/gain-cifar-
 import json
 import shutil
 import sys
-from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from lr_ray.report.pictures import contact_sheet
+from lr_ray.report.tables import as_markdown, results_table
 from lr_ray.storage.synthetic import by_adapter, list_synthetic, read_pool
 
 RESULTS = Path(__file__).parent / "results"
@@ -21,15 +21,15 @@ ADAPTERS_SHOWN = 2
 Row = dict[str, Any]
 
 
-def markdown(rows: list[Row], name: str, cell: Callable[[Row], str], last: Callable[[Row], str]) -> str:
-    """A line for each value of `name`, a column a shape, and one more column, headed by the docstring of `last`."""
+def markdown(rows: list[Row]) -> str:
+    """A line a variant of a grid, a column a shape, and the 1-shot accuracy of each seed."""
     shapes = list(dict.fromkeys((row["n_way"], row["n_shot"]) for row in rows))
-    columns = [name, *(f"{n_way}-way {n_shot}-shot" for n_way, n_shot in shapes), last.__doc__ or ""]
+    columns = ["variant", *(f"{n_way}-way {n_shot}-shot" for n_way, n_shot in shapes), "1-shot of each seed"]
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-    for key in dict.fromkeys(row[name] for row in rows):
-        found = {(row["n_way"], row["n_shot"]): row for row in rows if row[name] == key}
-        first = f"**{key}**" if key == "recycle" else key
-        lines.append("| " + " | ".join([first, *(cell(found[shape]) for shape in shapes), last(found[shapes[0]])]) + " |")
+    for variant in dict.fromkeys(row["variant"] for row in rows):
+        found = {(row["n_way"], row["n_shot"]): row for row in rows if row["variant"] == variant}
+        first = f"**{variant}**" if variant == "recycle" else variant
+        lines.append("| " + " | ".join([first, *(interval(found[s]) for s in shapes), seeds(found[shapes[0]])]) + " |")
     return "\n".join(lines)
 
 
@@ -37,13 +37,7 @@ def interval(row: Row) -> str:
     return f"{row['accuracy']:.2f} ± {row['ci95']:.2f}"
 
 
-def speed(row: Row) -> str:
-    """images/s"""
-    return f"{row['images_per_s']:.0f}"
-
-
 def seeds(row: Row) -> str:
-    """1-shot of each seed"""
     return ", ".join(f"{accuracy:.1f}" for accuracy in row["seeds"].values())
 
 
@@ -53,10 +47,10 @@ def main() -> None:
         shutil.copy(folder / "results.json", RESULTS / f"{folder.name}.json")
         if "cell" in rows[0]:
             named = [row | {"variant": row["cell"] if row["method"] == "recycle" else row["method"]} for row in rows]
-            print(f"{folder.name}\n\n{markdown(named, 'variant', interval, seeds)}\n")
+            print(f"{folder.name}\n\n{markdown(named)}\n")
             shutil.copy(folder / "gain.png", PICTURES / f"{folder.name}.png")
             continue
-        print(f"{folder.name}\n\n{markdown(rows, 'method', interval, speed)}\n")
+        print(f"{folder.name}\n\n{as_markdown(results_table(rows))}\n")
         synthetic = str(folder / "synthetic")
         shown = by_adapter(list_synthetic(synthetic))[:ADAPTERS_SHOWN]
         pool = read_pool(synthetic, list(chain.from_iterable(shown)))
