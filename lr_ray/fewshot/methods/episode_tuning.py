@@ -62,15 +62,18 @@ def tune_with_linear_head(
         penalty: added to the loss.
     """
     images = support.flatten(0, 1)
-    weight, bias = _start_head(embed, support, tuning.head)
+    with torch.enable_grad():
+        features = embed(images)
+    weight, bias = _start_head(features.detach().unflatten(0, support.shape[:2]), tuning.head)
     labels = support_labels(support, weight.device)
     groups: list[dict[str, object]] = [{"params": [weight, bias], "lr": tuning.head_learning_rate}]
     if parameters:
         groups.append({"params": list(parameters), "lr": tuning.learning_rate})
     optimizer = make_optimizer(tuning.optimizer, groups)
-    for _ in range(tuning.num_steps):
+    for step in range(tuning.num_steps):
         with torch.enable_grad():
-            loss = F.cross_entropy(F.linear(embed(images), weight, bias), labels)
+            features = embed(images) if step else features
+            loss = F.cross_entropy(F.linear(features, weight, bias), labels)
             if penalty is not None:
                 loss = loss + penalty()
             optimizer.zero_grad()
@@ -81,16 +84,14 @@ def tune_with_linear_head(
     return Adaptation(scores=scores, num_trained=sum(p.numel() for p in (weight, bias, *parameters)))
 
 
-def _start_head(embed: Embed, support: Tensor, start: HeadStart) -> tuple[nn.Parameter, nn.Parameter]:
-    with torch.no_grad():
-        images = support.flatten(0, 1)
-        features = embed(images if start == "probe" else images[:1])
+def _start_head(features: Tensor, start: HeadStart) -> tuple[nn.Parameter, nn.Parameter]:
+    """(N, K, D) → (N, D) weights and (N,) biases."""
+    n_way, _, dim = features.shape
     if start == "zeros":
-        n_way = len(support)
-        return nn.Parameter(features.new_zeros(n_way, features.shape[1])), nn.Parameter(features.new_zeros(n_way))
-    directions = F.normalize(features, dim=-1).unflatten(0, (1, *support.shape[:2]))
-    weight, bias = (part[0].to(features) for part in logistic_regression(directions.cpu(), c=1.0))
-    return nn.Parameter(weight / features.norm(dim=-1).mean()), nn.Parameter(bias)
+        return nn.Parameter(features.new_zeros(n_way, dim)), nn.Parameter(features.new_zeros(n_way))
+    weight, bias = logistic_regression(F.normalize(features, dim=-1)[None].cpu(), c=1.0)
+    mean_length = features.norm(dim=-1).mean()
+    return nn.Parameter(weight[0].to(features) / mean_length), nn.Parameter(bias[0].to(features))
 
 
 @contextmanager

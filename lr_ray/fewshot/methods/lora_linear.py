@@ -16,8 +16,8 @@ from lr_ray.vit.lora import LoRAConfig, attach_lora, detach_lora
 class LoraLinearSettings(Section):
     """Of `lora-linear`."""
 
-    num_steps: int = Field(default=10, ge=0)
-    """Of Adam on the whole support set (the paper: 50, of which a processor does few in a reasonable time)."""
+    num_steps: int = Field(default=5, ge=0)
+    """Of Adam on the whole support set (the paper: 50; 5 keep an episode to two seconds of a processor)."""
     learning_rate: float = Field(default=1e-3, gt=0)
     """Of LoRA and head (the paper)."""
     rank: int = Field(default=4, gt=0)

@@ -28,8 +28,8 @@ _GROWTH = 1.5
 class LorahubSettings(Section):
     """Of `lorahub`."""
 
-    num_evaluations: int = Field(default=40, gt=0)
-    """Of the loss: how often weights are tried (the authors: 40)."""
+    num_evaluations: int = Field(default=20, gt=0)
+    """Of the loss: how often weights are tried (the authors: at most 40)."""
     l1: float = Field(default=0.05, ge=0)
     """Of the weights' mean absolute value, in the loss (the authors)."""
     bound: float = Field(default=1.5, gt=0)

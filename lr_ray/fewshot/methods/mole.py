@@ -21,8 +21,8 @@ from lr_ray.section import Section
 class MoleSettings(Section):
     """Of `mole`."""
 
-    num_steps: int = Field(default=10, ge=0)
-    """Of Adam on the whole support set (the authors: hundreds, of which a processor does few in a reasonable time)."""
+    num_steps: int = Field(default=5, ge=0)
+    """Of Adam on the whole support set (the authors: 400; 5 keep an episode to two seconds of a processor)."""
     learning_rate: float = Field(default=0.1, gt=0)
     """Of the gates' logits (the authors: 1e-5, of a gate that reads the input)."""
     head_learning_rate: float = Field(default=1e-3, gt=0)

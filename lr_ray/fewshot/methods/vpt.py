@@ -22,9 +22,9 @@ class VPTSettings(Section):
     """Prompts that enter the first block, or fresh ones in every block."""
     num_prompts: int = Field(default=5, gt=0)
     """In a block (the authors choose among 1, 5, 10, 50, 100, 200 on a validation set, which an episode lacks)."""
-    num_steps: int = Field(default=10, ge=0)
-    """Of Adam on the whole support set (the authors: 100 epochs of SGD, of which a processor does few in a reasonable
-    time)."""
+    num_steps: int = Field(default=5, ge=0)
+    """Of Adam on the whole support set (the authors: 100 epochs of SGD; 5 keep an episode to two seconds of a
+    processor)."""
     learning_rate: float = Field(default=1e-2, gt=0)
     """Of the prompts (the authors choose one for each task)."""
     head_learning_rate: float = Field(default=1e-3, gt=0)
