@@ -66,10 +66,9 @@ def tune_with_linear_head(
         features = embed(images)
     weight, bias = _start_head(features.detach().unflatten(0, support.shape[:2]), tuning.head)
     labels = support_labels(support, weight.device)
-    groups: list[dict[str, object]] = [{"params": [weight, bias], "lr": tuning.head_learning_rate}]
-    if parameters:
-        groups.append({"params": list(parameters), "lr": tuning.learning_rate})
-    optimizer = make_optimizer(tuning.optimizer, groups)
+    of_head: dict[str, object] = {"params": [weight, bias], "lr": tuning.head_learning_rate}
+    of_parameters: dict[str, object] = {"params": list(parameters), "lr": tuning.learning_rate}
+    optimizer = make_optimizer(tuning.optimizer, [of_head, of_parameters])
     for step in range(tuning.num_steps):
         with torch.enable_grad():
             features = embed(images) if step else features
