@@ -1,0 +1,105 @@
+"""`vpt`, `vpt:deep`: prompts among the tokens and a linear head are trained on each episode's support set."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from pydantic import Field
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from lr_ray.fewshot.methods import Adapt, Adaptation, MethodInputs, TunedMethod
+from lr_ray.fewshot.methods.episode_tuning import HeadStart, Tuning, tune_with_linear_head
+from lr_ray.section import Section
+from lr_ray.vit.backbone import autocast
+
+
+class VPTSettings(Section):
+    """Of `vpt`."""
+
+    kind: Literal["shallow", "deep"] = "shallow"
+    """Prompts that enter the first block, or fresh ones in every block."""
+    num_prompts: int = Field(default=5, gt=0)
+    """In a block (the authors choose among 1, 5, 10, 50, 100, 200 on a validation set, which an episode lacks)."""
+    num_steps: int = Field(default=5, ge=0)
+    """Of Adam on the whole support set (the authors: 100 epochs of SGD; 5 keep an episode to two seconds of a
+    processor)."""
+    learning_rate: float = Field(default=1e-3, gt=0)
+    """Of the prompts (the authors choose one for each task; of 1e-2 and 1e-3 the better one of `deep` on CIFAR-FS'
+    validation classes)."""
+    head_learning_rate: float = Field(default=1e-3, gt=0)
+    """Of the linear head."""
+    head: HeadStart = "probe"
+    """What the head starts from."""
+
+
+def draw_prompts(model: VisionTransformer, settings: VPTSettings, generator: torch.Generator) -> list[nn.Parameter]:
+    """(P, D) for the first block, or for each, uniform as the authors draw them."""
+    width = int(model.embed_dim)
+    bound = (6 / (model.patch_embed.proj.weight[0].numel() + width)) ** 0.5
+    device = model.patch_embed.proj.weight.device
+
+    def draw() -> nn.Parameter:
+        drawn = bound * (2 * torch.rand(settings.num_prompts, width, generator=generator) - 1)
+        return nn.Parameter(drawn.to(device))
+
+    return [draw() for _ in range(len(model.blocks) if settings.kind == "deep" else 1)]
+
+
+def encode_prompted(model: VisionTransformer, images: Tensor, prompts: list[nn.Parameter]) -> Tensor:
+    """Forward pass with prompts between the prefix tokens and the patches, which they have no position among.
+
+    Args:
+        images: (B, 3, H, W), normalised.
+        prompts: (P, D) of each of the first blocks; those of a later block take the place of the earlier ones.
+
+    Returns:
+        (B, D) the normalised class token of the last block.
+    """
+    num_prefix: int = model.num_prefix_tokens
+    with torch.no_grad():
+        tokens = model.norm_pre(model._pos_embed(model.patch_embed(images)))
+    last, num_before = len(model.blocks) - 1, 0
+    for index, block in enumerate(model.blocks):
+        if index < len(prompts):
+            prompt = prompts[index].expand(len(tokens), -1, -1)
+            tokens = torch.cat([tokens[:, :num_prefix], prompt, tokens[:, num_prefix + num_before :]], dim=1)
+            num_before = prompt.shape[1]
+        tokens = tokens + block.drop_path1(block.ls1(block.attn(block.norm1(tokens))))
+        if index == last:
+            tokens = tokens[:, :num_prefix]
+        tokens = tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens))))
+    features: Tensor = model.fc_norm(model.norm(tokens)[:, 0])
+    return features
+
+
+@contextmanager
+def _adapt(inputs: MethodInputs, settings: VPTSettings) -> Iterator[Adapt]:
+    backbone = inputs.backbone
+    tuning = Tuning(
+        optimizer="adam",
+        learning_rate=settings.learning_rate,
+        head_learning_rate=settings.head_learning_rate,
+        num_steps=settings.num_steps,
+        head=settings.head,
+    )
+
+    def adapt(support: Tensor, queries: Tensor, seed: int) -> Adaptation:
+        prompts = draw_prompts(backbone.model, settings, torch.Generator().manual_seed(seed))
+
+        def embed(images: Tensor) -> Tensor:
+            with autocast(backbone.device, inputs.precision):
+                return encode_prompted(backbone.model, backbone.normalize(images), prompts).float()
+
+        return tune_with_linear_head(embed, support, queries, prompts, tuning)
+
+    yield adapt
+
+
+METHOD = TunedMethod(
+    name="vpt",
+    source="Jia et al., Visual Prompt Tuning, ECCV 2022, arXiv 2203.12119; Adam for SGD, one learning rate for all episodes",
+    settings=VPTSettings,
+    adapt=_adapt,
+)
