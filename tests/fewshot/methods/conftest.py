@@ -26,7 +26,6 @@ def make_inputs(backbone: Backbone, make_adapter: Callable[..., Adapter]) -> Cal
             meta_lora=nothing,
             joint=nothing,
             oracle=lambda: make_adapter(9),
-            tune=nothing,  # type: ignore[arg-type]
         )
 
     return make
