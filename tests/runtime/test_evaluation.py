@@ -64,6 +64,26 @@ def test_predictions_that_are_lost_are_made_again_and_are_the_same(tiny_experime
     assert {path: pq.read_table(path)["predicted"].to_pylist() for path in predicted} == predicted
 
 
+def test_a_method_that_trains_on_episodes_goes_on_where_it_was_lost(tiny_experiment: ExperimentConfig) -> None:
+    """It meets the first of the episodes, a few in each piece of work."""
+    label = "vpt:num_steps=1,num_prompts=2"
+    (row,) = measure(tiny_experiment, label, tuned_episodes=7)
+    root = Path(tiny_experiment.output_root, "evaluation")
+    first, second = sorted(root.glob("vpt-*.parquet"))
+    assert first.name.endswith("-00000-00005.parquet")
+    assert second.name.endswith("-00005-00007.parquet")
+    assert (row["episodes"], row["images_per_s"], row["trained_parameters"]) == (7, None, 2 * 192 + 3 * 193)
+    assert row["gflops_per_episode"] > 1.5
+    before, lost = snapshot(str(root)), pq.read_table(second)["predicted"].to_pylist()
+    second.unlink()
+
+    (again,) = measure(tiny_experiment, label, tuned_episodes=7)
+
+    assert again["accuracy"] == row["accuracy"]
+    assert pq.read_table(second)["predicted"].to_pylist() == lost
+    assert snapshot(str(root))[str(first)] == before[str(first)]
+
+
 def test_a_row_tells_what_it_cost(tiny_experiment: ExperimentConfig) -> None:
     nn, probe = measure(tiny_experiment, "nn", "linear-probe")
     assert (nn["trained_parameters"], probe["trained_parameters"]) == (0, 3 * 193)
