@@ -37,7 +37,7 @@ class EvaluationConfig(Section):
 
     methods: tuple[str, ...] = ("nn", "loras-avg", "recycle")
     """Names of lr_ray/fewshot/methods, a method's settings after a colon: `loras-avg:2`, `bpa:features=recycle`.
-    `all`: every one that is not named besides."""
+    `all`: every one, with its defaults."""
     shapes: tuple[EpisodeShape, ...] = (EpisodeShape(n_shot=1), EpisodeShape(n_shot=5))
     """Of the test episodes."""
     episodes: int = Field(default=600, gt=0)

@@ -148,9 +148,9 @@ def _modules() -> list[ModuleType]:
 
 
 def expand(labels: Iterable[str]) -> tuple[str, ...]:
-    """`all` becomes every known method that is not named besides, with its defaults."""
+    """`all` becomes every known method with its defaults; none twice."""
     given = tuple(labels)
-    others = sorted(known_methods().keys() - {label.partition(":")[0] for label in given})
+    others = sorted(known_methods().keys() - set(given))
     return tuple(name for label in given for name in (others if label == "all" else [label]))
 
 
