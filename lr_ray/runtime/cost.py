@@ -3,6 +3,7 @@
 import resource
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ def begin_peak_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif _CLEAR_PEAK.exists():
-        _CLEAR_PEAK.write_text("5")
+        with suppress(PermissionError):  # in some containers; then the peak is that since the process began
+            _CLEAR_PEAK.write_text("5")
 
 
 def peak_memory_mib(device: torch.device) -> float:
