@@ -40,7 +40,12 @@ def evaluate(
     experiment = read_config(
         config, [*(overrides or []), *chosen], output=output, adapters=adapters, data=("test", data, classes)
     )
-    hand_over(experiment, cluster, "eval", "--config", up=up, json=json, reads=("test",))
+    reads: tuple[str, ...] = ("test",)
+    if cluster is not None:
+        from lr_ray.fewshot.methods import ingredients_of
+
+        reads = ("test", "tune") if "tune" in ingredients_of(experiment.evaluation.methods) else reads
+    hand_over(experiment, cluster, "eval", "--config", up=up, json=json, reads=reads)
     from lr_ray.runtime.evaluation import evaluate_methods
 
     rows = evaluate_methods(experiment, reporter(quiet=json))

@@ -25,7 +25,7 @@ OPTIONS = {
         "--config", "-c", "--set", "--adapters", "--synthetic", "--output", "-o", "--strict", "--cluster", "--up", "--json",
     },
     "train": {
-        "--config", "-c", "--set", "--adapters", "--synthetic", "--output", "-o", "--oracle", "--cluster", "--up", "--json",
+        "--config", "-c", "--set", "--adapters", "--synthetic", "--output", "-o", "--oracle", "--joint", "--cluster", "--up", "--json",
     },
     "eval": {
         "--config", "-c", "--set", "--data", "--classes", "--adapters", "--output", "-o", "--method",
@@ -131,7 +131,11 @@ def test_help_needs_neither_torch_nor_ray():
         (["run", DEMO, "--cluster", "ray://head:10001"], "a job is handed to the cluster's dashboard; give http://HOST:8265"),
         (["cluster", "up", "missing.yaml"], "cluster missing.yaml: "),
         (["cluster", "down", DEMO], "it lacks provider.type; allowed are aws, gcp, azure"),
-        (["eval", "-c", DEMO, "--set", "data.test.color=1"], "unknown key 'data.test.color'; allowed there: source, classes"),
+        (["train", "-c", DEMO, "--oracle", "--joint"], "--oracle and --joint are two trainings; give one of them"),
+        (
+            ["eval", "-c", DEMO, "--set", "data.test.color=1"],
+            "unknown key 'data.test.color'; allowed there: source, root, classes",
+        ),
     ],
 )
 def test_an_error_of_the_user_is_one_line_and_exit_code_1(main: Main, arguments: list[str], message: str):
@@ -228,7 +232,7 @@ def test_a_flag_is_taken_literally(value: str):
 
 
 def test_data_alone_takes_all_its_classes():
-    assert read(data=("test", "digits", None)).data.test.model_dump() == {"source": "digits", "classes": None}
+    assert read(data=("test", "digits", None)).data.test.model_dump() == {"source": "digits", "root": None, "classes": None}
 
 
 def test_classes_alone_keep_the_data():

@@ -174,7 +174,7 @@ def test_all_is_every_method_once_with_its_defaults():
     assert found[0] == "loras-avg:2"
     assert found[-1] == "nn"
     assert sorted(found[1:]) == sorted(known_methods())
-    assert expand(["nn", "recycle"]) == ("nn", "recycle")
+    assert expand(["nn", "recycle", "nn"]) == ("nn", "recycle")
 
 
 def test_every_method_tells_its_source_and_has_settings_with_defaults():

@@ -151,7 +151,7 @@ def expand(labels: Iterable[str]) -> tuple[str, ...]:
     """`all` becomes every known method with its defaults; none twice."""
     given = tuple(labels)
     others = sorted(known_methods().keys() - set(given))
-    return tuple(name for label in given for name in (others if label == "all" else [label]))
+    return tuple(dict.fromkeys(name for label in given for name in (others if label == "all" else [label])))
 
 
 def find_method(label: str) -> ChosenMethod:
