@@ -25,7 +25,8 @@ OPTIONS = {
         "--config", "-c", "--set", "--adapters", "--synthetic", "--output", "-o", "--strict", "--cluster", "--up", "--json",
     },
     "train": {
-        "--config", "-c", "--set", "--adapters", "--synthetic", "--output", "-o", "--oracle", "--joint", "--cluster", "--up", "--json",
+        "--config", "-c", "--set", "--adapters", "--synthetic", "--output", "-o", "--oracle", "--joint",
+        "--cluster", "--up", "--json",
     },
     "eval": {
         "--config", "-c", "--set", "--data", "--classes", "--adapters", "--output", "-o", "--method",
