@@ -35,7 +35,7 @@ def load_folder(folder: Path) -> LabelledImages:
         return total.hexdigest()
 
     return LabelledImages(
-        name=folder.name,
+        name=f"{folder.parent.name}/{folder.name}" if folder.parent.name else folder.name,
         class_names=tuple(classes),
         labels=np.repeat(np.arange(len(classes)), [len(members) for members in classes.values()]),
         describe=lambda index: str(files[index]),

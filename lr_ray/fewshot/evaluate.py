@@ -29,7 +29,7 @@ def predict(features: Tensor, episodes: np.ndarray, shape: EpisodeShape, head: H
     at_once = max(1, _FLOATS_AT_ONCE // (episodes[0].size * features.shape[1]))
     predicted = []
     for part in torch.from_numpy(episodes).split(at_once):
-        support, queries = features[part[:, :, : shape.n_shot]], features[part[:, :, shape.n_shot :]]
+        support, queries = features[part[:, :, : shape.n_shot]].float(), features[part[:, :, shape.n_shot :]].float()
         scores = head(support, queries.flatten(1, 2))
         predicted.append(scores.argmax(dim=-1).unflatten(1, (shape.n_way, shape.n_query)).to(torch.int16))
     return torch.cat(predicted).numpy()
@@ -93,7 +93,7 @@ class PairedDifference:
     Attributes:
         mean: of the episodes' differences; positive: the first is better.
         ci95: half the width of its 95 % confidence interval.
-        p_value: of a paired t-test of no difference; 1 where all episodes agree.
+        p_value: of a paired t-test of no difference; 1 where all episodes agree, or there is but one.
         num_episodes: that both were measured on.
     """
 
@@ -107,6 +107,10 @@ def paired_difference(accuracies: np.ndarray, others: np.ndarray) -> PairedDiffe
     """Of (E,) and (F,) accuracies, of which the first min(E, F) are of the same episodes."""
     count = min(len(accuracies), len(others))
     differences = accuracies[:count] - others[:count]
-    same = count < 2 or float(differences.std()) == 0.0
-    p_value = float(not differences.any()) if same else float(stats.ttest_rel(accuracies[:count], others[:count]).pvalue)
+    if count < 2 or not differences.any():
+        p_value = 1.0
+    elif differences.std() == 0.0:
+        p_value = 0.0
+    else:
+        p_value = float(stats.ttest_rel(accuracies[:count], others[:count]).pvalue)
     return PairedDifference(mean=float(differences.mean()), ci95=ci95(differences), p_value=p_value, num_episodes=count)

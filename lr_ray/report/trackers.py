@@ -49,7 +49,6 @@ class Tracker(ABC):
     def __init__(self, title: str, reporter: Reporter) -> None:
         self._title, self._reporter = title, reporter
         self._points: list[Mapping[str, float]] = []
-        self._failures: tuple[type[Exception], ...] = ()
         self._complained = False
 
     def add(self, metrics: Mapping[str, float]) -> None:
@@ -60,7 +59,7 @@ class Tracker(ABC):
         """Send what was added."""
         try:
             self._send(self._points)
-        except self._failures as error:
+        except Exception as error:  # of the service, its process or its network: nothing there may end a training
             if not self._complained:
                 self._reporter.say(f"{self._title}: {' '.join(str(error).split())}; the training goes on and tries again")
             self._complained = True
@@ -72,7 +71,7 @@ class Tracker(ABC):
         self.commit()
         try:
             self._end(failed=failed)
-        except self._failures as error:
+        except Exception as error:  # as above
             self._reporter.say(f"{self._title}: {' '.join(str(error).split())}")
         if self._points:
             self._reporter.say(f"{self._title}: {len(self._points)} steps were not taken; they are in TensorBoard's curves")
@@ -92,7 +91,6 @@ class WandbTracker(Tracker):
             import wandb
         except ImportError:
             raise ConfigError(f"{self._title}: wandb is not installed; {_INSTALL}, or leave it out") from None
-        self._failures = (wandb.errors.Error,)
         entity, _, name = project.rpartition("/")
         try:
             self._run: Any = wandb.init(
@@ -104,7 +102,7 @@ class WandbTracker(Tracker):
                 resume="allow",
                 settings=wandb.Settings(console="off", silent=True),
             )
-        except self._failures as error:
+        except wandb.errors.Error as error:
             raise ConfigError(
                 f"{self._title}: {error}; set WANDB_API_KEY, or WANDB_MODE=offline to send it later, or leave it out"
             ) from error
@@ -130,11 +128,10 @@ class MlflowTracker(Tracker):
             from mlflow.exceptions import MlflowException
         except ImportError:
             raise ConfigError(f"{self._title}: mlflow is not installed; {_INSTALL}, or leave it out") from None
-        self._failures = (MlflowException,)
         try:
             self._client: Any = MlflowClient(uri)
             self._run_id = self._find(run) or self._create(run)
-        except self._failures as error:
+        except MlflowException as error:
             raise ConfigError(
                 f"{self._title}: {error}; give the URI of a tracking server that answers, or leave it out"
             ) from error

@@ -2,6 +2,8 @@
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -11,24 +13,24 @@ from torch import Tensor
 from lr_ray.config import ExperimentConfig
 from lr_ray.data.images import LabelledImages
 from lr_ray.data.load import load_data
+from lr_ray.errors import LrRayError
 from lr_ray.fewshot.episodes import draw_test_episodes
-from lr_ray.fewshot.evaluate import AccuracyReport, is_right, paired_difference, predict
+from lr_ray.fewshot.evaluate import is_right, predict
 from lr_ray.fewshot.methods import FeatureMethod, MethodInputs, TunedMethod, find_method
 from lr_ray.fewshot.methods.features import embedder
 from lr_ray.report.card import complete_card
 from lr_ray.report.charts import EpisodeFeatures
 from lr_ray.report.progress import Reporter
 from lr_ray.runtime.cost import begin_peak_memory, count_flops, peak_memory_mib
-from lr_ray.runtime.evaluation_plan import EpisodesTask, EvaluationPlan, FeaturesTask, FitTask, Measurement, test_data_of
+from lr_ray.runtime.evaluation_plan import EpisodesTask, EvaluationPlan, FeaturesTask, FitTask, test_data_of
+from lr_ray.runtime.evaluation_rows import known_rows, merge_rows, rows_of
 from lr_ray.runtime.session import work_through, worker_device
 from lr_ray.storage.adapters import CONFIG_NAME, read_adapter, read_adapters
-from lr_ray.storage.filesystem import exists, join, list_uris, read_if_there, write_bytes
-from lr_ray.storage.measurements import read_predictions, read_tensors, write_episodes, write_predictions, write_tensors
+from lr_ray.storage.filesystem import exists, join, list_uris, write_bytes
+from lr_ray.storage.measurements import read_tensors, write_episodes, write_predictions, write_tensors
 from lr_ray.vit.backbone import Backbone, load_backbone
 
 RESULTS_NAME = "results.json"
-REFERENCE = "recycle"
-"""The method that all others are compared with."""
 _FIT_IMAGES_PER_CLASS = 100
 
 
@@ -43,6 +45,8 @@ def evaluate_methods(config: ExperimentConfig, reporter: Reporter) -> list[dict[
         EpisodeError: too few classes or images.
     """
     plan = EvaluationPlan(config)
+    uri = join(config.output_root, RESULTS_NAME)
+    known = known_rows(plan, uri)
     tasks = [task for measurement in plan.measurements for task in measurement.tasks]
     done = list_uris(join(config.output_root, "evaluation"), suffix="")
     todo = [task for task in tasks if task.uri not in done]
@@ -50,27 +54,41 @@ def evaluate_methods(config: ExperimentConfig, reporter: Reporter) -> list[dict[
     count = len({measurement.chosen.label for measurement in plan.measurements})
     reporter.say(f"eval: {count} methods on {plan.data.name}; to measure: {names or 'none'}")
     _store_episodes(plan)
+    failures: list[LrRayError] = []
     features = [plan.features[uri] for uri in dict.fromkeys(t.features_uri for t in todo if t.features_uri) if uri not in done]
-    work_through("features", embed_test_images, features, config.ray, reporter, lambda task, _: task.features)
+    with _kept(failures):
+        work_through("features", embed_test_images, features, config.ray, reporter, lambda task, _: task.features)
     fits = [plan.fits[uri] for uri in dict.fromkeys(t.fitted_uri for t in todo if t.fitted_uri) if uri not in done]
-    work_through("fit", fit_method, fits, config.ray, reporter, lambda task, _: task.label)
+    with _kept(failures):
+        work_through("fit", fit_method, fits, config.ray, reporter, lambda task, _: task.label)
 
     def found(task: EpisodesTask, accuracy: float) -> str:
         return f"{task.label} {task.shape.n_shot}-shot {100 * accuracy:.1f}"
 
-    work_through("eval", predict_episodes, todo, config.ray, reporter, found)
-    rows = _rows(plan)
-    uri = join(config.output_root, RESULTS_NAME)
-    stored = read_if_there(uri) or b"[]"
-    known: list[dict[str, Any]] = json.loads(stored)
-    wanted = {(row["method"], row["dataset"], row["n_way"], row["n_shot"], row["n_query"]) for row in rows}
-    others = [r for r in known if (r["method"], r["dataset"], r["n_way"], r["n_shot"], r["n_query"]) not in wanted]
-    if (content := json.dumps(others + rows, indent=2, ensure_ascii=False).encode()) != stored:
-        write_bytes(uri, content)
+    if failures:  # the others do not wait for what failed
+        done = list_uris(join(config.output_root, "evaluation"), suffix="")
+        todo = [task for task in todo if {task.features_uri, task.fitted_uri} - {""} <= set(done)]
+    with _kept(failures):
+        work_through("eval", predict_episodes, todo, config.ray, reporter, found)
+    rows = rows_of(plan)
+    merged = merge_rows(known, rows)
+    if merged != known:
+        write_bytes(uri, json.dumps(merged, indent=2, ensure_ascii=False).encode())
+    if failures:
+        raise failures[0]
     for method, folder in (("recycle", config.meta_lora_root), ("joint", config.joint_root), ("oracle", config.oracle_root)):
         if any(row["method"] == method for row in rows):
             complete_card(folder, rows)
     return rows
+
+
+@contextmanager
+def _kept(failures: list[LrRayError]) -> Iterator[None]:
+    """An error of the user inside is raised later."""
+    try:
+        yield
+    except LrRayError as error:
+        failures.append(error)
 
 
 def example_episode(config: ExperimentConfig) -> EpisodeFeatures | None:
@@ -175,7 +193,9 @@ def _predict_from_features(
         tensors, cost = read_tensors(task.features_uri)
         features = tensors["features"]
     else:
-        features, cost = _embed(task.config, chosen.method.features(chosen.settings), data, np.arange(len(data)))
+        start = time.perf_counter()
+        features = data.pixels(np.arange(len(data)), load_backbone(task.config.backbone).image_px).flatten(1)
+        cost = {"seconds": time.perf_counter() - start, "peak_memory_mib": 0.0, "flops_per_image": 0}
     fitted, _ = read_tensors(task.fitted_uri) if task.fitted_uri else ({}, {})
     head = chosen.method.head(chosen.settings, fitted)
     begin_peak_memory(device)
@@ -211,67 +231,11 @@ def _predict_by_tuning(
             support, queries = images[:, : shape.n_shot], images[:, shape.n_shot :].flatten(0, 1)
             began = time.perf_counter()
             adaptation = adapt(support, queries, config.seed * 1_000_003 + index)
+            ways = adaptation.scores.argmax(dim=-1).cpu()  # a GPU is done only now
             seconds.append(time.perf_counter() - began)
-            predicted.append(adaptation.scores.argmax(dim=-1).cpu().numpy().reshape(shape.n_way, shape.n_query))
+            predicted.append(ways.numpy().reshape(shape.n_way, shape.n_query))
         peak = peak_memory_mib(backbone.device)
         facts = {"peak_memory_mib": peak, "trained_parameters": adaptation.num_trained}
         if task.start == 0:
             facts["flops"] = count_flops(lambda: adapt(support, queries, 0))
     return np.stack(predicted), np.array(seconds), facts
-
-
-def _rows(plan: EvaluationPlan) -> list[dict[str, Any]]:
-    rows, accuracies = [], {}
-    for measurement in plan.measurements:
-        row, accuracies[measurement.chosen.label, measurement.shape] = _row(plan, measurement)
-        rows.append(row)
-    for row, measurement in zip(rows, plan.measurements, strict=True):
-        reference = accuracies.get((REFERENCE, measurement.shape))
-        row |= _compared(accuracies[measurement.chosen.label, measurement.shape], reference, row["method"])
-    return rows
-
-
-def _compared(accuracies: np.ndarray, reference: np.ndarray | None, label: str) -> dict[str, Any]:
-    """The paired difference to recycling, in points."""
-    if reference is None or label == REFERENCE:
-        return dict.fromkeys(("difference", "difference_ci95", "p_value", "difference_episodes"))
-    found = paired_difference(accuracies, reference)
-    return {
-        "difference": round(100 * found.mean, 2),
-        "difference_ci95": round(100 * found.ci95, 2),
-        "p_value": found.p_value,
-        "difference_episodes": found.num_episodes,
-    }
-
-
-def _row(plan: EvaluationPlan, measurement: Measurement) -> tuple[dict[str, Any], np.ndarray]:
-    """A row of `results.json` without its comparison, and the (E,) accuracies."""
-    shape, data, chosen = measurement.shape, plan.data, measurement.chosen
-    parts = [read_predictions(task.uri, shape) for task in measurement.tasks]
-    predicted = np.concatenate([found for found, _, _ in parts])
-    seconds = np.concatenate([took for _, took, _ in parts])
-    facts = parts[0][2]
-    episodes = draw_test_episodes(data.labels, shape, num_episodes=len(predicted), seed=plan.config.seed)
-    report = AccuracyReport(right=is_right(predicted), classes=data.labels[episodes[:, :, 0]])
-    per_class = report.per_class(data.class_names)
-    row = {
-        "method": chosen.label,
-        "source": chosen.method.source,
-        "dataset": data.name,
-        "n_way": shape.n_way,
-        "n_shot": shape.n_shot,
-        "n_query": shape.n_query,
-        "episodes": len(predicted),
-        "accuracy": round(100 * report.mean, 2),
-        "ci95": round(100 * report.ci95, 2),
-        "macro_accuracy": round(100 * float(np.mean(list(per_class.values()))), 2),
-        "per_class": {name: round(100 * value, 2) for name, value in per_class.items()},
-        "episode_ms": round(1000 * float(seconds.mean()), 2),
-        "images_per_s": round(facts["images_per_s"], 1) if "images_per_s" in facts else None,
-        "peak_memory_mib": round(max(found["peak_memory_mib"] for _, _, found in parts)),
-        "trained_parameters": facts["trained_parameters"],
-        "gflops_per_episode": round(facts["flops"] / 1e9, 2),
-        "seconds": round(facts.get("seconds", float(seconds.sum())), 3),
-        "digest": measurement.digest,
-    }
-    return row, report.accuracies

@@ -12,12 +12,15 @@ from lr_ray.errors import ConfigError
 from lr_ray.fewshot.episodes import EpisodeShape, draw_test_episodes
 from lr_ray.fewshot.methods import ChosenMethod, FeatureMethod, Ingredient, TunedMethod, expand, find_method
 from lr_ray.fewshot.methods.features import RAW_PIXELS, needs_of
-from lr_ray.storage.adapters import CONFIG_NAME, list_adapters, read_adapter, read_specs
-from lr_ray.storage.filesystem import exists, join
+from lr_ray.storage.adapters import CONFIG_NAME, list_adapters, read_adapter
+from lr_ray.storage.filesystem import exists, join, read_many
 from lr_ray.storage.manifest import digest_of
 from lr_ray.storage.measurements import file_name
 from lr_ray.vit.backbone import load_backbone
+from lr_ray.vit.lora import check_adapter
 
+REFERENCE = "recycle"
+"""The method that all others are compared with."""
 _TUNED_EPISODES_A_TASK = 5
 
 
@@ -80,28 +83,42 @@ class EvaluationPlan:
         ConfigError: no test data, an unknown method, or one that needs what is not there.
         EpisodeError: too few classes or images.
         """
-        if config.data.test is None:
-            raise ConfigError("data.test is not set: name the real images of unseen classes, with --data or in the config")
-        self.config, self.data = config, load_data(config.data.test)
-        for shape in config.evaluation.shapes:
-            draw_test_episodes(self.data.labels, shape, num_episodes=1, seed=config.seed)
-        self._chosen = [find_method(label) for label in expand(config.evaluation.methods)]
+        self.config, self.data = config, check_evaluation(config)
+        chosen = [find_method(label) for label in expand(config.evaluation.methods)]
         self._root = join(config.output_root, "evaluation")
+        self._backbone = load_backbone(config.backbone)
         self._found: dict[Ingredient, Any] = {}
-        for chosen in self._chosen:
-            for need in chosen.needs:
-                self._ingredient(need, chosen.label)
+        for method in chosen:
+            for need in method.needs:
+                self._ingredient(need, method.label)
         self.features: dict[str, FeaturesTask] = {}
         self.fits: dict[str, FitTask] = {}
-        self.measurements = [self._measure(chosen, shape) for chosen in self._chosen for shape in config.evaluation.shapes]
+        self.measurements = [self._measure(method, shape) for method in chosen for shape in config.evaluation.shapes]
 
     @cached_property
     def _shared(self) -> dict[str, Any]:
         return {
-            "backbone": load_backbone(self.config.backbone).identity,
+            "backbone": self._backbone.identity,
             "data": self.data.digest(),
             "precision": self.config.evaluation.precision,
         }
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """What rows must have in common to stand in one table."""
+        return {
+            "seed": self.config.seed,
+            "backbone": f"{self._backbone.digest[:12]} at {self._backbone.image_px} px",
+            "data": self._shared["data"][:12],
+            "precision": self.config.evaluation.precision,
+        }
+
+    def reference(self, shape: EpisodeShape) -> Measurement | None:
+        """Recycling on this shape, whether it is to be measured or was; None if it cannot have been."""
+        if not exists(join(self.config.meta_lora_root, CONFIG_NAME)):
+            return None
+        self._ingredient("meta_lora", REFERENCE)
+        return self._measure(find_method(REFERENCE), shape)
 
     def episodes_uri(self, shape: EpisodeShape) -> str:
         """Where the episodes of a shape are stored for other programs."""
@@ -163,10 +180,9 @@ class EvaluationPlan:
             return
         config = self.config
         if need == "adapters":
-            self._found[need] = [spec.digest for spec in read_specs(list_adapters(config.adapters_root))]
+            self._found[need] = read_many(self._digest_of, list_adapters(config.adapters_root))
         elif need == "tune":
-            if config.data.tune is None:
-                raise ConfigError(f"evaluation.methods: {label} learns from real images; set data.tune or leave it out")
+            assert config.data.tune is not None
             self._found[need] = load_data(config.data.tune).digest()
         else:
             root, option = {
@@ -176,7 +192,33 @@ class EvaluationPlan:
             }[need]
             if not exists(join(root, CONFIG_NAME)):
                 raise ConfigError(f"evaluation.methods: {label} needs {root}; run `lr-ray train{option}` first or leave it out")
-            self._found[need] = read_adapter(root).spec.digest
+            self._found[need] = self._digest_of(root)
+
+    def _digest_of(self, folder: str) -> str:
+        """Of an adapter, which fits the backbone or is an AdapterError."""
+        adapter = read_adapter(folder)
+        check_adapter(adapter, self._backbone)
+        return adapter.spec.digest
+
+
+def check_evaluation(config: ExperimentConfig) -> LabelledImages:
+    """What can be told before anything is trained; returns the images to test on.
+
+    Raises:
+        ConfigError: no test data, an unknown method, or one that needs real images where none are given.
+        EpisodeError: too few classes or images.
+    """
+    if config.data.test is None:
+        raise ConfigError("data.test is not set: name the real images of unseen classes, with --data or in the config")
+    for label in expand(config.evaluation.methods):
+        if config.data.tune is None and (needs := {"tune", "oracle"}.intersection(find_method(label).needs)):
+            what = "learns from" if "tune" in needs else "is trained on"
+            if "tune" in needs or not exists(join(config.oracle_root, CONFIG_NAME)):
+                raise ConfigError(f"evaluation.methods: {label} {what} real images; set data.tune or leave it out")
+    data = load_data(config.data.test)
+    for shape in config.evaluation.shapes:
+        draw_test_episodes(data.labels, shape, num_episodes=1, seed=config.seed)
+    return data
 
 
 def test_data_of(config: ExperimentConfig) -> LabelledImages:

@@ -7,6 +7,7 @@ from lr_ray.fewshot.methods import ingredients_of
 from lr_ray.grid import Cell
 from lr_ray.report.progress import Reporter
 from lr_ray.runtime.evaluation import evaluate_methods
+from lr_ray.runtime.evaluation_plan import check_evaluation
 from lr_ray.runtime.inversion import invert_library
 from lr_ray.runtime.session import ray_session
 from lr_ray.runtime.stand_ins import make_stand_ins
@@ -16,6 +17,7 @@ from lr_ray.runtime.tuning import tune_library
 
 def run_experiment(config: ExperimentConfig, reporter: Reporter) -> list[dict[str, Any]]:
     """Tune (where the config names data for it and no adapters), invert, train, evaluate; returns the rows of results."""
+    check_evaluation(config)
     needs = ingredients_of(config.evaluation.methods)
     with ray_session(config.ray):
         if config.data.tune is not None and config.adapters is None:
@@ -32,6 +34,7 @@ def run_experiment(config: ExperimentConfig, reporter: Reporter) -> list[dict[st
 def run_cell(cell: Cell, reporter: Reporter) -> list[dict[str, Any]]:
     """The same for one cell of a grid, whose meta-LoRA is made only if it is measured."""
     config = cell.config
+    check_evaluation(config)
     needs = ingredients_of(config.evaluation.methods)
     with ray_session(config.ray):
         if cell.tune:

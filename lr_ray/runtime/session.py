@@ -149,6 +149,11 @@ def user_error(error: BaseException) -> LrRayError:
     if cause is not None:
         return cause
     lost = (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError)
+    if isinstance(error, ray.exceptions.OutOfMemoryError):
+        return ClusterError(
+            f"a machine ran out of memory: {error}; run fewer processes on it at once (raise ray.cpus_per_actor), or give "
+            "it more memory"
+        )
     if isinstance(error, lost):
         return ClusterError(f"Ray lost a process for good: {error}; what was finished is kept: run the same command again")
     raise error

@@ -265,7 +265,7 @@ def test_a_folder_of_class_folders(tmp_path: Path):
     assert data.class_names == ("cat", "dog")
     assert data.labels.tolist() == [0, 1, 1]
     assert colours(data) == [GREEN, RED, BLUE]
-    assert data.name == "pets"
+    assert data.name == f"{tmp_path.name}/pets"
     assert data.describe(2) == str(tmp_path / "pets" / "dog" / "b.png")
 
 

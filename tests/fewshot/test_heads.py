@@ -158,7 +158,7 @@ def test_caml_is_the_same_twice_and_knows_no_order_of_ways() -> None:
     ("label", "message"),
     [
         ("caml:num_steps=1,n_way=13", "12 classes of data.tune have 10 images, and its episodes have 13 ways"),
-        ("caml:num_steps=1,max_way=5", "episodes of 6 ways, but its max_way is 5; raise it"),
+        ("caml:num_steps=1,max_way=5,n_way=5", "episodes of 6 ways, but its max_way is 5; raise it"),
     ],
 )
 def test_caml_and_too_many_ways(label: str, message: str) -> None:

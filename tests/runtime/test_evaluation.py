@@ -12,8 +12,9 @@ import torch
 
 from lr_ray.config import ExperimentConfig
 from lr_ray.data.load import load_data
-from lr_ray.errors import ConfigError, EpisodeError
+from lr_ray.errors import AdapterError, ConfigError, EpisodeError, StorageError
 from lr_ray.runtime.evaluation import evaluate_methods
+from lr_ray.runtime.experiment import run_experiment
 from lr_ray.vit.backbone import load_backbone
 from lr_ray.vit.tokens import encode_pixels
 from tests.jobs import QUIET, changed, snapshot
@@ -92,6 +93,53 @@ def test_a_row_tells_what_it_cost(tiny_experiment: ExperimentConfig) -> None:
     assert 18_000 / nn["images_per_s"] < nn["episode_ms"] < probe["episode_ms"]
     assert 200 < nn["peak_memory_mib"] < 20_000
     assert nn["difference"] is None
+
+
+def test_a_method_that_is_measured_alone_is_compared_with_what_was(tiny_experiment: ExperimentConfig, meta_lora: str) -> None:
+    nn, recycle = measure(tiny_experiment, "nn", "recycle")
+    assert nn["difference"] == pytest.approx(nn["accuracy"] - recycle["accuracy"], abs=0.011)
+    assert nn["compared_with"] == recycle["digest"]
+    assert measure(tiny_experiment, "nn") == [nn]
+
+    Path(meta_lora, "adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(AdapterError, match="run/meta_lora: damaged"):
+        measure(tiny_experiment, "nn")
+
+
+def test_a_meta_lora_of_another_backbone_is_refused(tiny_experiment: ExperimentConfig, meta_lora: str) -> None:
+    other = changed(tiny_experiment, backbone={"name": "vit_small_patch16_224"})
+    with pytest.raises(AdapterError, match="was tuned on 'vit_tiny_patch16_224' .*, not on 'vit_small_patch16_224'"):
+        measure(other, "recycle")
+    assert not Path(other.output_root, "evaluation").exists()
+
+
+def test_a_method_that_fails_does_not_keep_the_others(tiny_experiment: ExperimentConfig) -> None:
+    with pytest.raises(EpisodeError, match="caml: 6 classes of data.tune have 10 images, and its episodes have 7 ways"):
+        measure(tiny_experiment, "caml:num_steps=1,n_way=7", "nn", "bpa")
+    stored = json.loads(Path(tiny_experiment.output_root, "results.json").read_text())
+    assert [row["method"] for row in stored] == ["nn", "bpa"]
+
+
+def test_results_of_other_settings_are_refused(tiny_experiment: ExperimentConfig) -> None:
+    measure(tiny_experiment, "nn")
+    before = snapshot(tiny_experiment.output_root)
+    message = (
+        r"results.json holds results of other settings \(seed was 0, now 1\); choose another --output, or delete that file"
+    )
+    with pytest.raises(StorageError, match=message):
+        measure(tiny_experiment.model_copy(update={"seed": 1}), "nn")
+    assert snapshot(tiny_experiment.output_root) == before
+
+
+def test_a_whole_run_is_refused_before_it_is_trained(tiny_experiment: ExperimentConfig) -> None:
+    for changes, message in (
+        ({"data": {"test": None}}, "data.test is not set"),
+        ({"data": {"tune": None}}, "oracle is trained on real images; set data.tune or leave it out"),
+        ({"evaluation": {"methods": ("nn", "nearest")}}, "'nearest' is not a method"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            run_experiment(changed(tiny_experiment, **changes), QUIET)
+    assert not Path(tiny_experiment.output_root).exists()
 
 
 def test_a_stranger_meets_the_same_episodes(tiny_experiment: ExperimentConfig) -> None:

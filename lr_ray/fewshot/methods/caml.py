@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from lr_ray.errors import EpisodeError
@@ -35,6 +35,12 @@ class CAMLSettings(Section):
     """Training episodes, one a step."""
     learning_rate: float = Field(default=3e-4, gt=0)
     """Of Adam, after a tenth of the steps; decays along a cosine."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "CAMLSettings":
+        if self.n_way > self.max_way:
+            raise ValueError(f"n_way {self.n_way} is more than max_way {self.max_way}")
+        return self
 
 
 class SequenceModel(nn.Module):

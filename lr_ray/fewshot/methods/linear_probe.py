@@ -20,7 +20,7 @@ class LinearProbeSettings(Section):
 
     features: FeaturesName = BACKBONE
     """What they are of; each of unit length."""
-    c: float = Field(default=1.0, gt=0)
+    c: float = Field(default=1.0, gt=0, le=10_000)
     """Of scikit-learn's LogisticRegression: the weight of the support set against that of the regularisation."""
 
 

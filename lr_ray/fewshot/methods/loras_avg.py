@@ -1,7 +1,5 @@
 """`loras-avg`, `loras-avg:SCALE`: nearest class centre with the average of the LoRAs, times a scale."""
 
-from pydantic import Field
-
 from lr_ray.fewshot.methods import FeatureMethod
 from lr_ray.fewshot.methods.features import LORAS_AVG
 from lr_ray.fewshot.methods.nn import nearest_centre
@@ -11,7 +9,7 @@ from lr_ray.section import Section
 class LorasAvgSettings(Section):
     """Of `loras-avg`."""
 
-    scale: float = Field(default=1.0, allow_inf_nan=False)
+    scale: float = 1.0
     """Of the average."""
 
 

@@ -11,9 +11,9 @@ from lr_ray.section import Section
 class LorasAvgLinearSettings(Section):
     """Of `loras-avg-linear`."""
 
-    scale: float = Field(default=1.0, allow_inf_nan=False)
+    scale: float = 1.0
     """Of the average."""
-    c: float = Field(default=1.0, gt=0)
+    c: float = Field(default=1.0, gt=0, le=10_000)
     """As of `linear-probe`."""
 
 

@@ -1,0 +1,111 @@
+"""From predictions to the rows of `results.json`."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from lr_ray.errors import StorageError
+from lr_ray.fewshot.episodes import EpisodeShape, draw_test_episodes
+from lr_ray.fewshot.evaluate import AccuracyReport, is_right, paired_difference
+from lr_ray.runtime.evaluation_plan import REFERENCE, EvaluationPlan, Measurement
+from lr_ray.storage.filesystem import join, list_uris, read_if_there
+from lr_ray.storage.measurements import read_predictions
+
+
+def known_rows(plan: EvaluationPlan, uri: str) -> list[dict[str, Any]]:
+    """The rows of `results.json`, which are of this protocol where they are of this data set."""
+    known: list[dict[str, Any]] = json.loads(read_if_there(uri) or b"[]")
+    for row in known:
+        then = row.get("protocol", plan.protocol)
+        if row["dataset"] == plan.data.name and then != plan.protocol:
+            changed = "; ".join(
+                f"{key} was {then.get(key)}, now {now}" for key, now in plan.protocol.items() if then.get(key) != now
+            )
+            raise StorageError(
+                f"{uri} holds results of other settings ({changed}); choose another --output, or delete that file"
+            )
+    return known
+
+
+def merge_rows(known: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of before that are of other methods, data or shapes, and these; none is compared with another meta-LoRA."""
+
+    def task(row: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(row[key] for key in ("dataset", "n_way", "n_shot", "n_query"))
+
+    new = {(row["method"], task(row)) for row in rows}
+    others = [dict(row) for row in known if (row["method"], task(row)) not in new]
+    references = {task(row): row["digest"] for row in rows if row["method"] == REFERENCE}
+    for row in others:
+        if row.get("compared_with") not in (None, references.get(task(row), row.get("compared_with"))):
+            row |= _compared(np.zeros(0), None)
+    return others + list(rows)
+
+
+def rows_of(plan: EvaluationPlan) -> list[dict[str, Any]]:
+    """Of the measurements that are whole, compared with recycling if that was ever measured."""
+    done = list_uris(join(plan.config.output_root, "evaluation"), suffix="")
+    references: dict[EpisodeShape, tuple[str, np.ndarray]] = {}
+    for shape in plan.config.evaluation.shapes:
+        reference = plan.reference(shape)
+        if reference is not None and all(task.uri in done for task in reference.tasks):
+            row, accuracies = _row(plan, reference)
+            references[shape] = (row["digest"], accuracies)
+    rows = []
+    for measurement in plan.measurements:
+        if all(task.uri in done for task in measurement.tasks):
+            row, accuracies = _row(plan, measurement)
+            against = None if row["method"] == REFERENCE else references.get(measurement.shape)
+            rows.append(row | _compared(accuracies, against))
+    return rows
+
+
+def _compared(accuracies: np.ndarray, reference: tuple[str, np.ndarray] | None) -> dict[str, Any]:
+    """The paired difference to the recycling of that digest, in points."""
+    if reference is None:
+        return dict.fromkeys(("compared_with", "difference", "difference_ci95", "p_value", "difference_episodes"))
+    digest, of_reference = reference
+    found = paired_difference(accuracies, of_reference)
+    return {
+        "compared_with": digest,
+        "difference": round(100 * found.mean, 2),
+        "difference_ci95": round(100 * found.ci95, 2),
+        "p_value": found.p_value,
+        "difference_episodes": found.num_episodes,
+    }
+
+
+def _row(plan: EvaluationPlan, measurement: Measurement) -> tuple[dict[str, Any], np.ndarray]:
+    """A row of `results.json` without its comparison, and the (E,) accuracies."""
+    shape, data, chosen = measurement.shape, plan.data, measurement.chosen
+    parts = [read_predictions(task.uri, shape) for task in measurement.tasks]
+    predicted = np.concatenate([found for found, _, _ in parts])
+    seconds = np.concatenate([took for _, took, _ in parts])
+    facts = parts[0][2]
+    episodes = draw_test_episodes(data.labels, shape, num_episodes=len(predicted), seed=plan.config.seed)
+    report = AccuracyReport(right=is_right(predicted), classes=data.labels[episodes[:, :, 0]])
+    per_class = report.per_class(data.class_names)
+    row = {
+        "method": chosen.label,
+        "source": chosen.method.source,
+        "dataset": data.name,
+        "n_way": shape.n_way,
+        "n_shot": shape.n_shot,
+        "n_query": shape.n_query,
+        "episodes": len(predicted),
+        "accuracy": round(100 * report.mean, 2),
+        "ci95": round(100 * report.ci95, 2),
+        "macro_accuracy": round(100 * float(np.mean(list(per_class.values()))), 2),
+        "per_class": {name: round(100 * value, 2) for name, value in per_class.items()},
+        "episode_ms": round(1000 * float(seconds.mean()), 2),
+        "images_per_s": round(facts["images_per_s"], 1) if "images_per_s" in facts else None,
+        "peak_memory_mib": round(max(found["peak_memory_mib"] for _, _, found in parts)),
+        "trained_parameters": facts["trained_parameters"],
+        "gflops_per_episode": round(facts["flops"] / 1e9, 2),
+        "seconds": round(facts.get("seconds", float(seconds.sum())), 3),
+        "protocol": plan.protocol,
+        "digest": measurement.digest,
+    }
+    return row, report.accuracies
