@@ -15,7 +15,7 @@ demo: $(VENV)/.ready
 	$(BIN)/lr-ray demo
 
 test: $(VENV)/.ready
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
