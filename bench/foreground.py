@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lr_ray.config import load_config
-from lr_ray.inversion.canvas import PixelCanvas, SpectrumCanvas, TwoColourCanvas
+from lr_ray.inversion.canvas import CANVASES
 from lr_ray.storage.adapters import list_adapters, read_adapter
 from lr_ray.storage.manifest import versions
 from lr_ray.storage.synthetic import adapter_id_of, by_adapter, list_synthetic, read_pool
@@ -25,7 +25,6 @@ from lr_ray.vit.lora import Adapter, merged
 from lr_ray.vit.tokens import encode
 
 RESULTS = Path(__file__).parent / "results"
-CANVASES = {"pixels": PixelCanvas, "spectrum": SpectrumCanvas, "two-colour": TwoColourCanvas}
 
 
 def main() -> None:

@@ -13,6 +13,10 @@ from lr_ray.runtime.evaluation_plan import REFERENCE, EvaluationPlan, Measuremen
 from lr_ray.storage.filesystem import join, list_uris, read_if_there
 from lr_ray.storage.measurements import read_predictions
 
+_UNCOMPARED: dict[str, Any] = dict.fromkeys(
+    ("compared_with", "difference", "difference_ci95", "p_value", "difference_episodes")
+)
+
 
 def known_rows(plan: EvaluationPlan, uri: str) -> list[dict[str, Any]]:
     """The rows of `results.json`, which are of this protocol where they are of this data set."""
@@ -39,8 +43,9 @@ def merge_rows(known: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) 
     others = [dict(row) for row in known if (row["method"], task(row)) not in new]
     references = {task(row): row["digest"] for row in rows if row["method"] == REFERENCE}
     for row in others:
-        if row.get("compared_with") not in (None, references.get(task(row), row.get("compared_with"))):
-            row |= _compared(np.zeros(0), None)
+        reference = references.get(task(row))
+        if reference is not None and row.get("compared_with") not in (None, reference):
+            row |= _UNCOMPARED
     return others + list(rows)
 
 
@@ -57,16 +62,13 @@ def rows_of(plan: EvaluationPlan) -> list[dict[str, Any]]:
     for measurement in plan.measurements:
         if all(task.uri in done for task in measurement.tasks):
             row, accuracies = _row(plan, measurement)
-            against = None if row["method"] == REFERENCE else references.get(measurement.shape)
-            rows.append(row | _compared(accuracies, against))
+            alone = row["method"] == REFERENCE or measurement.shape not in references
+            rows.append(row | (_UNCOMPARED if alone else _compared(accuracies, *references[measurement.shape])))
     return rows
 
 
-def _compared(accuracies: np.ndarray, reference: tuple[str, np.ndarray] | None) -> dict[str, Any]:
+def _compared(accuracies: np.ndarray, digest: str, of_reference: np.ndarray) -> dict[str, Any]:
     """The paired difference to the recycling of that digest, in points."""
-    if reference is None:
-        return dict.fromkeys(("compared_with", "difference", "difference_ci95", "p_value", "difference_episodes"))
-    digest, of_reference = reference
     found = paired_difference(accuracies, of_reference)
     return {
         "compared_with": digest,

@@ -1,9 +1,10 @@
 """Every step of an experiment in turn; each one skips what is there already."""
 
+from collections.abc import Callable, Collection
 from typing import Any
 
 from lr_ray.config import ExperimentConfig
-from lr_ray.fewshot.methods import ingredients_of
+from lr_ray.fewshot.methods import Ingredient, ingredients_of
 from lr_ray.grid import Cell
 from lr_ray.report.progress import Reporter
 from lr_ray.runtime.evaluation import evaluate_methods
@@ -23,11 +24,7 @@ def run_experiment(config: ExperimentConfig, reporter: Reporter) -> list[dict[st
         if config.data.tune is not None and config.adapters is None:
             tune_library(config, reporter)
         invert_library(config, reporter, strict=True)
-        train_meta_lora(config, reporter)
-        if "joint" in needs:
-            train_joint(config, reporter)
-        if "oracle" in needs:
-            train_oracle(config, reporter)
+        _train(config, needs | {"meta_lora"}, reporter)
         return evaluate_methods(config, reporter)
 
 
@@ -44,10 +41,17 @@ def run_cell(cell: Cell, reporter: Reporter) -> list[dict[str, Any]]:
                 invert_library(config.model_copy(update={"synthetic": cell.inverted_root}), reporter, strict=True)
             if cell.stand_in is not None:
                 make_stand_ins(config, cell.stand_in, cell.inverted_root, reporter)
-        if "meta_lora" in needs:
-            train_meta_lora(config, reporter)
-        if "joint" in needs:
-            train_joint(config, reporter)
-        if "oracle" in needs:
-            train_oracle(config, reporter)
+        _train(config, needs, reporter)
         return evaluate_methods(config, reporter)
+
+
+def _train(config: ExperimentConfig, needs: Collection[Ingredient], reporter: Reporter) -> None:
+    """What the methods need of what is trained."""
+    trainings: dict[Ingredient, Callable[..., Any]] = {
+        "meta_lora": train_meta_lora,
+        "joint": train_joint,
+        "oracle": train_oracle,
+    }
+    for need, train in trainings.items():
+        if need in needs:
+            train(config, reporter)
