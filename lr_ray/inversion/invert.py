@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,10 @@ from lr_ray.section import Section
 from lr_ray.vit.augment import AugmentationConfig, random_views
 from lr_ray.vit.backbone import Backbone, Precision, autocast
 from lr_ray.vit.lora import Adapter, merged
-from lr_ray.vit.tokens import encode
+from lr_ray.vit.tokens import encode, num_kept
+
+NonNegativeShare = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
 
 
 class InversionConfig(Section):
@@ -53,8 +56,18 @@ class InversionConfig(Section):
     """{block index: share of the patch tokens kept there}; the others are dropped, by lowest attention from [CLS]."""
     prune_from: float = Field(default=0.25, ge=0, le=1)
     """Share of the steps after which tokens are dropped (the paper: 0.25)."""
+    sparse: dict[NonNegativeShare, Share] = {}
+    """{share of the steps: share of the patches}: from there on only so many patches of a view enter the first block, those
+    that [CLS] attended most when that began. They follow the image's shifts, mirrorings and crops into each view."""
+    prior_every: int = Field(default=1, gt=0)
+    """Steps from one look of the prior at the images to the next; its weight is multiplied by that."""
     precision: Precision = "auto"
     """Of the backbone's passes; the prior always runs in fp32."""
+
+    def keep_ratio_at(self, step: int) -> float:
+        """Share of the patches that enter the first block in step `step`, counted from 0."""
+        begun = [share for share in self.sparse if step >= share * self.num_steps]
+        return self.sparse[max(begun)] if begun else 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -187,6 +200,8 @@ def _finished_in(state: Mapping[str, Tensor] | None) -> list[tuple[Tensor, Tenso
 class _Batch:
     """Images that are optimised together."""
 
+    _KEPT = ("best", "best_loss", "best_prior", "naturalness", "importance")
+
     def __init__(
         self,
         adapter: Adapter,
@@ -205,31 +220,58 @@ class _Batch:
         self._optimizer = torch.optim.Adam(self._canvas.parameters(), lr=config.learning_rate, betas=config.betas)
         self._best = self._canvas.draw().detach().clone()
         self._best_loss, self._best_prior = (torch.full((len(labels),), torch.inf, device=device) for _ in range(2))
+        self._naturalness = torch.zeros((), device=device)
+        self._importance = torch.zeros(len(labels), 1, *backbone.model.patch_embed.grid_size, device=device)
         self.step = 0
 
     def run_step(self) -> Tensor:
         """One step of the optimiser; (B,) cross-entropy of the views."""
         config, backbone = self._config, self._backbone
         images = self._canvas.draw()
-        views, _ = random_views(backbone.denormalize(images), config.views, generator=self._generator)
+        views, keep_indices = self._views(images)
         keep_ratios = config.keep_ratios if self.step >= config.prune_from * config.num_steps else {}
-        inputs = backbone.normalize(views)
-        logits = teacher_logits_of(self._adapter, backbone, inputs, config.precision, keep_ratios=keep_ratios)
+        logits = teacher_logits_of(
+            self._adapter,
+            backbone,
+            backbone.normalize(views),
+            config.precision,
+            keep_indices=keep_indices,
+            keep_ratios=keep_ratios,
+        )
         ce = cross_entropy(logits, self._labels)
-        naturalness = self._prior(views) if self._prior else images.new_zeros(())
-        loss = ce + config.prior_weight * naturalness
-        loss = loss + config.tv_weight * total_variation(images) + config.l2_weight * squared_norm(images)
+        loss = ce + config.tv_weight * total_variation(images) + config.l2_weight * squared_norm(images)
+        objective = loss
+        if self._prior and self.step % config.prior_every == 0:
+            naturalness = self._prior(views)
+            objective = loss + config.prior_every * config.prior_weight * naturalness
+            self._naturalness = naturalness.detach()
         with torch.no_grad():
+            loss = loss + config.prior_weight * self._naturalness
             better = loss < self._best_loss
             self._best = torch.where(better[:, None, None, None], images, self._best)
             self._best_loss = torch.where(better, loss, self._best_loss)
-            self._best_prior = torch.where(better, naturalness, self._best_prior)
+            self._best_prior = torch.where(better, self._naturalness, self._best_prior)
         self._optimizer.zero_grad()
-        loss.mean().backward()
+        objective.mean().backward()
         self._optimizer.step()
         self._canvas.after_step()
         self.step += 1
         return ce.detach()
+
+    def _views(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What this step sees of the images, (B, 3, H, W) in [0, 1], and the (B, K) patches of it that it looks at."""
+        config, backbone = self._config, self._backbone
+        pixels, keep_ratio = backbone.denormalize(images), config.keep_ratio_at(self.step)
+        if keep_ratio == 1:
+            return random_views(pixels, config.views, generator=self._generator)[0], None
+        if self.step == 0 or config.keep_ratio_at(self.step - 1) != keep_ratio:
+            self._importance = rank_patches(backbone, images, config.precision)
+        side = backbone.image_px // self._importance.shape[-1]
+        riders = F.interpolate(self._importance, scale_factor=side)
+        seen, _ = random_views(pixels, config.views, generator=self._generator, riders=riders)
+        found = F.avg_pool2d(seen[:, 3:].detach(), side).flatten(1)
+        order = found.argsort(dim=1, descending=True, stable=True)
+        return seen[:, :3], order[:, : num_kept(order.shape[1], keep_ratio)]
 
     def result(self) -> tuple[Tensor, Tensor]:
         """(B, 3, H, W) uint8 images, and the (B,) prior loss of the step that each was kept from."""
@@ -244,7 +286,7 @@ class _Batch:
     def state(self) -> dict[str, Tensor]:
         """On the CPU; of a batch that has run a step."""
         state = {"step": torch.tensor(self.step)}
-        state |= {name: getattr(self, f"_{name}") for name in ("best", "best_loss", "best_prior")}
+        state |= {name: getattr(self, f"_{name}") for name in self._KEPT}
         for i, parameter in enumerate(self._canvas.parameters()):
             state[f"canvas.{i}"] = parameter.detach()
             state |= {f"adam.{i}.{name}": value for name, value in self._optimizer.state[parameter].items()}
@@ -255,7 +297,7 @@ class _Batch:
         """Go on from what `state` gave."""
         device = self._backbone.device
         self.step = int(state["step"])
-        for name in ("best", "best_loss", "best_prior"):
+        for name in self._KEPT:
             setattr(self, f"_{name}", state[name].to(device))
         for i, parameter in enumerate(self._canvas.parameters()):
             parameter.copy_(state[f"canvas.{i}"])
@@ -269,13 +311,25 @@ def teacher_logits_of(
     images: Tensor,
     precision: Precision,
     *,
+    keep_indices: Tensor | None = None,
     keep_ratios: Mapping[int, float] | None = None,
 ) -> Tensor:
     """(B, 3, H, W) normalised → (B, C) logits of the adapter, which is merged into the backbone."""
     assert adapter.head_weight is not None
     with autocast(backbone.device, precision):
-        features = encode(backbone.model, images, keep_ratios=keep_ratios).features
+        features = encode(backbone.model, images, keep_indices=keep_indices, keep_ratios=keep_ratios).features
     return F.linear(features.float(), adapter.head_weight, adapter.head_bias)
+
+
+@torch.no_grad()
+def rank_patches(backbone: Backbone, images: Tensor, precision: Precision) -> Tensor:
+    """(B, 3, H, W) normalised → (B, 1, rows, columns) importance of each patch in (0, 1], by the attention of [CLS]."""
+    with autocast(backbone.device, precision):
+        order = encode(backbone.model, images, rank_patches=True).patch_order
+    assert order is not None
+    places = torch.linspace(1, 1 / order.shape[1], order.shape[1], device=images.device).expand(order.shape)
+    ranks: Tensor = torch.zeros_like(places).scatter(1, order, places)
+    return ranks.reshape(len(ranks), 1, *backbone.model.patch_embed.grid_size)
 
 
 @torch.no_grad()

@@ -60,8 +60,21 @@ def augment(
     return pixels, keep_indices, mirrored
 
 
-def random_views(pixels: Tensor, config: AugmentationConfig, *, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """(B, 3, H, W) in [0, 1] → views of them, differentiable, and (B,) bool: mirrored. Draws from a CPU generator."""
+def random_views(
+    pixels: Tensor, config: AugmentationConfig, *, generator: torch.Generator, riders: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Views of (B, 3, H, W) pixels in [0, 1], differentiable, and (B,) bool: mirrored. Draws from a CPU generator.
+
+    Args:
+        riders: (B, R, H, W) that go where the pixels go, but keep their values; the views are (B, 3 + R, H, W) then.
+    """
+    moved, mirrored = _move(pixels if riders is None else torch.cat([pixels, riders], dim=1), config, generator)
+    seen = _recolour(moved[:, : pixels.shape[1]], config, generator)
+    return seen if riders is None else torch.cat([seen, moved[:, pixels.shape[1] :]], dim=1), mirrored
+
+
+def _move(pixels: Tensor, config: AugmentationConfig, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """What changes the place of the pixels."""
     device, batch = pixels.device, len(pixels)
     mirrored = torch.zeros(batch, dtype=torch.bool, device=device)
     if config.roll:
@@ -74,6 +87,12 @@ def random_views(pixels: Tensor, config: AugmentationConfig, *, generator: torch
         pixels = _affine(pixels, config.affine, generator)
     if config.crop:
         pixels = _crop(pixels, config.crop, generator)
+    return pixels, mirrored
+
+
+def _recolour(pixels: Tensor, config: AugmentationConfig, generator: torch.Generator) -> Tensor:
+    """What changes their values."""
+    device, batch = pixels.device, len(pixels)
     if config.blur:
         pixels = _blur(pixels, config.blur, generator)
     if config.colour:
@@ -83,7 +102,7 @@ def random_views(pixels: Tensor, config: AugmentationConfig, *, generator: torch
         pixels = torch.where(inverted[:, None, None, None], 1 - pixels, pixels)
     if config.noise:
         pixels = pixels + config.noise * torch.randn(pixels.shape, generator=generator).to(device)
-    return pixels, mirrored
+    return pixels
 
 
 def _strikes(batch: int, probability: float, generator: torch.Generator) -> Tensor:

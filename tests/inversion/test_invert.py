@@ -158,6 +158,54 @@ def test_prune_from(backbone: Backbone, make_adapter: MakeAdapter, prune_from: f
     assert counts[:8] == [17] * num_whole + [9] * (8 - num_whole)
 
 
+def test_patches_that_enter_follow_the_schedule(backbone: Backbone, make_adapter: MakeAdapter):
+    entered: list[int] = []
+    hook = backbone.model.blocks[0].norm1.register_forward_pre_hook(lambda _norm, args: entered.append(args[0].shape[1] - 1))
+    run(make_adapter(), backbone, config(num_steps=8, sparse={0.25: 0.5, 0.75: 0.1}))
+    hook.remove()
+    dense, ranking = 16, 16
+    assert entered[:10] == [dense, dense, ranking, 8, 8, 8, 8, ranking, 2, 2]
+
+
+def test_a_schedule_that_keeps_all_changes_nothing(backbone: Backbone, make_adapter: MakeAdapter):
+    views = {"roll": 0.25, "flip": True, "affine": 0.4, "noise": 0.1}
+    dense, sparse = (run(make_adapter(), backbone, config(views=views, sparse=s)) for s in ({}, {0.0: 1.0}))
+    assert torch.equal(dense.images, sparse.images)
+
+
+def test_kept_patches_follow_the_mirrorings(backbone: Backbone, make_adapter: MakeAdapter, monkeypatch: pytest.MonkeyPatch):
+    left = torch.tensor([1.0, 0.9, 0.1, 0.2]).expand(12, 1, 4, 4)
+    monkeypatch.setattr("lr_ray.inversion.invert.rank_patches", lambda *_: left)
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def spy(model: nn.Module, images: Tensor, *, keep_indices: Tensor | None = None, **options: Any) -> Any:
+        if keep_indices is not None:
+            seen.append((images.detach(), keep_indices))
+        return encode(model, images, keep_indices=keep_indices, **options)
+
+    monkeypatch.setattr("lr_ray.inversion.invert.encode", spy)
+    run(make_adapter(), backbone, config(num_steps=1, views={"flip": True}, sparse={0.0: 0.5}), seed=7)
+    start = torch.randn(12, 3, 32, 32, generator=torch.Generator().manual_seed(7)).clamp(-1, 1)
+    ((views, kept),) = seen
+    columns = kept % 4
+    assert {frozenset(found.tolist()) for found in columns} == {frozenset({0, 1}), frozenset({2, 3})}
+    patches = views.unfold(2, 8, 8).unfold(3, 8, 8).flatten(2, 3).transpose(1, 2)[torch.arange(12)[:, None], kept]
+    expected = start[..., :16].flatten(1).sort().values
+    torch.testing.assert_close(patches.flatten(1).sort().values, expected, rtol=0, atol=1e-5)
+
+
+def test_the_prior_looks_as_often_as_told(backbone: Backbone, make_adapter: MakeAdapter):
+    prior, looks = make_prior(), []
+    prior._network.register_forward_pre_hook(lambda *_: looks.append(1))
+    run(make_adapter(), backbone, config(batch_size=100, num_steps=8, prior_every=3), prior=prior)
+    assert len(looks) == 3
+    weighted, lazily = (
+        run(make_adapter(), backbone, config(batch_size=100, num_steps=1, prior_weight=w, prior_every=e), prior=make_prior())
+        for w, e in ((6.0, 1), (2.0, 3))
+    )
+    assert torch.equal(weighted.images, lazily.images)
+
+
 @pytest.mark.parametrize("keep_ratios", [{}, {1: 0.25}, {0: 0.5, 1: 0.5}])
 def test_patch_order_is_a_permutation(backbone: Backbone, make_adapter: MakeAdapter, keep_ratios: dict[int, float]):
     found = run(make_adapter(), backbone, config(keep_ratios=keep_ratios))
@@ -213,14 +261,15 @@ class Saving:
 @pytest.mark.parametrize("canvas", ["pixels", "spectrum", "two-colour"])
 @pytest.mark.parametrize("last", [1, 5, 8, 9, 11, 24])
 def test_it_goes_on_from_a_checkpoint_bit_by_bit(backbone: Backbone, make_adapter: MakeAdapter, canvas: str, last: int):
-    drawn = config(canvas=canvas, batch_size=5, views={"roll": 0.25, "flip": True, "noise": 0.1}, keep_ratios={0: 0.5})
-    undisturbed = run(make_adapter(), backbone, drawn)
+    views = {"roll": 0.25, "flip": True, "noise": 0.1}
+    drawn = config(canvas=canvas, batch_size=5, views=views, keep_ratios={0: 0.5}, sparse={0.5: 0.5}, prior_every=3)
+    undisturbed = run(make_adapter(), backbone, drawn, prior=make_prior())
     saving = Saving(every=3)
     saving.last = last
     with pytest.raises(PreemptedError):
-        run(make_adapter(), backbone, drawn, checkpoint=saving, on_step=saving.on_step)
+        run(make_adapter(), backbone, drawn, prior=make_prior(), checkpoint=saving, on_step=saving.on_step)
     counted: list[InversionStep] = []
-    found = run(make_adapter(), backbone, drawn, seed=99, checkpoint=saving, on_step=counted.append)
+    found = run(make_adapter(), backbone, drawn, seed=99, prior=make_prior(), checkpoint=saving, on_step=counted.append)
     saved = max((last - 1) // 3 * 3, 0)
     assert [step.done for step in counted] == list(range(saved + 1, 25))
     if saved:

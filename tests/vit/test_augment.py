@@ -200,3 +200,15 @@ def test_gradients_reach_the_pixels_through_every_view():
     views_of(pixels, **{**ON, "colour": 0.2}).square().sum().backward()
     assert torch.isfinite(pixels.grad).all()
     assert (pixels.grad != 0).float().mean() > 0.7
+
+
+def test_riders_go_where_the_pixels_go_and_keep_their_values():
+    moves = AugmentationConfig(roll=0.25, flip=True, affine=0.5, crop=0.3)
+    seen, mirrored = random_views(IMAGES, moves, generator=seeded(3), riders=IMAGES[:, :2])
+    assert torch.equal(seen[:, 3:], seen[:, :2])
+    coloured = moves.model_copy(update={"blur": 0.5, "colour": 0.5, "negative": 0.5, "noise": 0.1})
+    again, _ = random_views(IMAGES, coloured, generator=seeded(3), riders=IMAGES[:, :2])
+    assert torch.equal(again[:, 3:], seen[:, 3:])
+    alone, also = random_views(IMAGES, coloured, generator=seeded(3))
+    assert torch.equal(again[:, :3], alone)
+    assert torch.equal(mirrored, also)
