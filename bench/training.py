@@ -1,14 +1,6 @@
-"""What dropping tokens saves in meta-training, what a second worker gives, and how long trainers wait for images: one run.
+"""A meta-training step: what dropping tokens saves, against the textbook's; what a second worker gives; how long it waits."""
 
-    python -m bench.training [--image-px 224] [--threads 2] [--steps 40]
-
-Prints tables and writes bench/results/training.json.
-"""
-
-import argparse
 import json
-import multiprocessing
-import resource
 import statistics
 import subprocess
 import tempfile
@@ -21,80 +13,78 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
+from lr_ray.bench.processes import lr_ray
+from lr_ray.bench.speed import Bench, Step, Variant, measure
+from lr_ray.bench.textbook import TextbookTraining
 
-from bench.inversion_step import measure
-from bench.processes import lr_ray
 from lr_ray.config import load_config
 from lr_ray.fewshot.distill import TrainConfig, TrainingBatch
 from lr_ray.fewshot.episodes import EpisodeShape
 from lr_ray.fewshot.metatrain import MetaTrainer
 from lr_ray.report.progress import Reporter
 from lr_ray.runtime.training import train_meta_lora
-from lr_ray.storage.manifest import versions
-from lr_ray.vit.backbone import BackboneConfig, load_backbone
-from lr_ray.vit.lora import LoRAConfig
+from lr_ray.vit.backbone import Backbone, BackboneConfig, load_backbone
+from lr_ray.vit.lora import LoRAConfig, attach_lora, detach_lora, extract_lora
 
-RESULT = Path(__file__).parent / "results" / "training.json"
 KEEP_RATIOS = (1.0, 0.75, 0.5, 0.25)
-SHAPE = EpisodeShape(n_way=5, n_shot=1, n_query=3)
+_SHAPE = EpisodeShape(n_way=5, n_shot=1, n_query=3)
+_IMAGES = _SHAPE.n_way * (_SHAPE.n_shot + _SHAPE.n_query)
 
 
-def trainer_and_batch(image_px: int, keep_ratio: float) -> tuple[MetaTrainer, TrainingBatch]:
+def random_batch(backbone: Backbone, keep_ratio: float) -> TrainingBatch:
     """A step's work: an episode of 20 images, its share of the patches kept."""
-    backbone = load_backbone(BackboneConfig(name="embedded", image_px=image_px))
-    config = TrainConfig(lora=LoRAConfig(rank=4), episode=SHAPE, keep_ratio=keep_ratio, num_steps=1000)
     rows, columns = backbone.model.patch_embed.grid_size
-    count = SHAPE.n_way * (SHAPE.n_shot + SHAPE.n_query)
-    generator = torch.Generator().manual_seed(0)
+    generator, side = torch.Generator().manual_seed(0), backbone.image_px
     kept = None
     if keep_ratio < 1:
-        order = torch.rand(count, rows * columns, generator=generator).argsort(dim=1)
+        order = torch.rand(_IMAGES, rows * columns, generator=generator).argsort(dim=1)
         kept = order[:, : round(keep_ratio * rows * columns)]
-    batch = TrainingBatch(
-        pixels=torch.rand(count, 3, image_px, image_px, generator=generator),
+    return TrainingBatch(
+        pixels=torch.rand(_IMAGES, 3, side, side, generator=generator),
         keep_indices=kept,
-        n_way=SHAPE.n_way,
-        labels=torch.arange(SHAPE.n_way).repeat_interleave(SHAPE.n_query),
+        n_way=_SHAPE.n_way,
+        labels=torch.arange(_SHAPE.n_way).repeat_interleave(_SHAPE.n_query),
     )
-    return MetaTrainer(backbone, config, seed=0), batch
 
 
-def peak_of_a_step(image_px: int, keep_ratio: float, threads: int, answer: Any) -> None:
-    """MiB that a first step adds to the peak of a process of its own."""
-    torch.set_num_threads(threads)
-    trainer, batch = trainer_and_batch(image_px, keep_ratio)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    trainer.run_step([batch])
-    answer.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+def _ours(backbone: BackboneConfig, keep_ratio: float, changes: dict[str, Any]) -> Step:
+    loaded = load_backbone(backbone)
+    fields = {"episode": _SHAPE, "keep_ratio": keep_ratio, "augmentation": {"flip": True}, "num_steps": 10_000, **changes}
+    trainer = MetaTrainer(loaded, TrainConfig(lora=LoRAConfig(), **fields), seed=0)
+    return partial(trainer.run_step, [random_batch(loaded, keep_ratio)])
 
 
-def measure_sparsity(image_px: int, threads: int) -> list[dict[str, float]]:
-    """Median seconds of a step and its memory; the variants take turns, so that a noisy machine is noisy for all."""
-    spawning = multiprocessing.get_context("spawn")
-    peaks = {}
-    for keep_ratio in KEEP_RATIOS:
-        answer = spawning.Queue()
-        child = spawning.Process(target=peak_of_a_step, args=(image_px, keep_ratio, threads, answer))
-        child.start()
-        peaks[keep_ratio] = answer.get()
-        child.join()
-    steps = {}
-    for keep_ratio in KEEP_RATIOS:
-        trainer, batch = trainer_and_batch(image_px, keep_ratio)
-        steps[str(keep_ratio)] = partial(trainer.run_step, [batch])
-    seconds = {float(name): median for name, median in measure(steps).items()}
-    return [
-        {
-            "keep_ratio": keep_ratio,
-            "seconds": round(seconds[keep_ratio], 3),
-            "episodes_per_s": round(1 / seconds[keep_ratio], 3),
-            "ratio": round(seconds[1.0] / seconds[keep_ratio], 2),
-            "peak_mib": round(peaks[keep_ratio]),
-        }
-        for keep_ratio in KEEP_RATIOS
-    ]
+def _textbook(backbone: BackboneConfig, keep_ratio: float) -> Step:
+    loaded = load_backbone(backbone)
+    attach_lora(loaded.model, LoRAConfig(), generator=torch.Generator().manual_seed(0))
+    updates = extract_lora(loaded.model)
+    detach_lora(loaded.model)
+    training, batch = TextbookTraining(loaded, updates), random_batch(loaded, keep_ratio)
+    assert batch.labels is not None
+    return partial(training.run_step, batch.pixels, batch.keep_indices, batch.labels, batch.n_way)
+
+
+def bench_training(backbone: BackboneConfig, *, threads: int, worker_steps: int, reporter: Reporter) -> Bench:
+    """Steps in this process, then whole trainings of `worker_steps` steps by one worker and by two."""
+
+    def textbook(keep_ratio: float) -> Variant:
+        name = "textbook" if keep_ratio == 1 else f"textbook, keep_ratio {keep_ratio:g}"
+        return Variant(name=name, make=partial(_textbook, backbone, keep_ratio), precision="fp32", images=_IMAGES)
+
+    def ours(keep_ratio: float, **changes: Any) -> Variant:
+        name = ", ".join([f"keep_ratio {keep_ratio:g}", *(f"{key} {value}" for key, value in changes.items())])
+        make = partial(_ours, backbone, keep_ratio, changes)
+        return Variant(name=name, make=make, precision=changes.get("precision", "auto"), images=_IMAGES)
+
+    variants = [textbook(1), textbook(0.25), ours(1, precision="fp32"), *map(ours, KEEP_RATIOS), ours(1, recompute=True)]
+    rows = measure(variants, threads=threads, reporter=reporter)
+    return Bench(
+        name=f"training-{backbone.name}-{backbone.image_px}",
+        title=f"A meta-training step: {backbone.name}, {backbone.image_px} px, {_IMAGES} images, {threads} threads",
+        settings={"backbone": backbone.name, "image_px": backbone.image_px, "threads": threads, "images": _IMAGES},
+        rows=rows,
+        others={"workers": measure_workers(worker_steps)} if worker_steps else {},
+    )
 
 
 class Watch(Reporter):
@@ -146,25 +136,3 @@ def _experiment(root: str, num_steps: int) -> dict[str, Any]:
         },
         "ray": {"num_cpus": 2},
     }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--image-px", type=int, default=224)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=40)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    workers = measure_workers(arguments.steps)
-    sparsity = measure_sparsity(arguments.image_px, arguments.threads)
-    for rows in (sparsity, workers):
-        table = Table(*rows[0])
-        for row in rows:
-            table.add_row(*map(str, row.values()))
-        Console().print(table)
-    result = {"arguments": vars(arguments), "sparsity": sparsity, "workers": workers, "versions": versions()}
-    RESULT.write_text(json.dumps(result, indent=2) + "\n")
-
-
-if __name__ == "__main__":
-    main()

@@ -4,6 +4,7 @@ import sys
 
 import typer
 from lr_ray.cli.ablate import ablate
+from lr_ray.cli.bench import bench
 from lr_ray.cli.cluster import cluster
 from lr_ray.cli.demo import demo
 from lr_ray.cli.evaluate import evaluate
@@ -33,6 +34,7 @@ app.command()(export)
 app.command()(report)
 app.command()(ablate)
 app.command()(fetch)
+app.add_typer(bench)
 app.add_typer(cluster)
 
 

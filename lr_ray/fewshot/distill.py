@@ -91,6 +91,8 @@ class TrainConfig(Section):
     """Of the learning rate."""
     precision: Precision = "auto"
     """Of the student's passes."""
+    recompute: bool = False
+    """Compute activations again in the backward pass: a third more work, for a small part of the memory."""
     validate_every: int = Field(default=25, gt=0)
     """Steps between validations; each one also writes a checkpoint."""
     validation_episodes: int = Field(default=100, gt=0)
@@ -136,8 +138,10 @@ class TrainConfig(Section):
 class Student(nn.Module):
     """The backbone with the meta-LoRA attached, as one module for DistributedDataParallel."""
 
-    def __init__(self, backbone: Backbone, precision: Precision, *, num_classes: int | None = None) -> None:
-        """With `num_classes`, a linear classifier on top, which starts from zero."""
+    def __init__(
+        self, backbone: Backbone, precision: Precision, *, num_classes: int | None = None, recompute: bool = False
+    ) -> None:
+        """With `num_classes`, a linear classifier on top, which starts from zero; `recompute` as of `encode`."""
         super().__init__()
         self.model = backbone.model
         self.classifier: nn.Linear | None = None
@@ -145,7 +149,7 @@ class Student(nn.Module):
             self.classifier = nn.Linear(backbone.num_features, num_classes, device=backbone.device)
             nn.init.zeros_(self.classifier.weight)
             nn.init.zeros_(self.classifier.bias)
-        self._backbone, self._precision = backbone, precision
+        self._backbone, self._precision, self._recompute = backbone, precision, recompute
 
     def forward(self, pixels: Tensor, keep_indices: Tensor | None) -> Tensor:
         """(B, 3, H, W) in [0, 1], (B, K) or None → (B, D) features, or (B, C) logits of the classifier, in fp32."""
@@ -155,7 +159,8 @@ class Student(nn.Module):
     def features(self, pixels: Tensor, keep_indices: Tensor | None) -> Tensor:
         """(B, 3, H, W) in [0, 1], (B, K) or None → (B, D) features in fp32."""
         with autocast(self._backbone.device, self._precision):
-            encoding = encode(self.model, self._backbone.normalize(pixels), keep_indices=keep_indices)
+            inputs = self._backbone.normalize(pixels)
+            encoding = encode(self.model, inputs, keep_indices=keep_indices, recompute=self._recompute)
         return encoding.features.float()
 
 

@@ -62,7 +62,8 @@ class MetaTrainer:
         for name, module in lora_modules(backbone.model).items():
             if start_deltas is not None and name in start_deltas:
                 module.load_delta(start_deltas[name].to(backbone.device))
-        self._bare = Student(backbone, config.precision, num_classes=num_classes if config.objective == "joint" else None)
+        classes = num_classes if config.objective == "joint" else None
+        self._bare = Student(backbone, config.precision, num_classes=classes, recompute=config.recompute)
         self._parameters = {
             f"{name}.{part}": getattr(module, part)
             for name, module in lora_modules(backbone.model).items()

@@ -159,7 +159,7 @@ def invert(
         saved = checkpoint.load() if checkpoint else None
         finished = _finished_in(saved)
         for index in range(len(finished), len(parts)):
-            batch = _Batch(adapter, backbone, parts[index], config, prior=prior, generator=generator)
+            batch = InversionBatch(adapter, backbone, parts[index], config, prior=prior, generator=generator)
             if saved:
                 batch.load(saved)
                 generator.set_state(saved["generator"])
@@ -197,7 +197,7 @@ def _finished_in(state: Mapping[str, Tensor] | None) -> list[tuple[Tensor, Tenso
     return [(state[f"images.{i}"], state[f"loss_prior.{i}"]) for i in range(count)]
 
 
-class _Batch:
+class InversionBatch:
     """Images that are optimised together."""
 
     _KEPT = ("best", "best_loss", "best_prior", "naturalness", "importance")
@@ -212,6 +212,13 @@ class _Batch:
         prior: BatchNormPrior | None,
         generator: torch.Generator,
     ) -> None:
+        """Start from noise.
+
+        Args:
+            adapter: merged into the backbone.
+            labels: (B,) the class each image is to become.
+            prior: within its context.
+        """
         device = backbone.device
         self._adapter, self._backbone, self._config = adapter, backbone, config
         self._prior, self._generator = prior, generator

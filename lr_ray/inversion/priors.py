@@ -22,8 +22,8 @@ class BatchNormPrior:
 
     def __init__(self, network: nn.Module, *, mean: Tensor, std: Tensor) -> None:
         """Args: network, with BatchNorm2d layers; mean, std, (3,) the normalisation of its own input."""
-        self._layers = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
-        if not self._layers:
+        self.layers = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+        if not self.layers:
             raise BackboneError(f"prior: {type(network).__name__} has no BatchNorm layers; use efficientnet-lite0 or resnet50")
         self._network = network.eval().requires_grad_(False)
         self._mean, self._std = mean[:, None, None], std[:, None, None]
@@ -31,7 +31,7 @@ class BatchNormPrior:
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> "BatchNormPrior":
-        self._handles = [layer.register_forward_pre_hook(self._add_term) for layer in self._layers]
+        self._handles = [layer.register_forward_pre_hook(self._add_term) for layer in self.layers]
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -40,12 +40,16 @@ class BatchNormPrior:
         self._terms.clear()
 
     def __call__(self, pixels: Tensor, memory_format: torch.memory_format = torch.channels_last) -> Tensor:
-        """(B, 3, H, W) pixels in [0, 1] → scalar R_BN; channels last is the faster layout (`bench/inversion_step.py`)."""
+        """(B, 3, H, W) pixels in [0, 1] → scalar R_BN; channels last is the faster layout (`lr-ray bench inversion`)."""
         self._terms.clear()
+        self.run(pixels, memory_format)
+        return torch.stack(self._terms).mean()
+
+    def run(self, pixels: Tensor, memory_format: torch.memory_format) -> None:
+        """The network on (B, 3, H, W) pixels in [0, 1]; whoever has a hook on its `layers` sees them."""
         self._network.to(memory_format=memory_format)
         inputs = ((pixels - self._mean) / self._std).to(memory_format=memory_format)
         getattr(self._network, "forward_features", self._network)(inputs)
-        return torch.stack(self._terms).mean()
 
     def _add_term(self, layer: nn.Module, inputs: tuple[Tensor]) -> None:
         assert isinstance(layer, nn.BatchNorm2d)

@@ -1,13 +1,15 @@
 """Sparse tokens: [CLS] attention ranks the patches, the others are really dropped."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lr_ray.errors import ConfigError
 from lr_ray.vit.backbone import Backbone, Precision, autocast
@@ -76,6 +78,7 @@ def encode(
     keep_indices: Tensor | None = None,
     keep_ratios: Mapping[int, float] | None = None,
     rank_patches: bool = False,
+    recompute: bool = False,
 ) -> Encoding:
     """Forward pass from normalised images to the class token, on as few tokens as asked for.
 
@@ -89,6 +92,7 @@ def encode(
         keep_ratios: {block index: share of the patches kept between its attention and its MLP}, by [CLS] attention.
         rank_patches: also rank all patches by the attention of [CLS] in the last block; those dropped earlier come
             behind, the first dropped last.
+        recompute: keep for the backward pass only what enters each half of a block; the rest is computed again then.
 
     Raises:
         ConfigError: a block index that the model does not have.
@@ -104,10 +108,11 @@ def encode(
         positions = keep_indices.to(images.device)
         tokens = gather_patches(tokens, positions, num_prefix_tokens=num_prefix)
     dropped: list[Tensor] = []
+    run = partial(checkpoint, use_reentrant=False) if recompute and torch.is_grad_enabled() else _call
     for index, block in enumerate(model.blocks):
         drops = index in keep_ratios or (rank_patches and index == last)
         with _output_of(block.attn.qkv, enabled=drops) as qkv:
-            tokens = tokens + block.drop_path1(block.ls1(block.attn(block.norm1(tokens))))
+            tokens = run(_attend, block, tokens)
         if drops:
             attention = class_attention(block.attn, qkv[0], num_prefix_tokens=num_prefix)
             order = attention.argsort(dim=1, descending=True, stable=True)
@@ -117,9 +122,23 @@ def encode(
             tokens = gather_patches(tokens, kept, num_prefix_tokens=num_prefix)
         if index == last:
             tokens = tokens[:, :num_prefix]
-        tokens = tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens))))
+        tokens = run(_transform, block, tokens)
     features = model.fc_norm(model.norm(tokens)[:, 0])
     return Encoding(features=features, patch_order=torch.cat([positions, *dropped], dim=1) if rank_patches else None)
+
+
+def _attend(block: Block, tokens: Tensor) -> Tensor:
+    attended: Tensor = tokens + block.drop_path1(block.ls1(block.attn(block.norm1(tokens))))
+    return attended
+
+
+def _transform(block: Block, tokens: Tensor) -> Tensor:
+    transformed: Tensor = tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens))))
+    return transformed
+
+
+def _call(half: Callable[[Block, Tensor], Tensor], block: Block, tokens: Tensor) -> Tensor:
+    return half(block, tokens)
 
 
 def encode_pixels(backbone: Backbone, images: Tensor, *, precision: Precision) -> Tensor:

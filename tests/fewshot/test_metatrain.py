@@ -398,6 +398,25 @@ def test_a_fresh_student_is_the_backbone(make_backbone: MakeBackbone, colour_poo
     torch.testing.assert_close(found, features_with(make_backbone(), {}, colour_pool.images[:4]))
 
 
+def test_recomputed_activations_train_the_same_for_less_memory(make_backbone: MakeBackbone, colour_pool: ImagePool):
+    found: list[dict[str, Tensor]] = []
+    kept: list[int] = []
+    for recompute in (False, True):
+        training = trainer(make_backbone(), colour_pool, config(recompute=recompute))
+        sizes: list[int] = []
+
+        def count(tensor: Tensor, sizes: list[int] = sizes) -> Tensor:
+            sizes.append(tensor.nelement())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            training.run_step()
+        found.append(weights(training))
+        kept.append(sum(sizes))
+    assert largest_difference(*found) < 1e-7
+    assert kept[1] < 0.6 * kept[0]
+
+
 def test_joint_supervision_learns_the_classes_and_throws_its_classifier_away(
     backbone: Backbone, colour_pool: ImagePool, make_backbone: MakeBackbone
 ):

@@ -1,0 +1,82 @@
+"""`lr-ray bench`."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from lr_ray.cli.options import Json, print_json, reporter
+
+if TYPE_CHECKING:
+    from lr_ray.bench.speed import Bench
+
+    from lr_ray.vit.backbone import BackboneConfig
+
+bench = typer.Typer(
+    name="bench",
+    help="Measure speed on this machine, every variant in one run, against a textbook implementation: into bench/results.",
+    no_args_is_help=True,
+)
+
+Name = Annotated[str, typer.Option("--backbone", help="embedded, or a timm name, whose weights are random then.")]
+Side = Annotated[int, typer.Option("--image-px", help="Side of the images.")]
+Threads = Annotated[int | None, typer.Option("--threads", help="Of torch.", show_default="all processors")]
+
+
+@bench.command()
+def inversion(
+    backbone: Name = "embedded",
+    image_px: Side = 70,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Images optimised together.")] = 40,
+    threads: Threads = None,
+    json: Json = False,
+) -> None:
+    """Steps of an inversion: dense, sparse, with and without the prior."""
+    from lr_ray.bench.inversion import bench_inversion
+
+    found = bench_inversion(
+        _backbone(backbone, image_px), batch_size=batch_size, threads=_threads(threads), reporter=reporter(quiet=json)
+    )
+    _show(found, json)
+
+
+@bench.command()
+def training(
+    backbone: Name = "embedded",
+    image_px: Side = 224,
+    threads: Threads = None,
+    worker_steps: Annotated[
+        int, typer.Option("--worker-steps", help="Also train so many steps by one worker and by two; 0: don't.")
+    ] = 40,
+    json: Json = False,
+) -> None:
+    """Steps of meta-training: dense and sparse; two workers against one."""
+    from lr_ray.bench.training import bench_training
+
+    found = bench_training(
+        _backbone(backbone, image_px), threads=_threads(threads), worker_steps=worker_steps, reporter=reporter(quiet=json)
+    )
+    _show(found, json)
+
+
+def _backbone(name: str, image_px: int) -> "BackboneConfig":
+    from lr_ray.vit.backbone import BackboneConfig
+
+    return BackboneConfig(name=name, image_px=image_px, pretrained=name == "embedded")
+
+
+def _threads(given: int | None) -> int:
+    import os
+
+    return given or os.cpu_count() or 1
+
+
+def _show(found: "Bench", json: bool) -> None:
+    from rich.console import Console
+
+    stored = found.store()
+    if json:
+        print_json(stored)
+        return
+    Console().print(found.table())
+    for name, rows in found.others.items():
+        for row in rows:
+            print(f"{name}: " + ", ".join(f"{key} {value}" for key, value in row.items()))
