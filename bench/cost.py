@@ -2,39 +2,22 @@
 
     python -m bench.cost > docs/cost.md
 
-Nothing is measured here. Steps a second are the paper's, or its FLOPs at an assumed share of a GPU's peak; the busy share of
-the GPUs is that of `python -m bench.scaling scheduling`; prices are inputs. Change them in place.
+Nothing is measured here. Steps a second are the paper's, or counted FLOPs at an assumed share of a GPU's peak; the busy share
+of the GPUs is that of `python -m bench.scaling scheduling`; GPUs and prices are those of `lr-ray plan`, which plans other
+recipes and backbones.
 """
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
-STEP_TFLOP = (
-    25 * 50.59 / 1000
-)  # a step of 25 images at 224 px through ViT-B/16, there and back: the paper's 50.59 GFLOP an image
+from lr_ray.config import ExperimentConfig
+from lr_ray.planning import GPUS, SHARE_OF_PEAK, job_cost
+
 PAPER_STEPS_PER_S = {"dense": 5.56, "{11: 0.75}": 5.81, "{6: 0.75}": 7.15}
-SHARE_OF_PEAK = 0.3
 COUNTS = (100, 10_000, 1_000_000)
 NUM_GPUS = 64
 SCHEDULING = Path(__file__).parent / "results" / "scaling-scheduling.json"
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """Peak: dense bf16 TFLOP/s of its data sheet. Price: dollars an hour of one GPU, on demand, an assumption."""
-
-    name: str
-    peak_tflops: float
-    dollars_per_h: float
-
-
-GPUS = (
-    Gpu("A10G (AWS g5.xlarge)", 70, 1.01),
-    Gpu("L4 (AWS g6.xlarge, GCP g2-standard-4)", 121, 0.80),
-    Gpu("A100 40 GB (an eighth of AWS p4d.24xlarge)", 312, 2.75),
-    Gpu("H100 (an eighth of AWS p5.48xlarge)", 989, 6.90),
-)
 
 
 @dataclass(frozen=True)
@@ -61,7 +44,7 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
 
 
-def table(recipe: Recipe, busy: float) -> list[str]:
+def table(recipe: Recipe, busy: float, step_tflop: float) -> list[str]:
     lines = [
         f"**Recipe: {recipe.name}** ({number(recipe.steps)} steps of 25 images an adapter)",
         "",
@@ -69,7 +52,7 @@ def table(recipe: Recipe, busy: float) -> list[str]:
         "|---|---|" + "---|" * len(COUNTS),
     ]
     rates = [(f"the paper's, {name}", rate, None) for name, rate in PAPER_STEPS_PER_S.items()]
-    rates += [(gpu.name, SHARE_OF_PEAK * gpu.peak_tflops / STEP_TFLOP, gpu.dollars_per_h) for gpu in GPUS]
+    rates += [(gpu.name, SHARE_OF_PEAK * gpu.tflops / step_tflop, gpu.dollars_per_h) for gpu in GPUS]
     for name, rate, price in rates:
         cells = []
         for count in COUNTS:
@@ -82,13 +65,16 @@ def table(recipe: Recipe, busy: float) -> list[str]:
 
 def main() -> None:
     busy = json.loads(SCHEDULING.read_text())["rows"][0]["busy_percent"] / 100
+    backbone = {"name": "vit_base_patch16_224", "pretrained": False}
+    config = {"name": "cost", "backbone": backbone, "inversion": {"batch_size": 25, "num_steps": 1, "prior": None}}
+    step_tflop = job_cost(ExperimentConfig.model_validate(config), num_classes=5).inversion.tflop
     print("# What it costs\n")
     print("Written by `python -m bench.cost`; nothing in it was run on a GPU by this project.\n")
     print(
         f"""Assumptions. A backbone of ViT-B/16 at 224 px, batches of 25, no prior network. The paper's rows are its own steps a
-second on its one GPU, which it does not name. The others are its FLOPs, {STEP_TFLOP:.2f} TFLOP a step, at
+second on its one GPU, which it does not name. The others are the FLOPs counted by `lr-ray plan`, {step_tflop:.2f} TFLOP a step, at
 {100 * SHARE_OF_PEAK:.0f} % of the data sheet's dense bf16 peak, which well-filled transformers reach; the paper's own figure is
-{PAPER_STEPS_PER_S["dense"] * STEP_TFLOP:.0f} TFLOP/s. GPUs are busy {100 * busy:.1f} % of the time, as {NUM_GPUS} simulated
+{PAPER_STEPS_PER_S["dense"] * step_tflop:.0f} TFLOP/s. GPUs are busy {100 * busy:.1f} % of the time, as {NUM_GPUS} simulated
 ones were (`python -m bench.scaling scheduling`). Prices are on-demand ones of one region, rounded, and change; spot ones, for
 which `cluster/*.yaml` ask, are often a third to a half of them, and a preempted one costs at most `ray.checkpoint_every_s`.
 Start-up (minutes a node), storage (an image of 224 px is about 105 kB as PNG: 100 of each of a million adapters are
@@ -96,7 +82,7 @@ Start-up (minutes a node), storage (an image of 224 px is about 105 kB as PNG: 1
 """
     )
     for recipe in RECIPES:
-        print("\n".join(table(recipe, busy)))
+        print("\n".join(table(recipe, busy, step_tflop)))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from lr_ray.cli.evaluate import evaluate
 from lr_ray.cli.export import export
 from lr_ray.cli.fetch import fetch
 from lr_ray.cli.invert import invert
+from lr_ray.cli.plan import plan
 from lr_ray.cli.report import report
 from lr_ray.cli.run import run
 from lr_ray.cli.train import train
@@ -33,6 +34,7 @@ app.command(name="eval")(evaluate)
 app.command()(export)
 app.command()(report)
 app.command()(ablate)
+app.command()(plan)
 app.command()(fetch)
 app.add_typer(bench)
 app.add_typer(cluster)
