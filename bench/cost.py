@@ -72,7 +72,7 @@ def main() -> None:
     print("Written by `python -m bench.cost`; nothing in it was run on a GPU by this project.\n")
     print(
         f"""Assumptions. A backbone of ViT-B/16 at 224 px, batches of 25, no prior network. The paper's rows are its own steps a
-second on its one GPU, which it does not name. The others are the FLOPs counted by `lr-ray plan`, {step_tflop:.2f} TFLOP a step, at
+second on its one GPU, which it does not name. The others are the FLOPs that `lr-ray plan` counts, {step_tflop:.2f} T a step, at
 {100 * SHARE_OF_PEAK:.0f} % of the data sheet's dense bf16 peak, which well-filled transformers reach; the paper's own figure is
 {PAPER_STEPS_PER_S["dense"] * step_tflop:.0f} TFLOP/s. GPUs are busy {100 * busy:.1f} % of the time, as {NUM_GPUS} simulated
 ones were (`python -m bench.scaling scheduling`). Prices are on-demand ones of one region, rounded, and change; spot ones, for

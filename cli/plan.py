@@ -43,11 +43,9 @@ def plan(
         money = f"{found.dollars:,.2f}"
         table.add_row(found.gpu, str(found.actors), f"{found.actor_mib:,}", f"{found.steps_per_s:,.3g}", *times, money)
     Console().print(table)
-    print(
-        f"A step: {cost.inversion.tflop:.3g} TFLOP, {cost.inversion.kept_mib:,.0f} MiB of activations; an adapter: "
-        f"{cost.inversion_steps:,} steps. Counted, not measured: {100 * SHARE_OF_PEAK:.0f} % of the peak in bf16 and 10 ms a step at least are "
-        "assumed, prices are on-demand ones and change."
-    )
+    per_step = f"{cost.inversion.tflop:.3g} TFLOP and {cost.inversion.kept_mib:,.0f} MiB of activations"
+    assumed = f"{100 * SHARE_OF_PEAK:.0f} % of the bf16 peak, 10 ms a step at least, on-demand prices"
+    print(f"{per_step} a step, {cost.inversion_steps:,} steps an adapter. Counted, not measured; assumed: {assumed}.")
 
 
 def _duration(hours: float) -> str:
