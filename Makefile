@@ -24,10 +24,10 @@ lint: $(VENV)/.ready
 	$(BIN)/lint-imports
 
 bench: $(VENV)/.ready
-	$(BIN)/python -m bench.inversion_step
+	$(BIN)/lr-ray bench inversion
 	$(BIN)/python -m bench.driver_memory
 	$(BIN)/python -m bench.storage
-	$(BIN)/python -m bench.training
+	$(BIN)/lr-ray bench training
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

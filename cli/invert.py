@@ -9,6 +9,7 @@ from lr_ray.cli.options import (
     Adapters,
     Cluster,
     Config,
+    Fast,
     Json,
     Output,
     Overrides,
@@ -28,6 +29,7 @@ def invert(
     synthetic: Synthetic = None,
     output: Output = None,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first adapter that cannot be inverted.")] = False,
+    fast: Fast = None,
     cluster: Cluster = None,
     up: Up = False,
     json: Json = False,
@@ -37,10 +39,13 @@ def invert(
     Adapters that cannot be inverted are skipped and listed, and the exit code is 2.
     """
     experiment = read_config(config, overrides, output=output, adapters=adapters, synthetic=synthetic)
-    hand_over(experiment, cluster, "invert", *(["--strict"] if strict else []), "--config", up=up, json=json)
+    flags = [*(["--strict"] if strict else []), *(["--fast", fast] if fast else [])]
+    hand_over(experiment, cluster, "invert", *flags, "--config", up=up, json=json)
     from lr_ray.runtime.inversion import invert_library
+    from lr_ray.runtime.probe import choose_by_probe
 
-    report = invert_library(experiment, reporter(quiet=json), strict=strict)
+    shown = reporter(quiet=json)
+    report = invert_library(choose_by_probe(experiment, shown) if fast else experiment, shown, strict=strict)
     if json:
         print_json(asdict(report))
     else:

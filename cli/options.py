@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -33,6 +33,13 @@ Cluster = Annotated[
     ),
 ]
 Up = Annotated[bool, typer.Option("--up", help="Bring up the cluster of that YAML, if it is not up.")]
+Fast = Annotated[
+    Literal["auto"] | None,
+    typer.Option(
+        "--fast",
+        help="auto: try for a minute which batch size, precision and actors are fastest here; kept in OUTPUT/fast.json.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")]
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from lr_ray.cli.options import Cluster, Json, Output, Overrides, Up, hand_over, print_json, read_config, reporter
+from lr_ray.cli.options import Cluster, Fast, Json, Output, Overrides, Up, hand_over, print_json, read_config, reporter
 from lr_ray.cli.table import print_results
 
 if TYPE_CHECKING:
@@ -15,13 +15,19 @@ def run(
     config: Annotated[Path, typer.Argument(help="YAML file of the experiment.", show_default=False)],
     overrides: Overrides = None,
     output: Output = None,
+    fast: Fast = None,
     cluster: Cluster = None,
     up: Up = False,
     json: Json = False,
 ) -> None:
     """The whole job: tune (where the config names data for it), invert, train, eval, report. A rerun continues."""
     experiment = read_config(config, overrides, output=output)
-    hand_over(experiment, cluster, "run", up=up, json=json, reads=("tune", "validation", "test"))
+    flags = ["--fast", fast] if fast else []
+    hand_over(experiment, cluster, "run", *flags, up=up, json=json, reads=("tune", "validation", "test"))
+    if fast:
+        from lr_ray.runtime.probe import choose_by_probe
+
+        experiment = choose_by_probe(experiment, reporter(quiet=json))
     run_and_report(experiment, json=json)
 
 

@@ -1,0 +1,179 @@
+"""`--fast auto`: about a minute of inversion steps on the machine that will do them, and what that says to choose."""
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from lr_ray.config import ExperimentConfig
+from lr_ray.errors import LrRayError
+from lr_ray.inversion.invert import InversionBatch
+from lr_ray.inversion.priors import load_prior
+from lr_ray.report.progress import Reporter
+from lr_ray.runtime.session import map_tasks, ray_session, worker_device
+from lr_ray.storage.filesystem import join, read_if_there, write_bytes
+from lr_ray.storage.manifest import versions
+from lr_ray.vit.backbone import Backbone, Precision, load_backbone
+from lr_ray.vit.lora import Adapter, AdapterSpec
+
+CHOICE_NAME = "fast.json"
+_BATCHES = (10, 20, 40, 80, 160)
+_TRIAL_S = 2.5
+_CLOSE = 0.97
+"""Of the best speed: a smaller batch, or the arrangement as configured, is kept for that."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Arrangement:
+    """Actors side by side on one device: all the processors, or one GPU."""
+
+    actors: int
+    cpus_per_actor: int
+    num_gpus_per_actor: float
+
+    def __str__(self) -> str:
+        each = f"{self.num_gpus_per_actor:g} GPU" if self.num_gpus_per_actor else f"{self.cpus_per_actor} processors"
+        return f"{self.actors} actors of {each}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Trial:
+    """What one of the actors of an arrangement is to try."""
+
+    config: ExperimentConfig
+    variants: tuple[tuple[Precision, int], ...]
+    seconds: float
+
+
+def choose_by_probe(config: ExperimentConfig, reporter: Reporter) -> ExperimentConfig:
+    """The config with the fastest batch size, precision and actors that a probe found; kept in OUTPUT/fast.json.
+
+    Batch size and precision change the images a little, so a run that goes on takes what was chosen when it began.
+
+    Raises:
+        LrRayError: the backbone or the prior cannot be loaded.
+    """
+    uri = join(config.output_root, CHOICE_NAME)
+    content = read_if_there(uri)
+    if content is None:
+        found = _probe(config, reporter)
+        write_bytes(uri, json.dumps(found | {"versions": versions()}, indent=2).encode())
+    else:
+        found = json.loads(content)
+        reporter.say(f"fast: as chosen before, {uri}: {found['chosen']}")
+    chosen = found["chosen"]
+    return config.model_copy(
+        update={
+            "inversion": config.inversion.model_copy(update=chosen["inversion"]),
+            "ray": config.ray.model_copy(update=chosen["ray"]),
+        }
+    )
+
+
+def _probe(config: ExperimentConfig, reporter: Reporter) -> dict[str, Any]:
+    precisions: tuple[Precision, ...] = ("bf16", "fp32")
+    most = config.tuning.n_way * config.inversion.images_per_class
+    batches = sorted({*(size for size in _BATCHES if size < most), most})
+    with ray_session(config.ray):
+        arrangements = _arrangements(config)
+        variants = tuple((precision, config.inversion.batch_size) for precision in precisions)
+        plain = _speeds(config, arrangements[0], variants)
+        precision = max(precisions, key=lambda name: plain[name, config.inversion.batch_size])
+        others = "; ".join(f"{name} {speed:.1f}" for (name, _), speed in plain.items())
+        reporter.say(f"fast: precision {precision} (images/s of the machine: {others})")
+        tried: dict[tuple[Arrangement, int], float] = {}
+        for arrangement in arrangements:
+            of_batches = _speeds(config, arrangement, tuple((precision, size) for size in batches))
+            tried |= {(arrangement, size): speed for (_, size), speed in of_batches.items()}
+    best = max(tried.values())
+    arrangement, batch_size = next(pair for pair, speed in tried.items() if speed >= _CLOSE * best)
+    told = "; ".join(f"{where}, batches of {size}: {speed:.1f}" for (where, size), speed in tried.items())
+    reporter.say(f"fast: {arrangement}, batches of {batch_size}: within {100 * (1 - _CLOSE):.0f} % of the best ({told})")
+    return {
+        "chosen": {
+            "inversion": {"precision": precision, "batch_size": batch_size},
+            "ray": {"cpus_per_actor": arrangement.cpus_per_actor, "num_gpus_per_actor": arrangement.num_gpus_per_actor},
+        },
+        "tried": [
+            *({"precision": name, "batch_size": size, "images_per_s": round(s, 2)} for (name, size), s in plain.items()),
+            *({**asdict(where), "batch_size": size, "images_per_s": round(s, 2)} for (where, size), s in tried.items()),
+        ],
+    }
+
+
+def _arrangements(config: ExperimentConfig) -> list[Arrangement]:
+    """As configured first."""
+    import ray
+
+    cpus = int(ray.cluster_resources().get("CPU", os.cpu_count() or 1))
+    given = config.ray
+    if given.num_gpus_per_actor:
+        shares = dict.fromkeys([min(1.0, given.num_gpus_per_actor), 1.0, 0.5, 0.25])
+        return [
+            Arrangement(actors=round(1 / share), cpus_per_actor=given.cpus_per_actor, num_gpus_per_actor=share)
+            for share in shares
+            if round(1 / share) * given.cpus_per_actor <= cpus
+        ]
+    sizes = dict.fromkeys([min(given.cpus_per_actor, cpus), 1, cpus])
+    return [Arrangement(actors=cpus // size, cpus_per_actor=size, num_gpus_per_actor=0.0) for size in sizes]
+
+
+def _speeds(
+    config: ExperimentConfig, arrangement: Arrangement, variants: Sequence[tuple[Precision, int]]
+) -> dict[tuple[Precision, int], float]:
+    """Images optimised by one step, a second, of all actors of the arrangement together."""
+    ray_config = config.ray.model_copy(
+        update={"cpus_per_actor": arrangement.cpus_per_actor, "num_gpus_per_actor": arrangement.num_gpus_per_actor}
+    )
+    trial = _Trial(config=config.model_copy(update={"ray": ray_config}), variants=tuple(variants), seconds=_TRIAL_S)
+    total = dict.fromkeys(variants, 0.0)
+    for _, speeds in map_tasks(_try, [trial] * arrangement.actors, ray_config):
+        if isinstance(speeds, LrRayError):
+            raise speeds
+        for variant, speed in zip(variants, speeds, strict=True):
+            total[variant] += speed
+    return total
+
+
+def _try(trial: _Trial) -> list[float]:
+    """Images a second of each variant, by this actor; 0 of one that needs more memory than the device has."""
+    config = trial.config
+    device = worker_device(config.ray)
+    backbone = load_backbone(config.backbone, device=device)
+    found = []
+    for precision, batch_size in trial.variants:
+        changed = config.model_copy(
+            update={"inversion": config.inversion.model_copy(update={"precision": precision, "num_steps": 1_000_000})}
+        )
+        try:
+            found.append(_images_per_s(changed, backbone, batch_size, trial.seconds))
+        except torch.OutOfMemoryError:
+            found.append(0.0)
+    return found
+
+
+def _images_per_s(config: ExperimentConfig, backbone: Backbone, batch_size: int, seconds: float) -> float:
+    inversion = config.inversion
+    prior = load_prior(inversion.prior, device=backbone.device) if inversion.prior and inversion.prior_weight else None
+    spec = AdapterSpec(adapter_id="probe", digest="", backbone="", backbone_digest="", class_names=("", ""))
+    head = torch.randn(2, backbone.num_features, device=backbone.device)
+    batch = InversionBatch(
+        Adapter(spec=spec, modules={}, head_weight=head),
+        backbone,
+        torch.arange(batch_size) % 2,
+        inversion,
+        prior=prior,
+        generator=torch.Generator().manual_seed(0),
+    )
+    with prior or nullcontext():
+        batch.run_step()
+        steps, start = 0, time.perf_counter()
+        while steps < 2 or time.perf_counter() - start < seconds:
+            batch.run_step().sum().item()  # a GPU is done only then
+            steps += 1
+    return steps * batch_size / (time.perf_counter() - start)

@@ -1,0 +1,71 @@
+"""`--fast auto`: what it tries, what it takes, and that a run keeps to it."""
+
+import json
+from pathlib import Path
+
+import pytest
+from lr_ray.cli.main import app
+from typer.testing import CliRunner
+
+from lr_ray.config import ExperimentConfig
+from lr_ray.errors import BackboneError
+from lr_ray.runtime import probe
+from lr_ray.runtime.probe import Arrangement, choose_by_probe
+from lr_ray.vit.backbone import Precision
+from tests.jobs import QUIET, changed
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+@pytest.fixture(autouse=True)
+def _short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "_TRIAL_S", 0.05)
+
+
+def test_it_measures_and_keeps_to_what_it_chose(library: ExperimentConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = choose_by_probe(library, QUIET)
+    stored = json.loads(Path(library.output_root, "fast.json").read_text())
+    assert chosen.inversion.batch_size == stored["chosen"]["inversion"]["batch_size"]
+    assert chosen.inversion.precision in ("bf16", "fp32")
+    assert {row.get("precision") for row in stored["tried"]} == {"bf16", "fp32", None}
+    assert all(row["images_per_s"] > 0 for row in stored["tried"])
+    most = library.tuning.n_way * library.inversion.images_per_class
+    assert max(row["batch_size"] for row in stored["tried"] if "actors" in row) == most
+
+    monkeypatch.setattr(probe, "_probe", lambda *_: pytest.fail("tried again"))
+    assert choose_by_probe(library, QUIET) == chosen
+
+
+def test_the_smallest_batch_and_the_arrangement_as_configured_that_are_as_fast(
+    library: ExperimentConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def speeds(
+        _config: ExperimentConfig, arrangement: Arrangement, variants: tuple[tuple[Precision, int], ...]
+    ) -> dict[tuple[Precision, int], float]:
+        best = 101.0 if arrangement.cpus_per_actor == 1 else 100.0
+        return {(name, size): (best if size >= 20 else 50.0) * (name == "fp32") for name, size in variants}
+
+    monkeypatch.setattr(probe, "_speeds", speeds)
+    large = changed(library, inversion={"images_per_class": 50}, ray={"cpus_per_actor": 2})
+    chosen = choose_by_probe(large, QUIET)
+    assert chosen.inversion.precision == "fp32"
+    assert chosen.inversion.batch_size == 20
+    assert chosen.ray.cpus_per_actor == 2
+
+
+def test_a_backbone_that_cannot_be_loaded(library: ExperimentConfig) -> None:
+    with pytest.raises(BackboneError):
+        choose_by_probe(changed(library, backbone={"name": "vit_none"}), QUIET)
+    assert not Path(library.output_root, "fast.json").exists()
+
+
+def test_the_command(library: ExperimentConfig, tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text(json.dumps(library.model_dump(mode="json", exclude_defaults=True)))
+    found = CliRunner().invoke(app, ["invert", "-c", str(path), "--fast", "auto", "--json"])
+    assert found.exit_code == 0, found.output
+    assert Path(library.output_root, "fast.json").exists()
+    assert json.loads(found.stdout)["uris"]
+    other = CliRunner().invoke(app, ["invert", "-c", str(path), "--fast", "quick"])
+    assert other.exit_code == 2
+    assert "auto" in other.output
