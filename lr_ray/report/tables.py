@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 Row = Mapping[str, Any]
-Shape = tuple[int, int]
+Shape = str
+"""How a column calls it: `5-way 1-shot`."""
 
 _CHANCE, _MINUS = "°", "−"
 _SIGNIFICANT = 0.05
@@ -106,8 +107,9 @@ def measured_last(rows: Sequence[Row]) -> list[Row]:
 
 
 def shape_of(row: Row) -> Shape:
-    """(ways, shots)."""
-    return row["n_way"], row["n_shot"]
+    """`5-way 1-shot`, or what a varying shape is called."""
+    name: Shape = row.get("shape") or f"{row['n_way']}-way {row['n_shot']}-shot"
+    return name
 
 
 def shapes_of(rows: Sequence[Row]) -> list[Shape]:
@@ -115,15 +117,15 @@ def shapes_of(rows: Sequence[Row]) -> list[Shape]:
     return list(dict.fromkeys(map(shape_of, rows)))
 
 
-def shape_name(shape: Shape) -> str:
-    """`5-way 1-shot`."""
-    return f"{shape[0]}-way {shape[1]}-shot"
+def chance_of(row: Row) -> float:
+    """The accuracy of guessing, in per cent."""
+    chance: float | None = row.get("chance")
+    return 100 / row["n_way"] if chance is None else chance
 
 
 def _columns(shapes: Sequence[Shape]) -> list[Column]:
     accuracies = [
-        Column(head=shape_name(shape), shape=shape, text=_accuracy, rank=lambda row: row["accuracy"], in_text=True)
-        for shape in shapes
+        Column(head=shape, shape=shape, text=_accuracy, rank=lambda row: row["accuracy"], in_text=True) for shape in shapes
     ]
     if not shapes:
         return []
@@ -181,11 +183,10 @@ def _name(method: str, dataset: str | None, rows: Any, usual: int) -> str:
 def _notes(shapes: Sequence[Shape]) -> list[str]:
     if not shapes:
         return []
-    shape = shape_name(shapes[0])
     return [
         f"Difference: accuracy minus that of recycle on the episodes that both did, in points; {_CHANCE}: p ≥ {_SIGNIFICANT}, "
         "may be chance.",
-        f"Difference and costs are those of {shape}. Underlined: the best besides the oracle.",
+        f"Difference and costs are those of {shapes[0]}. Underlined: the best besides the oracle.",
     ]
 
 
