@@ -14,7 +14,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 from matplotlib.transforms import Bbox
 
 from lr_ray.report.drawing import COLOURS, INK, MUTED, to_png
-from lr_ray.report.tables import Row, chance_of, shape_of, shapes_of
+from lr_ray.report.tables import Row, chance_of, shape_of, shapes_of, wrapped
 
 _SAFE_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#000000")
 """Okabe and Ito's, told apart by the colour-blind; without their yellow, which white swallows."""
@@ -61,7 +61,7 @@ def accuracy_against_time(rows: Sequence[Row]) -> bytes | None:
     for axis, shape in zip(figure.subplots(1, len(shapes), squeeze=False).flat, shapes, strict=True):
         chosen = sorted((row for row in timed if shape_of(row) == shape), key=lambda row: row["method"] not in COLOURS)
         labels.append((axis, chosen, _scatter(axis, chosen)))
-        axis.set_title(f"{shape} accuracy, %", fontsize=10, loc="left", color=INK)
+        axis.set_title(wrapped(f"{shape} accuracy, %", 60), fontsize=10, loc="left", color=INK)
     canvas: Any = FigureCanvasAgg(figure)
     figure.draw_without_rendering()  # places the axes, which the labels are placed within
     for axis, chosen, annotations in labels:

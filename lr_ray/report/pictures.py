@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lr_ray.fewshot.episodes import ImagePool
 from lr_ray.report.drawing import COLOURS, INK, MUTED, PALE, to_png
-from lr_ray.report.tables import chance_of, shape_of, shapes_of
+from lr_ray.report.tables import chance_of, shape_of, shapes_of, wrapped
 from lr_ray.vit.tokens import num_kept
 
 
@@ -105,7 +105,7 @@ def accuracy_bars(rows: Sequence[Mapping[str, Any]]) -> bytes:
             axis.text(row["accuracy"] + row["ci95"] + 0.8, position, f"{row['accuracy']:.1f}", va="center", fontsize=8)
         axis.axvline(chance_of(chosen[-1]), color=INK, linestyle=":", linewidth=0.8)
         axis.set_xlim(0, 108)
-        axis.set_title(f"{shape} accuracy, % (dotted: chance)", fontsize=10, loc="left", color=INK)
+        axis.set_title(wrapped(f"{shape} accuracy, % (dotted: chance)", 52), fontsize=10, loc="left", color=INK)
         axis.spines[["top", "right"]].set_visible(False)
     return to_png(figure)
 
@@ -141,7 +141,7 @@ def grid_bars(summary: Sequence[dict[str, Any]]) -> bytes:
         axis.set_xlim(max(0, lowest - 6), min(104, highest + 6))
         axis.set_yticks(range(len(bars)), labels, fontsize=8, parse_math=False)
         axis.set_ylim(len(bars) - 0.4, -0.6)
-        axis.set_title(f"{shape} accuracy, %", fontsize=10, loc="left", color=INK)
+        axis.set_title(wrapped(f"{shape} accuracy, %", 44), fontsize=10, loc="left", color=INK)
         axis.spines[["top", "right"]].set_visible(False)
         for method, row in _references(found.values()).items():
             axis.axvline(row["accuracy"], color=COLOURS.get(method, INK), linestyle="--", linewidth=0.8)

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ Shape = str
 
 _CHANCE, _MINUS = "°", "−"
 _SIGNIFICANT = 0.05
+_HEAD_WIDTH = 16
 _LATEX = {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
@@ -123,6 +125,11 @@ def chance_of(row: Row) -> float:
     return 100 / row["n_way"] if chance is None else chance
 
 
+def wrapped(text: str, width: int) -> str:
+    """A heading on lines of that many characters; `5-way` is not cut."""
+    return fill(text, width, break_on_hyphens=False)
+
+
 def _columns(shapes: Sequence[Shape]) -> list[Column]:
     accuracies = [
         Column(head=shape, shape=shape, text=_accuracy, rank=lambda row: row["accuracy"], in_text=True) for shape in shapes
@@ -213,7 +220,7 @@ def as_text(table: ResultsTable) -> "Table":
     drawn = Table(title=Text(table.title), caption=Text(" ".join(table.notes)), caption_justify="left")
     drawn.add_column("method", overflow="fold")
     for i in shown:
-        drawn.add_column(table.columns[i].head, justify="right", no_wrap=True)
+        drawn.add_column(wrapped(table.columns[i].head, _HEAD_WIDTH), justify="right", no_wrap=True)
     for line in table.lines:
         cells = [Text(line.texts[i], style="underline" if i in line.best else "") for i in shown]
         drawn.add_row(Text(line.name), *cells, style="bold" if line.ours else None)
