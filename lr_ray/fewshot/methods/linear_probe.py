@@ -36,7 +36,7 @@ def logistic_regression(inputs: Tensor, labels: Tensor | None = None, c: float =
     """
     if labels is None:  # tuned methods: to go as they give labels
         labels, inputs = torch.arange(inputs.shape[1]).repeat_interleave(inputs.shape[2]), inputs.flatten(1, 2)
-    wanted = F.one_hot(labels).T.to(inputs.dtype)
+    wanted = F.one_hot(labels).T.to(inputs)
     n_way, count = wanted.shape
     gram = inputs @ inputs.transpose(-2, -1)  # W = A·X throughout, so all steps are taken on A (E, N, S)
     decay = 1 / (c * count)
