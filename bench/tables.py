@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lr_ray.report.pictures import contact_sheet
-from lr_ray.report.tables import as_markdown, results_table
+from lr_ray.report.tables import as_markdown, results_table, shape_of, shapes_of
 from lr_ray.storage.synthetic import by_adapter, list_synthetic, read_pool
 
 RESULTS = Path(__file__).parent / "results"
@@ -23,11 +23,11 @@ Row = dict[str, Any]
 
 def markdown(rows: list[Row]) -> str:
     """A line a variant of a grid, a column a shape, and the 1-shot accuracy of each seed."""
-    shapes = list(dict.fromkeys((row["n_way"], row["n_shot"]) for row in rows))
-    columns = ["variant", *(f"{n_way}-way {n_shot}-shot" for n_way, n_shot in shapes), "1-shot of each seed"]
+    shapes = shapes_of(rows)
+    columns = ["variant", *shapes, "1-shot of each seed"]
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for variant in dict.fromkeys(row["variant"] for row in rows):
-        found = {(row["n_way"], row["n_shot"]): row for row in rows if row["variant"] == variant}
+        found = {shape_of(row): row for row in rows if row["variant"] == variant}
         first = f"**{variant}**" if variant == "recycle" else variant
         lines.append("| " + " | ".join([first, *(interval(found[s]) for s in shapes), seeds(found[shapes[0]])]) + " |")
     return "\n".join(lines)

@@ -19,16 +19,18 @@ def print_grid(summary: Sequence[dict[str, Any]]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    shapes = list(dict.fromkeys((row["n_way"], row["n_shot"]) for row in summary))
+    from lr_ray.report.tables import shape_of, shapes_of
+
+    shapes = shapes_of(summary)
     datasets = ", ".join(dict.fromkeys(row["dataset"] for row in summary))
     seeds = ", ".join(dict.fromkeys(seed for row in summary for seed in row["seeds"]))
     table = Table(title=escape(f"Accuracy on {datasets}, %, mean of seeds {seeds} ± 95 % CI (lowest to highest)"))
     for column in ("cell", "method"):
         table.add_column(column)
-    for n_way, n_shot in shapes:
-        table.add_column(f"{n_way}-way {n_shot}-shot", justify="right")
+    for shape in shapes:
+        table.add_column(shape, justify="right")
     for cell, method in dict.fromkeys((row["cell"], row["method"]) for row in summary):
-        found = {(r["n_way"], r["n_shot"]): r for r in summary if (r["cell"], r["method"]) == (cell, method)}
+        found = {shape_of(r): r for r in summary if (r["cell"], r["method"]) == (cell, method)}
         texts = [
             f"{row['accuracy']:.2f} ± {row['ci95']:.2f} ({row['lowest']:.1f} to {row['highest']:.1f})"
             for row in (found[shape] for shape in shapes if shape in found)

@@ -4,7 +4,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import Field, ValidationError
@@ -15,6 +15,7 @@ from lr_ray.data.load import EMBEDDED_DATA
 from lr_ray.errors import ConfigError
 from lr_ray.fewshot.distill import TrainConfig
 from lr_ray.fewshot.episodes import EpisodeShape
+from lr_ray.fewshot.protocol import TestShape
 from lr_ray.inversion.invert import InversionConfig
 from lr_ray.section import Section
 from lr_ray.tuning.tune import TuneConfig
@@ -38,8 +39,8 @@ class EvaluationConfig(Section):
     methods: tuple[str, ...] = ("nn", "loras-avg", "recycle")
     """Names of lr_ray/fewshot/methods, a method's settings after a colon: `loras-avg:2`, `bpa:features=recycle`.
     `all`: every one, with its defaults."""
-    shapes: tuple[EpisodeShape, ...] = (EpisodeShape(n_shot=1), EpisodeShape(n_shot=5))
-    """Of the test episodes."""
+    shapes: tuple[TestShape, ...] = (EpisodeShape(n_shot=1), EpisodeShape(n_shot=5))
+    """Of the test episodes; `meta-dataset`: ways and shots that vary from episode to episode as they do there."""
     episodes: int = Field(default=600, gt=0)
     """Test episodes of every shape (the paper: 600)."""
     tuned_episodes: int = Field(default=100, gt=0)
@@ -236,17 +237,18 @@ def explain(error: ValidationError, source: str, root: type[Section]) -> str:
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        section: Any = root
+        sections = [root]
         for part in (part for part in first["loc"][:-1] if isinstance(part, str)):  # not positions in a list
-            field = section.model_fields.get(str(part)) if isinstance(section, type) and issubclass(section, Section) else None
-            section = _section_of(field.annotation) if field else None
-        allowed = ", ".join(section.model_fields) if section else "other keys"
+            fields = [section.model_fields[part] for section in sections if part in section.model_fields]
+            sections = [section for field in fields for section in _sections_of(field.annotation)]
+        allowed = "; or ".join(", ".join(section.model_fields) for section in sections) or "other keys"
         return f"config {source}: unknown key {where!r}; allowed there: {allowed}"
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     return f"config {source}: {where or 'values'} = {first['input']!r}: {first['msg']}{more}"
 
 
-def _section_of(annotation: Any) -> type[Section] | None:
-    """The section that a field holds, also behind `| None`."""
-    candidates = [annotation, *getattr(annotation, "__args__", ())]
-    return next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), None)
+def _sections_of(annotation: Any) -> list[type[Section]]:
+    """The sections that a field may hold, also behind `| None` or in a tuple."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    return [section for inner in get_args(annotation) for section in _sections_of(inner)]

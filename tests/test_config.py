@@ -1,3 +1,4 @@
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,8 +8,11 @@ from pydantic import ValidationError
 
 from lr_ray.config import ExperimentConfig, load_config
 from lr_ray.errors import ConfigError
+from lr_ray.fewshot.episodes import EpisodeShape
+from lr_ray.fewshot.protocol import VaryingShape
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+SHAPE_KEYS = "n_way, n_shot, n_query; or ways, max_query, max_support, max_support_per_class"
 VIEW_KEYS = "roll, flip, affine, crop, blur, colour, negative, noise"
 TOP_KEYS = (
     "name, output, adapters, synthetic, relations, seed, backbone, data, tuning, inversion, training, evaluation, ray, tracking"
@@ -123,7 +127,8 @@ def test_an_exponent_without_a_point_is_a_number(load: Load):
         ("data: {tset: {source: digits}}", "data.tset", "tune, validation, test"),
         ("data: {test: {source: digits, calsses: [a]}}", "data.test.calsses", "source, root, classes"),
         ("training: {augmentation: {flop: true}}", "training.augmentation.flop", VIEW_KEYS),
-        ("evaluation: {shapes: [{n_way: 5}, {n_wya: 5}]}", "evaluation.shapes.1.n_wya", "n_way, n_shot, n_query"),
+        ("evaluation: {shapes: [{n_way: 5}, {n_wya: 5}]}", "evaluation.shapes.1.n_wya", SHAPE_KEYS),
+        ("evaluation: {shapes: [{ways: [5, 9], n_shot: 1}]}", "evaluation.shapes.0.n_shot", SHAPE_KEYS),
     ],
 )
 def test_an_unknown_key_is_named_with_what_is_allowed(load: Load, text: str, key: str, allowed: str):
@@ -146,6 +151,15 @@ def test_an_unknown_key_in_an_override_is_named(load: Load):
         ("data: {test: {classes: [a]}}", ["data.test.source", "required"]),
         ("training: {distance: manhattan}", ["training.distance = 'manhattan'", "euclidean"]),
         ("training: {keep_ratio: 0.5, augmentation: {crop: 0.2}}", ["keep_ratio", "augmentation.crop"]),
+        ("evaluation: {shapes: [{n_way: 1}]}", ["evaluation.shapes.0.n_way = 1", "greater than 1"]),
+        ("evaluation: {shapes: [{ways: [1, 9]}]}", ["evaluation.shapes.0.ways.0 = 1", "greater than 1"]),
+        (
+            "evaluation: {shapes: [{ways: [9, 5]}]}",
+            ["evaluation.shapes.0 = ", "ways [9, 5]: the fewest are more than the most"],
+        ),
+        ("evaluation: {shapes: [{max_support: 30}]}", ["max_support 30 is less than an image for each of 50 ways; raise it"]),
+        ("evaluation: {shapes: [meta-data]}", ["evaluation.shapes.0 = 'meta-data'", "n_way, n_shot and n_query, meta-dataset"]),
+        ("evaluation: {shapes: [5]}", ["evaluation.shapes.0 = 5", "dictionary"]),
         ("training: {num_workers: 2}", ["episodes_per_step 1", "num_workers 2"]),
         ("{seed: many, inversion: {num_steps: 0}}", ["seed = 'many'", "(and 1 more)"]),
     ],
@@ -154,6 +168,18 @@ def test_a_value_that_is_not_allowed_is_named(load: Load, text: str, parts: list
     message = message_of(load, text)
     assert message.startswith("config exp.yaml: ")
     assert [part for part in parts if part not in message] == []
+
+
+def test_shapes_may_be_fixed_or_vary(load: Load):
+    text = "evaluation: {shapes: [meta-dataset, {n_shot: 5}, {}, {ways: [5, 9]}]}"
+    varying, *others = load(text).evaluation.shapes
+    assert [varying, *others] == [VaryingShape(), EpisodeShape(n_shot=5), EpisodeShape(), VaryingShape(ways=(5, 9))]
+    assert load("{}", "evaluation.shapes=[meta-dataset]").evaluation.shapes == (varying,)
+    resolved = load(text).resolved()
+    assert ExperimentConfig.model_validate(json.loads(json.dumps(resolved))).evaluation == load(text).evaluation
+    names = [shape.name for shape in (varying, *others)]
+    assert names[0::3] == ["varying-way varying-shot", "varying-way varying-shot (ways 5-9)"]
+    assert names[1:3] == ["5-way 5-shot", "5-way 1-shot"]
 
 
 def test_a_missing_file():

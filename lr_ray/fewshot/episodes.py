@@ -26,6 +26,11 @@ class EpisodeShape(Section):
     n_query: int = Field(default=15, gt=0)
     """Query images per class."""
 
+    @property
+    def name(self) -> str:
+        """`5-way 1-shot`."""
+        return f"{self.n_way}-way {self.n_shot}-shot"
+
 
 class Countable(Protocol):
     """What must be known of a class to tell whether episodes can be drawn from it."""

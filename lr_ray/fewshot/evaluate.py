@@ -1,7 +1,8 @@
 """From an episode's scores to accuracy: its 95 % confidence interval, by class, and against another method's."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from lr_ray.fewshot.episodes import EpisodeShape
 from lr_ray.fewshot.methods import Head
 from lr_ray.fewshot.methods.nn import nearest_centre
+from lr_ray.fewshot.protocol import DrawnEpisode, layout_of
 
 _FLOATS_AT_ONCE = 1_000_000
 """Of the features of the episodes that are scored together: 4 MB, which a cache holds; with 128 it takes 2.7 times as long."""
@@ -26,18 +28,36 @@ def predict(features: Tensor, episodes: np.ndarray, shape: EpisodeShape, head: H
     Returns:
         (E, N, Q) predicted ways in [0, N).
     """
-    at_once = max(1, _FLOATS_AT_ONCE // (episodes[0].size * features.shape[1]))
-    predicted = []
-    for part in torch.from_numpy(episodes).split(at_once):
-        support, queries = features[part[:, :, : shape.n_shot]].float(), features[part[:, :, shape.n_shot :]].float()
-        scores = head(support, queries.flatten(1, 2))
-        predicted.append(scores.argmax(dim=-1).unflatten(1, (shape.n_way, shape.n_query)).to(torch.int16))
-    return torch.cat(predicted).numpy()
+    ways, is_query = layout_of(np.full(shape.n_way, shape.n_shot), shape.n_query)
+    return _predict_alike(features, episodes.reshape(len(episodes), -1), ways, is_query, head)
+
+
+def predict_each(features: Tensor, episodes: Iterable[DrawnEpisode], head: Head = nearest_centre) -> list[np.ndarray]:
+    """The same of episodes of any shapes: each one's (N, Q) predicted ways. Those alike that follow one another go together."""
+    predicted: list[np.ndarray] = []
+    for _, alike in groupby(episodes, key=lambda episode: episode.composition):
+        first, *others = alike
+        images = np.stack([episode.images for episode in (first, *others)])
+        predicted += list(_predict_alike(features, images, first.ways, first.is_query, head))
+    return predicted
+
+
+def _predict_alike(features: Tensor, images: np.ndarray, ways: np.ndarray, is_query: np.ndarray, head: Head) -> np.ndarray:
+    """(E, I) images of episodes of one composition, as a `DrawnEpisode` has it → (E, N, Q) predicted ways."""
+    at_once = max(1, _FLOATS_AT_ONCE // (images.shape[1] * features.shape[1]))
+    support, queries = torch.from_numpy(images[:, ~is_query]), torch.from_numpy(images[:, is_query])
+    labels = torch.from_numpy(ways[~is_query])
+    predicted = [
+        head(features[of_support].float(), labels, features[of_queries].float()).argmax(dim=-1).to(torch.int16)
+        for of_support, of_queries in zip(support.split(at_once), queries.split(at_once), strict=True)
+    ]
+    found: np.ndarray = torch.cat(predicted).unflatten(1, (int(ways[-1]) + 1, -1)).numpy()
+    return found
 
 
 def is_right(predicted: np.ndarray) -> np.ndarray:
-    """(E, N, Q) predicted ways → whether each is its own: queries stand way by way."""
-    found: np.ndarray = predicted == np.arange(predicted.shape[1])[:, None]
+    """(..., N, Q) predicted ways → whether each is its own: queries stand way by way."""
+    found: np.ndarray = predicted == np.arange(predicted.shape[-2])[:, None]
     return found
 
 
@@ -52,18 +72,17 @@ class AccuracyReport:
     """Accuracy of one method over episodes.
 
     Attributes:
-        right: (E, N, Q) whether each query was classified right.
-        classes: (E, N) the class of each way.
+        right: of each episode, (N, Q) whether each query was classified right.
+        classes: of each episode, (N,) the class of each way.
     """
 
-    right: np.ndarray
-    classes: np.ndarray
+    right: Sequence[np.ndarray]
+    classes: Sequence[np.ndarray]
 
     @property
     def accuracies(self) -> np.ndarray:
         """(E,) share of the queries classified right, per episode."""
-        found: np.ndarray = self.right.mean(axis=(1, 2))
-        return found
+        return np.array([right.mean() for right in self.right])
 
     @property
     def mean(self) -> float:
@@ -74,9 +93,10 @@ class AccuracyReport:
         return ci95(self.accuracies)
 
     def per_class(self, class_names: Sequence[str]) -> dict[str, float]:
-        """{class: share of its queries classified right}, of the classes that the episodes hold."""
-        shares = self.right.mean(axis=2)
-        return {class_names[c]: float(shares[self.classes == c].mean()) for c in np.unique(self.classes)}
+        """{class: mean over the episodes that hold it of the share of its queries classified right}."""
+        shares = np.concatenate([right.mean(axis=1) for right in self.right])
+        classes = np.concatenate(self.classes)
+        return {class_names[c]: float(shares[classes == c].mean()) for c in np.unique(classes)}
 
 
 def ci95(values: np.ndarray) -> float:

@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from lr_ray.report.tables import shape_of
 from lr_ray.storage.adapters import CARD_NAME
 from lr_ray.storage.filesystem import join, read_if_there, write_bytes
 from lr_ray.storage.manifest import read_manifest
@@ -122,7 +123,7 @@ def _metadata(manifest: dict[str, Any], measured: Sequence[dict[str, Any]]) -> d
 
 
 def _result(row: dict[str, Any]) -> dict[str, Any]:
-    shape = _shape(row)
+    shape = shape_of(row)
     return {
         "task": {"type": "image-classification", "name": f"{shape} classification"},
         "dataset": {"type": row["dataset"].partition("[")[0], "name": row["dataset"], "config": shape},
@@ -135,10 +136,6 @@ def _result(row: dict[str, Any]) -> dict[str, Any]:
             }
         ],
     }
-
-
-def _shape(row: dict[str, Any]) -> str:
-    return f"{row['n_way']}-way {row['n_shot']}-shot"
 
 
 def _title(manifest: dict[str, Any]) -> str:
@@ -164,7 +161,7 @@ def _accuracy(measured: Sequence[dict[str, Any]], nothing: Sequence[dict[str, An
         return "Not measured yet; `lr-ray eval` does that."
     beside = {_task(row): row for row in nothing}
     lines = [
-        _line(_cell(row["dataset"]), _shape(row), str(row["episodes"]), _percent(row), _percent(beside.get(_task(row))))
+        _line(_cell(row["dataset"]), shape_of(row), str(row["episodes"]), _percent(row), _percent(beside.get(_task(row))))
         for row in measured
     ]
     head = f"| data | task | episodes | `{measured[0]['method']}`, % | `nn`, without it, % |\n|---|---|---|---|---|"
@@ -172,7 +169,7 @@ def _accuracy(measured: Sequence[dict[str, Any]], nothing: Sequence[dict[str, An
 
 
 def _task(row: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(row[key] for key in ("dataset", "n_way", "n_shot", "n_query", "episodes"))
+    return tuple(row.get(key) for key in ("dataset", "shape", "n_way", "n_shot", "n_query", "episodes"))
 
 
 def _percent(row: dict[str, Any] | None) -> str:

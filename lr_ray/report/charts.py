@@ -14,7 +14,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 from matplotlib.transforms import Bbox
 
 from lr_ray.report.drawing import COLOURS, INK, MUTED, to_png
-from lr_ray.report.tables import Row, shape_name, shape_of, shapes_of
+from lr_ray.report.tables import Row, chance_of, shape_of, shapes_of, wrapped
 
 _SAFE_COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#000000")
 """Okabe and Ito's, told apart by the colour-blind; without their yellow, which white swallows."""
@@ -61,7 +61,7 @@ def accuracy_against_time(rows: Sequence[Row]) -> bytes | None:
     for axis, shape in zip(figure.subplots(1, len(shapes), squeeze=False).flat, shapes, strict=True):
         chosen = sorted((row for row in timed if shape_of(row) == shape), key=lambda row: row["method"] not in COLOURS)
         labels.append((axis, chosen, _scatter(axis, chosen)))
-        axis.set_title(f"{shape_name(shape)} accuracy, %", fontsize=10, loc="left", color=INK)
+        axis.set_title(wrapped(f"{shape} accuracy, %", 60), fontsize=10, loc="left", color=INK)
     canvas: Any = FigureCanvasAgg(figure)
     figure.draw_without_rendering()  # places the axes, which the labels are placed within
     for axis, chosen, annotations in labels:
@@ -156,12 +156,12 @@ def per_class_bars(rows: Sequence[Row], methods: Sequence[str] = ("nn", "recycle
         present = [(position, accuracies[name]) for position, name in enumerate(order) if name in accuracies]
         positions = [position - 0.4 + height * (i + 0.5) for position, _ in present]
         axis.barh(positions, [value for _, value in present], height, color=COLOURS.get(method, MUTED), label=method)
-    axis.axvline(100 / shape[0], color=INK, linestyle=":", linewidth=0.8, label="chance")
+    axis.axvline(chance_of(rows[0]), color=INK, linestyle=":", linewidth=0.8, label="chance")
     axis.set_yticks(range(len(order)), [_short(name) for name in order], fontsize=8, parse_math=False)
     axis.set_ylim(len(order) - 0.4, -0.6)
     axis.set_xlim(0, 100)
     axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"{shape_name(shape)} accuracy by class, %{title}", fontsize=10, color=INK)
+    figure.suptitle(f"{shape} accuracy by class, %{title}", fontsize=10, color=INK)
     figure.legend(loc="outside lower center", ncols=len(shown) + 1, frameon=False, fontsize=8)
     return to_png(figure)
 

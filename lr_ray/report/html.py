@@ -110,8 +110,9 @@ def _lead(rows: Sequence[dict[str, Any]]) -> str:
     if not {"nn", "recycle"} <= first.keys():
         return "Accuracy on few-shot tasks of unseen classes."
     ours, nothing = first["recycle"], first["nn"]
+    shape = shape_of(ours)
     return (
-        f"{ours['n_way']}-way {ours['n_shot']}-shot tasks of unseen classes: {ours['accuracy']:.1f} % with the meta-LoRA, "
+        f"{shape[:1].upper()}{shape[1:]} tasks of unseen classes: {ours['accuracy']:.1f} % with the meta-LoRA, "
         f"{nothing['accuracy']:.1f} % without it; no fine-tuning, no real image."
     )
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lr_ray.fewshot.episodes import ImagePool
 from lr_ray.report.drawing import COLOURS, INK, MUTED, PALE, to_png
+from lr_ray.report.tables import chance_of, shape_of, shapes_of, wrapped
 from lr_ray.vit.tokens import num_kept
 
 
@@ -91,10 +92,10 @@ def training_curves(histories: dict[str, Sequence[dict[str, float]]]) -> bytes:
 
 def accuracy_bars(rows: Sequence[Mapping[str, Any]]) -> bytes:
     """PNG: accuracy of each method with its 95 % confidence interval, a panel a shape."""
-    shapes = list(dict.fromkeys((row["n_way"], row["n_shot"]) for row in rows))
+    shapes = shapes_of(rows)
     figure = Figure(figsize=(4.6 * len(shapes), 0.42 * len(rows) / len(shapes) + 1.1), dpi=110, layout="constrained")
-    for axis, (n_way, n_shot) in zip(figure.subplots(1, len(shapes), squeeze=False).flat, shapes, strict=True):
-        chosen = [row for row in rows if (row["n_way"], row["n_shot"]) == (n_way, n_shot)][::-1]
+    for axis, shape in zip(figure.subplots(1, len(shapes), squeeze=False).flat, shapes, strict=True):
+        chosen = [row for row in rows if shape_of(row) == shape][::-1]
         names, values = [row["method"] for row in chosen], [row["accuracy"] for row in chosen]
         colours = [COLOURS.get(name, MUTED) for name in names]
         axis.barh(range(len(names)), values, xerr=[row["ci95"] for row in chosen], color=colours, ecolor=INK, height=0.65)
@@ -102,9 +103,9 @@ def accuracy_bars(rows: Sequence[Mapping[str, Any]]) -> bytes:
         axis.set_ylim(-0.6, len(names) - 0.4)
         for position, row in enumerate(chosen):
             axis.text(row["accuracy"] + row["ci95"] + 0.8, position, f"{row['accuracy']:.1f}", va="center", fontsize=8)
-        axis.axvline(100 / n_way, color=INK, linestyle=":", linewidth=0.8)
+        axis.axvline(chance_of(chosen[-1]), color=INK, linestyle=":", linewidth=0.8)
         axis.set_xlim(0, 108)
-        axis.set_title(f"{n_way}-way {n_shot}-shot accuracy, % (dotted: chance)", fontsize=10, loc="left", color=INK)
+        axis.set_title(wrapped(f"{shape} accuracy, % (dotted: chance)", 52), fontsize=10, loc="left", color=INK)
         axis.spines[["top", "right"]].set_visible(False)
     return to_png(figure)
 
@@ -114,12 +115,12 @@ def grid_bars(summary: Sequence[dict[str, Any]]) -> bytes:
 
     Dashed lines carry `nn`, `loras-avg` at its best scale and `oracle` across the other bars.
     """
-    shapes = list(dict.fromkeys((row["n_way"], row["n_shot"]) for row in summary))
+    shapes = shapes_of(summary)
     bars = list(dict.fromkeys((row["cell"], row["method"]) for row in summary))
     labels = [cell if method == "recycle" else method for cell, method in bars]
     figure = Figure(figsize=(2.2 + 3.9 * len(shapes), 0.3 * len(bars) + 1.0), dpi=110, layout="constrained")
     for axis, shape in zip(figure.subplots(1, len(shapes), squeeze=False, sharey=True).flat, shapes, strict=True):
-        found = {(row["cell"], row["method"]): row for row in summary if (row["n_way"], row["n_shot"]) == shape}
+        found = {(row["cell"], row["method"]): row for row in summary if shape_of(row) == shape}
         for position, bar in enumerate(bars):
             if bar not in found:
                 continue
@@ -140,7 +141,7 @@ def grid_bars(summary: Sequence[dict[str, Any]]) -> bytes:
         axis.set_xlim(max(0, lowest - 6), min(104, highest + 6))
         axis.set_yticks(range(len(bars)), labels, fontsize=8, parse_math=False)
         axis.set_ylim(len(bars) - 0.4, -0.6)
-        axis.set_title(f"{shape[0]}-way {shape[1]}-shot accuracy, %", fontsize=10, loc="left", color=INK)
+        axis.set_title(wrapped(f"{shape} accuracy, %", 44), fontsize=10, loc="left", color=INK)
         axis.spines[["top", "right"]].set_visible(False)
         for method, row in _references(found.values()).items():
             axis.axvline(row["accuracy"], color=COLOURS.get(method, INK), linestyle="--", linewidth=0.8)

@@ -7,16 +7,19 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 Row = Mapping[str, Any]
-Shape = tuple[int, int]
+Shape = str
+"""How a column calls it: `5-way 1-shot`."""
 
 _CHANCE, _MINUS = "°", "−"
 _SIGNIFICANT = 0.05
+_HEAD_WIDTH = 16
 _LATEX = {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
@@ -106,8 +109,9 @@ def measured_last(rows: Sequence[Row]) -> list[Row]:
 
 
 def shape_of(row: Row) -> Shape:
-    """(ways, shots)."""
-    return row["n_way"], row["n_shot"]
+    """`5-way 1-shot`, or what a varying shape is called."""
+    name: Shape = row.get("shape") or f"{row['n_way']}-way {row['n_shot']}-shot"
+    return name
 
 
 def shapes_of(rows: Sequence[Row]) -> list[Shape]:
@@ -115,15 +119,20 @@ def shapes_of(rows: Sequence[Row]) -> list[Shape]:
     return list(dict.fromkeys(map(shape_of, rows)))
 
 
-def shape_name(shape: Shape) -> str:
-    """`5-way 1-shot`."""
-    return f"{shape[0]}-way {shape[1]}-shot"
+def chance_of(row: Row) -> float:
+    """The accuracy of guessing, in per cent."""
+    chance: float | None = row.get("chance")
+    return 100 / row["n_way"] if chance is None else chance
+
+
+def wrapped(text: str, width: int) -> str:
+    """A heading on lines of that many characters; `5-way` is not cut."""
+    return fill(text, width, break_on_hyphens=False)
 
 
 def _columns(shapes: Sequence[Shape]) -> list[Column]:
     accuracies = [
-        Column(head=shape_name(shape), shape=shape, text=_accuracy, rank=lambda row: row["accuracy"], in_text=True)
-        for shape in shapes
+        Column(head=shape, shape=shape, text=_accuracy, rank=lambda row: row["accuracy"], in_text=True) for shape in shapes
     ]
     if not shapes:
         return []
@@ -181,11 +190,10 @@ def _name(method: str, dataset: str | None, rows: Any, usual: int) -> str:
 def _notes(shapes: Sequence[Shape]) -> list[str]:
     if not shapes:
         return []
-    shape = shape_name(shapes[0])
     return [
         f"Difference: accuracy minus that of recycle on the episodes that both did, in points; {_CHANCE}: p ≥ {_SIGNIFICANT}, "
         "may be chance.",
-        f"Difference and costs are those of {shape}. Underlined: the best besides the oracle.",
+        f"Difference and costs are those of {shapes[0]}. Underlined: the best besides the oracle.",
     ]
 
 
@@ -212,7 +220,7 @@ def as_text(table: ResultsTable) -> "Table":
     drawn = Table(title=Text(table.title), caption=Text(" ".join(table.notes)), caption_justify="left")
     drawn.add_column("method", overflow="fold")
     for i in shown:
-        drawn.add_column(table.columns[i].head, justify="right", no_wrap=True)
+        drawn.add_column(wrapped(table.columns[i].head, _HEAD_WIDTH), justify="right", no_wrap=True)
     for line in table.lines:
         cells = [Text(line.texts[i], style="underline" if i in line.best else "") for i in shown]
         drawn.add_row(Text(line.name), *cells, style="bold" if line.ours else None)

@@ -10,6 +10,7 @@ from lr_ray.errors import ConfigError
 from lr_ray.fewshot.methods import ingredients_of
 from lr_ray.grid import GridConfig, plan_cell
 from lr_ray.report.progress import Reporter
+from lr_ray.report.tables import shape_of
 from lr_ray.runtime.experiment import run_cell
 from lr_ray.runtime.session import ray_session
 from lr_ray.storage.filesystem import join, write_bytes
@@ -50,17 +51,16 @@ def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
-        groups.setdefault((row["cell"], row["method"], row["n_way"], row["n_shot"]), []).append(row)
-    summary = []
-    for (cell, method, n_way, n_shot), found in groups.items():
+        groups.setdefault((row["cell"], row["method"], shape_of(row)), []).append(row)
+    summary: list[dict[str, Any]] = []
+    for (cell, method, _), found in groups.items():
         accuracies = [row["accuracy"] for row in found]
         summary.append(
             {
                 "cell": cell,
                 "method": method,
                 "dataset": found[0]["dataset"],
-                "n_way": n_way,
-                "n_shot": n_shot,
+                **{key: found[0][key] for key in ("shape", "n_way", "n_shot") if key in found[0]},
                 "episodes": found[0]["episodes"],
                 "seeds": {str(row["seed"]): row["accuracy"] for row in found},
                 "accuracy": round(float(np.mean(accuracies)), 2),

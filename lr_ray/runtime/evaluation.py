@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,10 +14,11 @@ from lr_ray.config import ExperimentConfig
 from lr_ray.data.images import LabelledImages
 from lr_ray.data.load import load_data
 from lr_ray.errors import LrRayError
-from lr_ray.fewshot.episodes import draw_test_episodes
-from lr_ray.fewshot.evaluate import is_right, predict
-from lr_ray.fewshot.methods import FeatureMethod, MethodInputs, TunedMethod, find_method
+from lr_ray.fewshot.episodes import EpisodeShape
+from lr_ray.fewshot.evaluate import is_right, predict_each
+from lr_ray.fewshot.methods import Adapt, Adaptation, FeatureMethod, MethodInputs, TunedMethod, find_method
 from lr_ray.fewshot.methods.features import embedder
+from lr_ray.fewshot.protocol import DrawnEpisode, draw_episodes
 from lr_ray.report.card import complete_card
 from lr_ray.report.charts import EpisodeFeatures
 from lr_ray.report.progress import Reporter
@@ -32,6 +33,8 @@ from lr_ray.vit.backbone import Backbone, load_backbone
 
 RESULTS_NAME = "results.json"
 _FIT_IMAGES_PER_CLASS = 100
+_EPISODES_COUNTED = 10
+"""The first, whose heads' FLOPs are counted where episodes differ: counting does all the work again."""
 
 
 def evaluate_methods(config: ExperimentConfig, reporter: Reporter) -> list[dict[str, Any]]:
@@ -63,7 +66,7 @@ def evaluate_methods(config: ExperimentConfig, reporter: Reporter) -> list[dict[
         work_through("fit", fit_method, fits, config.ray, reporter, lambda task, _: task.label)
 
     def found(task: EpisodesTask, accuracy: float) -> str:
-        return f"{task.label} {task.shape.n_shot}-shot {100 * accuracy:.1f}"
+        return f"{task.label} {task.shape.name} {100 * accuracy:.1f}"
 
     if failures:  # the others do not wait for what failed
         done = list_uris(join(config.output_root, "evaluation"), suffix="")
@@ -92,21 +95,26 @@ def _kept(failures: list[LrRayError]) -> Iterator[None]:
 
 
 def example_episode(config: ExperimentConfig) -> EpisodeFeatures | None:
-    """The first test episode of the last shape, before and after the meta-LoRA; None where either was not measured."""
+    """The first test episode of the last fixed shape, or else of the last, before and after the meta-LoRA.
+
+    None where either was not measured.
+    """
     if config.data.test is None or not exists(join(config.meta_lora_root, CONFIG_NAME)):
         return None
+    shapes = config.evaluation.shapes
+    shape = ([shape for shape in shapes if isinstance(shape, EpisodeShape)] or shapes)[-1]
     both = config.evaluation.model_copy(update={"methods": ("nn", "recycle")})
     plan = EvaluationPlan(config.model_copy(update={"evaluation": both}))
-    shape, data = config.evaluation.shapes[-1], plan.data
+    data = plan.data
     uris = {m.chosen.label: m.tasks[0].features_uri for m in plan.measurements}
     if not all(exists(uri) for uri in uris.values()):
         return None
-    (episode,) = draw_test_episodes(data.labels, shape, num_episodes=1, seed=config.seed)
+    (episode,) = draw_episodes(data.labels, shape, num_episodes=1, seed=config.seed)
     return EpisodeFeatures(
-        features={label: read_tensors(uri)[0]["features"][episode.ravel()].numpy() for label, uri in uris.items()},
-        labels=data.labels[episode.ravel()],
+        features={label: read_tensors(uri)[0]["features"][episode.images].numpy() for label, uri in uris.items()},
+        labels=data.labels[episode.images],
         class_names=data.class_names,
-        support=np.tile(np.arange(episode.shape[1]) < shape.n_shot, len(episode)),
+        support=~episode.is_query,
     )
 
 
@@ -116,8 +124,8 @@ def _store_episodes(plan: EvaluationPlan) -> None:
     for shape in evaluation.shapes:
         if not exists(uri := plan.episodes_uri(shape)):
             data = plan.data
-            episodes = draw_test_episodes(data.labels, shape, num_episodes=evaluation.episodes, seed=plan.config.seed)
-            write_episodes(uri, episodes, data.labels, data.class_names, data.describe, shape.n_shot)
+            episodes = draw_episodes(data.labels, shape, num_episodes=evaluation.episodes, seed=plan.config.seed)
+            write_episodes(uri, episodes, data.labels, data.class_names, data.describe)
 
 
 def _inputs(config: ExperimentConfig, backbone: Backbone) -> MethodInputs:
@@ -176,17 +184,17 @@ def fit_method(task: FitTask) -> None:
 def predict_episodes(task: EpisodesTask) -> float:
     """Commit what a method predicts of some episodes; returns its accuracy on them."""
     data, chosen = test_data_of(task.config), find_method(task.label)
-    episodes = draw_test_episodes(data.labels, task.shape, num_episodes=task.stop, seed=task.config.seed)[task.start :]
+    episodes = draw_episodes(data.labels, task.shape, num_episodes=task.stop, seed=task.config.seed)[task.start :]
     measure = _predict_from_features if isinstance(chosen.method, FeatureMethod) else _predict_by_tuning
     predicted, seconds, facts = measure(task, data, episodes)
     write_predictions(task.uri, predicted, seconds, facts)
-    return float(is_right(predicted).mean())
+    return float(np.mean([is_right(ways).mean() for ways in predicted]))
 
 
 def _predict_from_features(
-    task: EpisodesTask, data: LabelledImages, episodes: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-    chosen, shape = find_method(task.label), task.shape
+    task: EpisodesTask, data: LabelledImages, episodes: Sequence[DrawnEpisode]
+) -> tuple[list[np.ndarray], np.ndarray, dict[str, Any]]:
+    chosen = find_method(task.label)
     assert isinstance(chosen.method, FeatureMethod)
     device = torch.device(worker_device(task.config.ray))
     if task.features_uri:
@@ -201,41 +209,49 @@ def _predict_from_features(
     begin_peak_memory(device)
     start = time.perf_counter()
     with torch.inference_mode():
-        predicted = predict(features, episodes, shape, head)
+        predicted = predict_each(features, episodes, head)
     head_s = (time.perf_counter() - start) / len(episodes)
     peak = max(peak_memory_mib(device), cost["peak_memory_mib"])
+    counted = episodes[: 1 if isinstance(task.shape, EpisodeShape) else _EPISODES_COUNTED]
     with torch.inference_mode():
-        head_flops = count_flops(lambda: predict(features, episodes[:1], shape, head))
+        head_flops = count_flops(lambda: predict_each(features, counted, head)) / len(counted)
     images_per_s = len(features) / cost["seconds"]
+    images = np.array([len(episode.images) for episode in episodes])
+    trained = [chosen.method.num_trained(chosen.settings, episode.n_way, features.shape[1]) for episode in episodes]
     facts = {
         "images_per_s": images_per_s,
         "peak_memory_mib": peak,
-        "trained_parameters": chosen.method.num_trained(chosen.settings, shape.n_way, features.shape[1]),
-        "flops": episodes[0].size * cost["flops_per_image"] + head_flops,
+        "trained_parameters": round(float(np.mean(trained))),
+        "flops": float(images.mean()) * cost["flops_per_image"] + head_flops,
         "seconds": cost["seconds"] + head_s * len(episodes),
     }
-    return predicted, np.full(len(episodes), head_s + episodes[0].size / images_per_s), facts
+    return predicted, head_s + images / images_per_s, facts
 
 
 def _predict_by_tuning(
-    task: EpisodesTask, data: LabelledImages, episodes: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-    config, chosen, shape = task.config, find_method(task.label), task.shape
+    task: EpisodesTask, data: LabelledImages, episodes: Sequence[DrawnEpisode]
+) -> tuple[list[np.ndarray], np.ndarray, dict[str, Any]]:
+    config, chosen = task.config, find_method(task.label)
     assert isinstance(chosen.method, TunedMethod)
     backbone = load_backbone(config.backbone, device=worker_device(config.ray))
     begin_peak_memory(backbone.device)
     predicted, seconds = [], []
     with chosen.method.adapt(_inputs(config, backbone), chosen.settings) as adapt:
         for index, episode in enumerate(episodes, start=task.start):
-            images = data.pixels(episode.ravel(), backbone.image_px).unflatten(0, episode.shape)
-            support, queries = images[:, : shape.n_shot], images[:, shape.n_shot :].flatten(0, 1)
+            support, queries = (data.pixels(found, backbone.image_px) for found in (episode.support, episode.queries))
+            labels = torch.from_numpy(episode.support_ways)
             began = time.perf_counter()
-            adaptation = adapt(support, queries, config.seed * 1_000_003 + index)
+            adaptation = _adapt_to(adapt, support, labels, queries, config.seed * 1_000_003 + index)
             ways = adaptation.scores.argmax(dim=-1).cpu()  # a GPU is done only now
             seconds.append(time.perf_counter() - began)
-            predicted.append(ways.numpy().reshape(shape.n_way, shape.n_query))
+            predicted.append(ways.numpy().reshape(episode.size))
         peak = peak_memory_mib(backbone.device)
         facts = {"peak_memory_mib": peak, "trained_parameters": adaptation.num_trained}
         if task.start == 0:
-            facts["flops"] = count_flops(lambda: adapt(support, queries, 0))
-    return np.stack(predicted), np.array(seconds), facts
+            facts["flops"] = count_flops(lambda: _adapt_to(adapt, support, labels, queries, 0))
+    return predicted, np.array(seconds), facts
+
+
+def _adapt_to(adapt: Adapt, support: Tensor, labels: Tensor, queries: Tensor, seed: int) -> Adaptation:
+    """Training on (S, 3, H, W) images of (S,) ways, of which there must be as many in each way."""
+    return adapt(support.unflatten(0, (int(labels.max()) + 1, -1)), queries, seed)

@@ -9,9 +9,10 @@ from lr_ray.config import ExperimentConfig
 from lr_ray.data.images import LabelledImages
 from lr_ray.data.load import load_data
 from lr_ray.errors import ConfigError
-from lr_ray.fewshot.episodes import EpisodeShape, draw_test_episodes
+from lr_ray.fewshot.episodes import EpisodeShape
 from lr_ray.fewshot.methods import ChosenMethod, FeatureMethod, Ingredient, TunedMethod, expand, find_method
 from lr_ray.fewshot.methods.features import RAW_PIXELS, needs_of
+from lr_ray.fewshot.protocol import VaryingShape, draw_episodes
 from lr_ray.storage.adapters import CONFIG_NAME, list_adapters, read_adapter
 from lr_ray.storage.filesystem import exists, join, read_many
 from lr_ray.storage.manifest import digest_of
@@ -53,7 +54,7 @@ class EpisodesTask:
 
     config: ExperimentConfig
     label: str
-    shape: EpisodeShape
+    shape: EpisodeShape | VaryingShape
     start: int
     stop: int
     uri: str
@@ -70,7 +71,7 @@ class Measurement:
     """
 
     chosen: ChosenMethod
-    shape: EpisodeShape
+    shape: EpisodeShape | VaryingShape
     digest: str
     tasks: tuple[EpisodesTask, ...]
 
@@ -113,20 +114,20 @@ class EvaluationPlan:
             "precision": self.config.evaluation.precision,
         }
 
-    def reference(self, shape: EpisodeShape) -> Measurement | None:
+    def reference(self, shape: EpisodeShape | VaryingShape) -> Measurement | None:
         """Recycling on this shape, whether it is to be measured or was; None if it cannot have been."""
         if not exists(join(self.config.meta_lora_root, CONFIG_NAME)):
             return None
         self._ingredient("meta_lora", REFERENCE)
         return self._measure(find_method(REFERENCE), shape)
 
-    def episodes_uri(self, shape: EpisodeShape) -> str:
+    def episodes_uri(self, shape: EpisodeShape | VaryingShape) -> str:
         """Where the episodes of a shape are stored for other programs."""
         drawn = {"data": self._shared["data"], "shape": shape.model_dump(), "seed": self.config.seed}
         digest = digest_of({**drawn, "episodes": self.config.evaluation.episodes})
-        return join(self._root, file_name(f"episodes-{shape.n_way}-way-{shape.n_shot}-shot", digest, ".parquet"))
+        return join(self._root, file_name(f"episodes-{shape.name}", digest, ".parquet"))
 
-    def _measure(self, chosen: ChosenMethod, shape: EpisodeShape) -> Measurement:
+    def _measure(self, chosen: ChosenMethod, shape: EpisodeShape | VaryingShape) -> Measurement:
         evaluation, method = self.config.evaluation, chosen.method
         made_of: dict[str, Any] = {
             **self._shared,
@@ -143,7 +144,7 @@ class EvaluationPlan:
         episodes, at_once = evaluation.episodes, evaluation.episodes
         if isinstance(method, TunedMethod):
             episodes, at_once = min(episodes, evaluation.tuned_episodes), _TUNED_EPISODES_A_TASK
-        name = f"{chosen.label}-{shape.n_way}-way-{shape.n_shot}-shot"
+        name = f"{chosen.label}-{shape.name}"
         digest = digest_of(made_of)
         tasks = tuple(
             EpisodesTask(
@@ -217,7 +218,7 @@ def check_evaluation(config: ExperimentConfig) -> LabelledImages:
                 raise ConfigError(f"evaluation.methods: {label} {what} real images; set data.tune or leave it out")
     data = load_data(config.data.test)
     for shape in config.evaluation.shapes:
-        draw_test_episodes(data.labels, shape, num_episodes=1, seed=config.seed)
+        draw_episodes(data.labels, shape, num_episodes=1, seed=config.seed)
     return data
 
 

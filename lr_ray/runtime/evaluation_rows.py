@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from lr_ray.errors import StorageError
-from lr_ray.fewshot.episodes import EpisodeShape, draw_test_episodes
+from lr_ray.fewshot.episodes import EpisodeShape
 from lr_ray.fewshot.evaluate import AccuracyReport, is_right, paired_difference
+from lr_ray.fewshot.protocol import DrawnEpisode, VaryingShape, draw_episodes
 from lr_ray.runtime.evaluation_plan import REFERENCE, EvaluationPlan, Measurement
 from lr_ray.storage.filesystem import join, list_uris, read_if_there
 from lr_ray.storage.measurements import read_predictions
@@ -37,7 +38,7 @@ def merge_rows(known: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) 
     """The rows of before that are of other methods, data or shapes, and these; none is compared with another meta-LoRA."""
 
     def task(row: dict[str, Any]) -> tuple[Any, ...]:
-        return tuple(row[key] for key in ("dataset", "n_way", "n_shot", "n_query"))
+        return tuple(row.get(key) for key in ("dataset", "shape", "n_way", "n_shot", "n_query"))
 
     new = {(row["method"], task(row)) for row in rows}
     others = [dict(row) for row in known if (row["method"], task(row)) not in new]
@@ -52,7 +53,7 @@ def merge_rows(known: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) 
 def rows_of(plan: EvaluationPlan) -> list[dict[str, Any]]:
     """Of the measurements that are whole, compared with recycling if that was ever measured."""
     done = list_uris(join(plan.config.output_root, "evaluation"), suffix="")
-    references: dict[EpisodeShape, tuple[str, np.ndarray]] = {}
+    references: dict[EpisodeShape | VaryingShape, tuple[str, np.ndarray]] = {}
     for shape in plan.config.evaluation.shapes:
         reference = plan.reference(shape)
         if reference is not None and all(task.uri in done for task in reference.tasks):
@@ -82,21 +83,20 @@ def _compared(accuracies: np.ndarray, digest: str, of_reference: np.ndarray) -> 
 def _row(plan: EvaluationPlan, measurement: Measurement) -> tuple[dict[str, Any], np.ndarray]:
     """A row of `results.json` without its comparison, and the (E,) accuracies."""
     shape, data, chosen = measurement.shape, plan.data, measurement.chosen
-    parts = [read_predictions(task.uri, shape) for task in measurement.tasks]
-    predicted = np.concatenate([found for found, _, _ in parts])
+    tasks = measurement.tasks
+    episodes = draw_episodes(data.labels, shape, num_episodes=tasks[-1].stop, seed=plan.config.seed)
+    parts = [read_predictions(task.uri, [drawn.size for drawn in episodes[task.start : task.stop]]) for task in tasks]
     seconds = np.concatenate([took for _, took, _ in parts])
     facts = parts[0][2]
-    episodes = draw_test_episodes(data.labels, shape, num_episodes=len(predicted), seed=plan.config.seed)
-    report = AccuracyReport(right=is_right(predicted), classes=data.labels[episodes[:, :, 0]])
+    right = [is_right(predicted) for found, _, _ in parts for predicted in found]
+    report = AccuracyReport(right=right, classes=[data.labels[drawn.queries.reshape(drawn.size)[:, 0]] for drawn in episodes])
     per_class = report.per_class(data.class_names)
     row = {
         "method": chosen.label,
         "source": chosen.method.source,
         "dataset": data.name,
-        "n_way": shape.n_way,
-        "n_shot": shape.n_shot,
-        "n_query": shape.n_query,
-        "episodes": len(predicted),
+        **_shape_keys(shape, episodes),
+        "episodes": len(episodes),
         "accuracy": round(100 * report.mean, 2),
         "ci95": round(100 * report.ci95, 2),
         "macro_accuracy": round(100 * float(np.mean(list(per_class.values()))), 2),
@@ -111,3 +111,18 @@ def _row(plan: EvaluationPlan, measurement: Measurement) -> tuple[dict[str, Any]
         "digest": measurement.digest,
     }
     return row, report.accuracies
+
+
+def _shape_keys(shape: EpisodeShape | VaryingShape, episodes: Sequence[DrawnEpisode]) -> dict[str, Any]:
+    """What a row says of its episodes' shape; of a varying one the means, and the accuracy of guessing."""
+    if isinstance(shape, EpisodeShape):
+        return {"n_way": shape.n_way, "n_shot": shape.n_shot, "n_query": shape.n_query}
+    ways = np.array([drawn.n_way for drawn in episodes])
+    shots = np.array([len(drawn.support) for drawn in episodes]) / ways
+    return {
+        **dict.fromkeys(("n_way", "n_shot", "n_query")),
+        "shape": shape.name,
+        "mean_way": round(float(ways.mean()), 2),
+        "mean_shot": round(float(shots.mean()), 2),
+        "chance": round(100 * float((1 / ways).mean()), 2),
+    }

@@ -15,7 +15,7 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from lr_ray.errors import StorageError
-from lr_ray.fewshot.episodes import EpisodeShape
+from lr_ray.fewshot.protocol import DrawnEpisode
 from lr_ray.storage.filesystem import read_bytes, write_bytes
 
 _FACTS_KEY = b"lr_ray"
@@ -27,28 +27,32 @@ def file_name(label: str, digest: str, suffix: str) -> str:
 
 
 def write_episodes(
-    uri: str, episodes: np.ndarray, labels: np.ndarray, class_names: Sequence[str], describe: Callable[[int], str], n_shot: int
+    uri: str,
+    episodes: Sequence[DrawnEpisode],
+    labels: np.ndarray,
+    class_names: Sequence[str],
+    describe: Callable[[int], str],
 ) -> None:
-    """Commit test episodes for other programs: Parquet, a row an image of an episode, support before queries.
+    """Commit test episodes for other programs: Parquet, a row an image of an episode, way by way, support before queries.
 
     Columns: `episode`, `way` (in [0, N)), `class_name`, `role` (support or query), `image` (its position in the data),
     `source` (its file, or row of a file).
 
     Args:
-        episodes: (E, N, K + Q) positions of images.
         labels: (M,) class of each image.
         describe: position of an image → where it came from.
     """
-    images = episodes.ravel()
-    episode, way, place = (index.ravel() for index in np.indices(episodes.shape))
+    images = np.concatenate([episode.images for episode in episodes])
+    numbers = np.arange(len(episodes)).repeat([len(episode.images) for episode in episodes])
+    is_query = np.concatenate([episode.is_query for episode in episodes])
     names = np.array(class_names)[labels[images]]
     sources = {int(image): describe(int(image)) for image in np.unique(images)}
     table = pa.table(
         {
-            "episode": episode.astype(np.int32),
-            "way": way.astype(np.int32),
+            "episode": numbers.astype(np.int32),
+            "way": np.concatenate([episode.ways for episode in episodes]).astype(np.int32),
             "class_name": pa.array(names.astype(object), pa.string()),
-            "role": pa.array(np.where(place < n_shot, "support", "query").astype(object), pa.string()),
+            "role": pa.array(np.where(is_query, "query", "support").astype(object), pa.string()),
             "image": images,
             "source": [sources[int(image)] for image in images],
         }
@@ -56,29 +60,33 @@ def write_episodes(
     _write_table(uri, table)
 
 
-def write_predictions(uri: str, predicted: np.ndarray, seconds: np.ndarray, facts: Mapping[str, Any]) -> None:
+def write_predictions(uri: str, predicted: Sequence[np.ndarray], seconds: np.ndarray, facts: Mapping[str, Any]) -> None:
     """Commit what a method predicted of some episodes: a row an episode.
 
     Args:
-        predicted: (E, N, Q) ways in [0, N).
+        predicted: of each of E episodes, (N, Q) ways in [0, N).
         seconds: (E,) that each took.
         facts: of all of them, as JSON.
     """
-    flat = predicted.reshape(len(predicted), -1).astype(np.int16)
-    table = pa.table({"predicted": pa.array(list(flat), pa.list_(pa.int16())), "seconds": seconds.astype(np.float64)})
+    flat = [ways.ravel().astype(np.int16) for ways in predicted]
+    table = pa.table({"predicted": pa.array(flat, pa.list_(pa.int16())), "seconds": seconds.astype(np.float64)})
     _write_table(uri, table.replace_schema_metadata({_FACTS_KEY: json.dumps(dict(facts))}))
 
 
-def read_predictions(uri: str, shape: EpisodeShape) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-    """The (E, N, Q) predicted ways, the (E,) seconds and the facts.
+def read_predictions(uri: str, sizes: Sequence[tuple[int, int]]) -> tuple[list[np.ndarray], np.ndarray, dict[str, Any]]:
+    """Of each episode the (N, Q) predicted ways, the (E,) seconds and the facts.
+
+    Args:
+        sizes: of each episode, its ways and the queries of each.
 
     Raises:
-        StorageError: unreadable, or not of episodes of that shape.
+        StorageError: unreadable, or not of episodes of these sizes.
     """
     try:
         table = pq.read_table(pa.BufferReader(read_bytes(uri)), columns=["predicted", "seconds"])
         facts = json.loads(table.schema.metadata[_FACTS_KEY])
-        predicted = np.stack(table["predicted"].to_numpy()).reshape(-1, shape.n_way, shape.n_query)
+        flat = table["predicted"].to_numpy()
+        predicted = [ways.reshape(size) for ways, size in zip(flat, sizes, strict=True)]
     except (pa.ArrowException, KeyError, ValueError, TypeError) as error:
         raise StorageError(f"predictions {uri}: damaged ({error}); delete the file and run again") from error
     return predicted, table["seconds"].to_numpy(), facts

@@ -1,6 +1,7 @@
 """Heads on features, each against its definition or against the library that has it too."""
 
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import easyfsl.methods
@@ -27,35 +28,37 @@ def head_of(label: str, trained: dict[str, Tensor] | None = None) -> Head:
     return chosen.method.head(chosen.settings, trained or {})
 
 
-def episodes(noise: float, *, n_shot: int = 2, dim: int = 16, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Of 6 episodes: (6, 4, K, D) support, (6, 20, D) queries and their (20,) ways."""
+def episodes(noise: float, *, n_shot: int = 2, dim: int = 16, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of 6 episodes: (6, 4·K, D) support and its (4·K,) ways, (6, 20, D) queries and their (20,) ways."""
     generator = torch.Generator().manual_seed(seed)
     centres = torch.randn(6, 4, 1, dim, generator=generator)
     support = centres + noise * torch.randn(6, 4, n_shot, dim, generator=generator)
     queries = centres + noise * torch.randn(6, 4, 5, dim, generator=generator)
-    return support, queries.flatten(1, 2), torch.arange(4).repeat_interleave(5)
+    ways = torch.arange(4)
+    return support.flatten(1, 2), ways.repeat_interleave(n_shot), queries.flatten(1, 2), ways.repeat_interleave(5)
 
 
 @pytest.mark.parametrize("label", HEADS)
 def test_separable_classes_are_told_apart_in_inference_mode(label: str) -> None:
-    support, queries, ways = episodes(0.05)
+    support, labels, queries, ways = episodes(0.05)
     with torch.inference_mode():
-        scores = head_of(label)(support, queries)
+        scores = head_of(label)(support, labels, queries)
     assert scores.shape == (6, 20, 4)
     assert torch.equal(scores.argmax(dim=-1), ways.expand(6, -1))
 
 
 @pytest.mark.parametrize("label", [name for name in HEADS if name not in ("bpa", "bd-cspn", "laplacian-shot", "pt-map", "tim")])
 def test_inductive_heads_look_at_each_query_alone(label: str) -> None:
-    support, queries, _ = episodes(1.0)
-    together = head_of(label)(support, queries)
-    alone = torch.cat([head_of(label)(support, queries[:, i : i + 1]) for i in range(20)], dim=1)
+    support, labels, queries, _ = episodes(1.0)
+    together = head_of(label)(support, labels, queries)
+    alone = torch.cat([head_of(label)(support, labels, queries[:, i : i + 1]) for i in range(20)], dim=1)
     torch.testing.assert_close(alone, together, atol=1e-5, rtol=1e-4)
 
 
 def test_transductive_heads_do_not() -> None:
-    support, queries, _ = episodes(1.0)
-    assert not torch.allclose(head_of("bpa")(support, queries)[:, :5], head_of("bpa")(support, queries[:, :5]), atol=1e-3)
+    support, labels, queries, _ = episodes(1.0)
+    together, apart = head_of("bpa")(support, labels, queries), head_of("bpa")(support, labels, queries[:, :5])
+    assert not torch.allclose(together[:, :5], apart, atol=1e-3)
 
 
 def test_nn_is_the_prototypical_evaluation_of_easyfsl_to_the_digit() -> None:
@@ -75,15 +78,18 @@ def test_nn_is_the_prototypical_evaluation_of_easyfsl_to_the_digit() -> None:
     assert 0.3 < (ours == np.arange(5)[:, None]).mean() < 0.95
 
 
+@pytest.mark.parametrize("dropped", [None, 4], ids=["as many shots of each way", "one fewer of the second"])
 @pytest.mark.parametrize("c", [0.1, 1.0, 10.0])
-def test_the_linear_probe_is_scikit_learns_logistic_regression(c: float) -> None:
-    support, queries, _ = episodes(1.0, n_shot=3)
-    weights, bias = logistic_regression(F.normalize(support, dim=-1), c)
-    scores = head_of(f"linear-probe:c={c}")(support, queries)
+def test_the_linear_probe_is_scikit_learns_logistic_regression(c: float, dropped: int | None) -> None:
+    support, labels, queries, _ = episodes(1.0, n_shot=3)
+    kept = [position for position in range(len(labels)) if position != dropped]
+    support, labels = support[:, kept], labels[kept]
+    weights, bias = logistic_regression(F.normalize(support, dim=-1), labels, c)
+    scores = head_of(f"linear-probe:c={c}")(support, labels, queries)
     for index in range(len(support)):
         expected = LogisticRegression(C=c, tol=1e-8, max_iter=5000)
-        inputs = F.normalize(support[index].flatten(0, 1).double(), dim=1).numpy()
-        expected.fit(inputs, np.arange(4).repeat(3))
+        inputs = F.normalize(support[index].double(), dim=1).numpy()
+        expected.fit(inputs, labels.numpy())
         np.testing.assert_allclose(weights[index], expected.coef_, atol=2e-4)
         np.testing.assert_allclose(
             bias[index] - bias[index].mean(), expected.intercept_ - expected.intercept_.mean(), atol=2e-4
@@ -94,8 +100,8 @@ def test_the_linear_probe_is_scikit_learns_logistic_regression(c: float) -> None
 
 def test_balanced_affinities_are_a_balanced_plan() -> None:
     """Before it is scaled, what each gives and takes is one unit; itself it gives nothing."""
-    support, queries, _ = episodes(0.5)
-    features = torch.cat([support.flatten(1, 2), queries], dim=1)
+    support, _, queries, _ = episodes(0.5)
+    features = torch.cat([support, queries], dim=1)
     found = balanced_affinities(features, regularisation=0.5, num_iterations=200)
     count = features.shape[1]
     assert torch.equal(found.diagonal(dim1=1, dim2=2), torch.ones(6, count))
@@ -107,9 +113,63 @@ def test_balanced_affinities_are_a_balanced_plan() -> None:
 
 
 def test_bpa_gains_by_looking_at_the_queries_together() -> None:
-    support, queries, ways = episodes(1.5, n_shot=1, dim=32)
-    plain, transformed = ((head_of(name)(support, queries).argmax(dim=-1) == ways).float().mean() for name in ("nn", "bpa"))
+    support, labels, queries, ways = episodes(1.5, n_shot=1, dim=32)
+    plain, transformed = (
+        (head_of(name)(support, labels, queries).argmax(dim=-1) == ways).float().mean() for name in ("nn", "bpa")
+    )
     assert transformed > plain + 0.03
+
+
+# --------------------------------------------------------------------------------------- ways and shots that differ
+
+
+def uneven(noise: float, shots: tuple[int, ...] = (1, 6, 2, 3)) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `episodes`, but of 2 episodes and of so many shots of each way."""
+    support, labels, queries, ways = episodes(noise, n_shot=max(shots))
+    kept = torch.cat([way * max(shots) + torch.arange(count) for way, count in enumerate(shots)])
+    return support[:2, kept], labels[kept], queries[:2], ways
+
+
+@pytest.mark.parametrize("label", [name.replace("linear-probe", "linear-probe:c=100") for name in HEADS])
+def test_uneven_ways_are_told_apart(label: str) -> None:
+    support, labels, queries, ways = uneven(0.05)
+    with torch.inference_mode():
+        scores = head_of(label)(support, labels, queries)
+    assert torch.equal(scores.argmax(dim=-1), ways.expand(2, -1))
+
+
+@pytest.mark.parametrize("label", HEADS)
+def test_episodes_of_a_call_do_not_see_each_other(label: str) -> None:
+    support, labels, queries, _ = uneven(1.0)
+    together = head_of(label)(support, labels, queries)
+    alone = torch.cat([head_of(label)(support[i : i + 1], labels, queries[i : i + 1]) for i in range(2)])
+    torch.testing.assert_close(alone, together, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("label", ["nn", "nn-cosine", "simple-shot"])
+def test_centres_of_uneven_ways_are_their_means(label: str) -> None:
+    support, labels, queries, _ = uneven(1.0)
+    scores = head_of(label)(support, labels, queries)
+    for index in range(len(support)):
+        centres = np.stack([support[index, labels == way].double().numpy().mean(axis=0) for way in range(4)])
+        vectors = queries[index].double().numpy()
+        if label == "nn":
+            expected = -np.linalg.norm(vectors[:, None] - centres, axis=-1)
+        else:
+            norms = np.linalg.norm(vectors, axis=1)[:, None] * np.linalg.norm(centres, axis=1)
+            expected = vectors @ centres.T / norms
+        np.testing.assert_allclose(scores[index], expected, atol=1e-4)
+
+
+def test_bpa_of_uneven_ways_is_the_nearest_centre_of_what_it_makes() -> None:
+    support, labels, queries, _ = uneven(1.0)
+    scores = head_of("bpa")(support, labels, queries)
+    for index in range(len(support)):
+        together = torch.cat([support[index], queries[index]])[None]
+        (made,) = balanced_affinities(together, regularisation=0.1, num_iterations=10)
+        centres = torch.stack([made[: len(labels)][labels == way].mean(dim=0) for way in range(4)])
+        expected = [[-float(torch.dist(query, centre)) for centre in centres] for query in made[len(labels) :]]
+        torch.testing.assert_close(scores[index], torch.tensor(expected), atol=1e-4, rtol=1e-4)
 
 
 # --------------------------------------------------------------------------------------------------------------- CAML
@@ -146,6 +206,20 @@ def test_caml_learns_from_other_classes_what_tells_classes_apart() -> None:
     assert accuracy > plain_accuracy + 0.05
 
 
+def test_caml_reads_uneven_ways_in_any_order_and_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    head = head_of(SMALL, fitted("caml:width=32,num_layers=1,num_steps=30", *caml_data()))
+    support, labels, queries, _ = uneven(1.0)
+    with torch.inference_mode():
+        found = head(support, labels, queries)
+        shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+        other = head(support[:, shuffled], labels[shuffled], queries)
+        monkeypatch.setattr("lr_ray.fewshot.methods.caml._TOKENS_AT_ONCE", 30)
+        in_parts = head(support, labels, queries)
+    assert found.shape == (2, 20, 4)
+    torch.testing.assert_close(other, found, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(in_parts, found, atol=1e-4, rtol=1e-4)
+
+
 def test_caml_is_the_same_twice_and_knows_no_order_of_ways() -> None:
     label = "caml:width=32,num_layers=1,num_steps=3"
     features, labels = caml_data()
@@ -164,7 +238,7 @@ def test_caml_is_the_same_twice_and_knows_no_order_of_ways() -> None:
 def test_caml_and_too_many_ways(label: str, message: str) -> None:
     features, labels = caml_data()
     with pytest.raises(EpisodeError, match=message):
-        head_of(label, fitted(label, features, labels))(torch.randn(1, 6, 1, 16), torch.randn(1, 2, 16))
+        head_of(label, fitted(label, features, labels))(torch.randn(1, 6, 16), torch.arange(6), torch.randn(1, 2, 16))
 
 
 def test_easyfsl_is_an_extra(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,15 +257,16 @@ def test_easyfsl_is_an_extra(monkeypatch: pytest.MonkeyPatch) -> None:
         known_methods.cache_clear()
 
 
+@pytest.mark.parametrize("draw", [episodes, uneven])
 @pytest.mark.parametrize("name", ["bd-cspn", "tim", "pt-map"])
-def test_heads_of_easyfsl_are_its_own(name: str) -> None:
+def test_heads_of_easyfsl_are_its_own(name: str, draw: Callable[[float], tuple[Tensor, ...]]) -> None:
     classes: dict[str, Any] = {"bd-cspn": easyfsl.methods.BDCSPN, "tim": easyfsl.methods.TIM}
-    support, queries, _ = episodes(0.8)
-    found = head_of(name)(support, queries)
+    support, labels, queries, _ = draw(0.8)
+    found = head_of(name)(support, labels, queries)
     build = classes.get(name, lambda: easyfsl.methods.PTMAP(feature_normalization=2.0))
     for index in range(len(support)):
         classifier = build()
-        classifier.process_support_set(support[index].flatten(0, 1).clone(), torch.arange(4).repeat_interleave(2))
+        classifier.process_support_set(support[index].clone(), labels)
         torch.testing.assert_close(found[index], classifier(queries[index].clone()).detach())
 
 

@@ -99,6 +99,15 @@ def test_nn_stands_beside_only_where_the_same_was_measured() -> None:
     assert "58.15" not in model_card(manifest(), rows)
 
 
+def test_a_varying_shape_is_a_line_too() -> None:
+    varying = {"shape": "varying-way varying-shot"} | dict.fromkeys(("n_way", "n_shot", "n_query"))
+    rows = [row("nn", 1, 58.15), row("nn", 1, 40.25) | varying, row("recycle", 1, 50.5) | varying]
+    card = model_card(manifest(), rows)
+    assert "| `glyphs[greek/*]` | varying-way varying-shot | 600 | 50.50 ± 0.90 | 40.25 ± 0.90 |" in card
+    (result,) = ModelCard(card).data.eval_results
+    assert (result.task_name, result.dataset_config) == ("varying-way varying-shot classification", "varying-way varying-shot")
+
+
 def test_an_oracle_tells_its_own_accuracy_and_real_images() -> None:
     card = model_card(manifest(kind="oracle", adapters=[]), ROWS)
     assert "85.41" in section(card, "Accuracy")

@@ -103,6 +103,15 @@ def test_the_class_that_gains_most_is_on_top(drawn: list[Figure]):
     assert widths == [50.0, 50.0, 50.0, 80.0, 55.0, 40.0]
 
 
+def test_chance_is_that_of_the_shape(drawn: list[Figure]):
+    varying = {"shape": "varying-way varying-shot", "chance": 7.25} | dict.fromkeys(("n_way", "n_shot"))
+    per_class_bars([row("nn") | varying, row("recycle", 1)])
+    per_class_bars([row("nn")])
+    lines: list[Any] = [figure.axes[0].lines[0] for figure in drawn]
+    assert [line.get_xdata()[0] for line in lines] == [7.25, 20.0]
+    assert len(drawn[0].axes[0].patches) == len(drawn[1].axes[0].patches)
+
+
 def test_without_recycle_classes_go_by_the_accuracy_of_the_last(drawn: list[Figure]):
     per_class_bars([row("nn", per_class={"a": 10.0, "b": 20.0}), row("other", per_class={"c": 1.0})])
     assert ticks_of(drawn[0].axes[0]) == ["b", "a"]

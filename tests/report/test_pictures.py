@@ -181,6 +181,14 @@ def test_accuracy_bars_have_a_panel_a_shape():
     assert two == (2 * one[0], one[1])
 
 
+def test_a_varying_shape_has_a_panel_too():
+    varying = {"shape": "varying-way varying-shot (ways 5-20, max_query 5, max_support 200)", "n_way": None, "n_shot": None}
+    bars = [accuracy_bars([row("nn"), row("nn") | varying | {"chance": chance}]) for chance in (5.0, 9.0)]
+    assert opened(bars[0]).size[0] == 2 * opened(accuracy_bars([row("nn")])).size[0]
+    assert bars[0] != bars[1]
+    opened(grid_bars([summary_row("recycle", "nn", 60.0), summary_row("recycle", "nn", 60.0) | varying]))
+
+
 def test_accuracy_bars_differ_with_the_accuracy():
     assert accuracy_bars([row("nn", accuracy=60)]) != accuracy_bars([row("nn", accuracy=61)])
 

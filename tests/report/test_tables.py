@@ -64,6 +64,9 @@ def text_of(rows: list[dict[str, Any]], width: int = 100) -> str:
     return printed
 
 
+VARYING = {"shape": "varying-way varying-shot", "mean_way": 21.5, "chance": 7.3} | dict.fromkeys(("n_way", "n_shot", "n_query"))
+
+
 def cells_of(line: str) -> list[str]:
     """Of a line of Markdown, by GitHub's rule: a bar that is not escaped ends a cell."""
     return [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
@@ -94,6 +97,22 @@ def test_difference_and_costs_are_those_of_the_first_shape():
     assert "of 5-way 5-shot" in as_markdown(results_table(rows))
     lacking = markdown_lines([*OURS, row("nn", 5, **against(-7.0, 0.01))])["nn"]
     assert lacking == ["", "60.00 ± 0.90", "", "", "", "", ""]
+
+
+def test_a_varying_shape_is_a_column_too():
+    rows = [*ROWS, row("nn", accuracy=40.0) | VARYING]
+    lines = markdown_lines(rows)
+    assert lines["method"][:4] == ["5-way 1-shot", "5-way 5-shot", "varying-way varying-shot", "difference"]
+    assert lines["nn"][2:4] == ["40.00 ± 0.90", "−11.50 ± 0.40"]
+    assert lines["**recycle**"][2] == ""
+    assert "varying-way varying-shot & difference" in as_latex(results_table(rows))
+    assert "<th scope=col>varying-way varying-shot</th>" in as_html(results_table(rows))
+    assert [found["shape"] for found in csv.DictReader(io.StringIO(as_csv(rows)))] == ["", "", "", "", VARYING["shape"]]
+    printed = text_of(rows)
+    assert {"varying-way", "varying-shot", "40.00 ± 0.90"} <= {cell.strip() for cell in re.split("[┃│\n]", printed)}
+    assert max(map(len, printed.splitlines())) < 90
+    alone = [row("nn", accuracy=40.0) | VARYING, row("recycle", accuracy=50.0) | VARYING]
+    assert "those of varying-way varying-shot." in as_markdown(results_table(alone))
 
 
 @pytest.mark.parametrize(("p_value", "marked"), [(0.049, False), (0.05, True), (0.9, True), (None, False)])

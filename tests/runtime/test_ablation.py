@@ -180,3 +180,11 @@ def test_the_summary_is_the_mean_over_seeds_and_its_interval():
     assert found["seeds"] == {"0": 50.0, "1": 53.0}
     assert (found["accuracy"], found["lowest"], found["highest"]) == (51.5, 50.0, 53.0)
     assert found["ci95"] == 0.5  # sqrt(0.36 + 0.64) / 2
+
+
+def test_the_summary_keeps_shapes_apart():
+    row = {"cell": "a", "method": "nn", "dataset": "d", "seed": 0, "episodes": 600, "accuracy": 50.0, "ci95": 0.6}
+    varying = [{"n_way": None, "n_shot": None, "shape": f"varying-way varying-shot{more}"} for more in ("", " (ways 5-9)")]
+    shapes = [{"n_way": 5, "n_shot": 1}, *varying]
+    found = summarise([{**row, **shape} for shape in shapes])
+    assert [{key: entry[key] for key in ("n_way", "n_shot", "shape") if key in entry} for entry in found] == shapes

@@ -13,6 +13,7 @@ import torch
 from lr_ray.config import ExperimentConfig
 from lr_ray.data.load import load_data
 from lr_ray.errors import AdapterError, ConfigError, EpisodeError, StorageError
+from lr_ray.fewshot.protocol import VaryingShape
 from lr_ray.runtime.evaluation import evaluate_methods
 from lr_ray.runtime.experiment import run_experiment
 from lr_ray.vit.backbone import load_backbone
@@ -167,6 +168,47 @@ def test_a_stranger_meets_the_same_episodes(tiny_experiment: ExperimentConfig) -
         assert row["per_class"][name] == pytest.approx(100 * sum(found) / len(found), abs=2)
 
 
+def test_ways_and_shots_may_vary(tiny_experiment: ExperimentConfig, meta_lora: str) -> None:
+    """Beside a fixed shape, which is as it would be alone; from the files alone a stranger gets the row."""
+    varying = VaryingShape(ways=(2, 50), max_support=60)
+    shapes = (*tiny_experiment.evaluation.shapes, varying)
+    methods = ("nn", "recycle", "linear-probe", "caml:num_steps=2,width=8,num_layers=1,n_way=3,max_way=4")
+    alone = measure(tiny_experiment, "recycle", "nn")
+    rows = measure(tiny_experiment, *methods, shapes=shapes)
+    assert [row["method"] for row in rows[::2]] == list(methods)
+    assert [rows[2], rows[0]] == alone
+    nn, recycle, probe, _ = rows[1::2]
+    assert nn["shape"] == "varying-way varying-shot (ways 2-50, max_support 60)"
+    assert (nn["n_way"], nn["n_shot"], nn["n_query"], nn["episodes"]) == (None, None, None, 20)
+
+    root = Path(tiny_experiment.output_root, "evaluation")
+    (path,) = root.glob("episodes-varying-way-varying-shot-ways-2-50-max-support-60-*.parquet")
+    episodes = [pq.read_table(path, filters=[("episode", "=", number)]).to_pylist() for number in range(20)]
+    ways = [max(image["way"] for image in episode) + 1 for episode in episodes]
+    shots = [
+        sum(image["role"] == "support" for image in episode) / n_way for episode, n_way in zip(episodes, ways, strict=True)
+    ]
+    assert set(ways) == {2, 3, 4}
+    assert nn["mean_way"] == pytest.approx(sum(ways) / 20, abs=0.006)
+    assert nn["mean_shot"] == pytest.approx(sum(shots) / 20, abs=0.006)
+    assert nn["chance"] == pytest.approx(100 * sum(1 / n_way for n_way in ways) / 20, abs=0.006)
+    assert probe["trained_parameters"] == round(193 * sum(ways) / 20)
+    images = sum(map(len, episodes)) / 20
+    assert nn["gflops_per_episode"] == pytest.approx(rows[0]["gflops_per_episode"] * images / 18, rel=0.02)
+
+    (predictions,) = root.glob("nn-varying-*.parquet")
+    accuracies = []
+    for episode, predicted in zip(episodes, pq.read_table(predictions)["predicted"].to_pylist(), strict=True):
+        truth = [image["way"] for image in episode if image["role"] == "query"]
+        accuracies.append(sum(map(int.__eq__, truth, predicted)) / len(truth))
+    assert nn["accuracy"] == pytest.approx(100 * sum(accuracies) / 20, abs=0.006)
+    assert nn["difference"] == pytest.approx(nn["accuracy"] - recycle["accuracy"], abs=0.011)
+
+    before = snapshot(tiny_experiment.output_root)
+    assert measure(tiny_experiment, *methods, shapes=shapes) == rows
+    assert snapshot(tiny_experiment.output_root) == before
+
+
 def test_errors_come_before_the_work(tiny_experiment: ExperimentConfig) -> None:
     shape = tiny_experiment.evaluation.shapes[0].model_copy(update={"n_way": 9})
     without = changed(tiny_experiment, data={"tune": None})
@@ -181,4 +223,6 @@ def test_errors_come_before_the_work(tiny_experiment: ExperimentConfig) -> None:
             call()
     with pytest.raises(EpisodeError, match="9-way episodes: the data have 4 classes"):
         measure(tiny_experiment, "nn", shapes=(shape,))
+    with pytest.raises(EpisodeError, match="episodes of 5 and more ways: the data have 4 classes; lower ways or give more"):
+        measure(tiny_experiment, "nn", shapes=(VaryingShape(),))
     assert not Path(tiny_experiment.output_root).exists()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lr_ray.errors import StorageError
-from lr_ray.fewshot.episodes import EpisodeShape
+from lr_ray.fewshot.protocol import DrawnEpisode, layout_of
 from lr_ray.storage.measurements import (
     file_name,
     read_predictions,
@@ -17,8 +17,6 @@ from lr_ray.storage.measurements import (
     write_predictions,
     write_tensors,
 )
-
-SHAPE = EpisodeShape(n_way=2, n_shot=1, n_query=2)
 
 
 def test_a_name_is_one_for_any_file_system() -> None:
@@ -29,7 +27,7 @@ def test_a_name_is_one_for_any_file_system() -> None:
 def test_predictions(tmp_path: Path) -> None:
     uri, predicted = str(tmp_path / "p.parquet"), np.array([[[0, 1], [1, 1]], [[1, 0], [0, 1]], [[0, 0], [1, 0]]])
     write_predictions(uri, predicted, np.array([0.5, 1.0, 2.0]), {"trained_parameters": 7})
-    found, seconds, facts = read_predictions(uri, SHAPE)
+    found, seconds, facts = read_predictions(uri, [(2, 2)] * 3)
     assert np.array_equal(found, predicted)
     assert seconds.tolist() == [0.5, 1.0, 2.0]
     assert facts == {"trained_parameters": 7}
@@ -40,14 +38,22 @@ def test_damaged_predictions(tmp_path: Path, damage: bytes) -> None:
     path = tmp_path / "p.parquet"
     path.write_bytes(damage)
     with pytest.raises(StorageError, match=r"predictions .*p.parquet: damaged .*; delete the file and run again"):
-        read_predictions(str(path), SHAPE)
+        read_predictions(str(path), [(2, 2)])
 
 
-def test_predictions_of_another_shape(tmp_path: Path) -> None:
+def test_predictions_of_episodes_that_differ(tmp_path: Path) -> None:
+    uri, predicted = str(tmp_path / "p.parquet"), [np.array([[0, 1]] * 2), np.array([[2], [1], [0]])]
+    write_predictions(uri, predicted, np.ones(2), {})
+    found, _, _ = read_predictions(uri, [(2, 2), (3, 1)])
+    assert [ways.tolist() for ways in found] == [ways.tolist() for ways in predicted]
+
+
+@pytest.mark.parametrize("sizes", [[(3, 2)], [], [(2, 2)] * 2], ids=["ways", "none", "too many"])
+def test_predictions_of_other_episodes(tmp_path: Path, sizes: list[tuple[int, int]]) -> None:
     uri = str(tmp_path / "p.parquet")
     write_predictions(uri, np.zeros((1, 2, 2)), np.ones(1), {})
     with pytest.raises(StorageError, match="damaged"):
-        read_predictions(uri, EpisodeShape(n_way=3, n_shot=1, n_query=2))
+        read_predictions(uri, sizes)
 
 
 def test_tensors_and_their_facts(tmp_path: Path) -> None:
@@ -63,12 +69,14 @@ def test_tensors_and_their_facts(tmp_path: Path) -> None:
 
 def test_episodes_name_every_image_for_other_programs(tmp_path: Path) -> None:
     labels = np.array([0, 0, 0, 1, 1, 1])
-    episodes = np.array([[[0, 1, 2], [3, 4, 5]], [[5, 3, 4], [1, 0, 2]]])
+    images = np.array([[0, 1, 2, 3, 4, 5], [5, 3, 4, 1, 0, 2]])
+    ways, is_query = layout_of(np.array([1, 1]), 2)
+    episodes = [DrawnEpisode(images=found, ways=ways, is_query=is_query) for found in images]
     uri = str(tmp_path / "e.parquet")
-    write_episodes(uri, episodes, labels, ("cat", "dog"), lambda image: f"{image}.png", SHAPE.n_shot)
+    write_episodes(uri, episodes, labels, ("cat", "dog"), lambda image: f"{image}.png")
     rows = pq.read_table(uri).to_pylist()
     assert len(rows) == 12
     assert rows[0] == {"episode": 0, "way": 0, "class_name": "cat", "role": "support", "image": 0, "source": "0.png"}
     assert rows[4] == {"episode": 0, "way": 1, "class_name": "dog", "role": "query", "image": 4, "source": "4.png"}
     assert rows[6] == {"episode": 1, "way": 0, "class_name": "dog", "role": "support", "image": 5, "source": "5.png"}
-    assert [row["image"] for row in rows] == episodes.ravel().tolist()
+    assert [row["image"] for row in rows] == images.ravel().tolist()

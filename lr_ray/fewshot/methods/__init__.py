@@ -29,8 +29,9 @@ Ingredient = Literal["adapters", "meta_lora", "joint", "oracle", "tune"]
 """What a method may need besides the backbone; `tune`: real labelled images of other classes."""
 Embed = Callable[[Tensor], Tensor]
 """(B, 3, H, W) uint8 → (B, D) features."""
-Head = Callable[[Tensor, Tensor], Tensor]
-"""Of E episodes at once: (E, N, K, D) support features, (E, M, D) of queries → (E, M, N) scores, the highest wins."""
+Head = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Of E episodes at once: (E, S, D) support features, their (S,) ways in [0, N), way by way and each at least once, the same in
+all of them, (E, M, D) features of queries → (E, M, N) scores, the highest wins."""
 ENTRY_POINTS = "lr_ray.methods"
 
 

@@ -48,14 +48,13 @@ def balanced_affinities(features: Tensor, *, regularisation: float, num_iteratio
 
 
 def _head(settings: BPASettings) -> Head:
-    def score(support: Tensor, queries: Tensor) -> Tensor:
-        n_way, n_shot = support.shape[1:3]
-        together = torch.cat([support.flatten(1, 2), queries], dim=1)
+    def score(support: Tensor, labels: Tensor, queries: Tensor) -> Tensor:
+        together = torch.cat([support, queries], dim=1)
         transformed = balanced_affinities(
             together, regularisation=settings.regularisation, num_iterations=settings.num_iterations
         )
-        of_support, of_queries = transformed.split([n_way * n_shot, queries.shape[1]], dim=1)
-        return nearest_centre(of_support.unflatten(1, (n_way, n_shot)), of_queries)
+        of_support, of_queries = transformed.split([support.shape[1], queries.shape[1]], dim=1)
+        return nearest_centre(of_support, labels, of_queries)
 
     return score
 

@@ -13,7 +13,8 @@ from lr_ray.fewshot.methods import FeatureMethod, Head
 from lr_ray.fewshot.methods.features import BACKBONE, FeaturesName
 from lr_ray.section import Section
 
-_SEQUENCES_AT_ONCE = 512
+_TOKENS_AT_ONCE = 20_000
+"""Of the sequences, one a query, that the encoder reads together: with 500 support images 300 MB."""
 _QUERIES = 5
 _SHOTS = (1, 5)
 
@@ -63,14 +64,12 @@ class SequenceModel(nn.Module):
         self.encoder = nn.TransformerEncoder(layer, settings.num_layers, enable_nested_tensor=False)
         self.read = nn.Linear(settings.width, ways)
 
-    def forward(self, support: Tensor, queries: Tensor) -> Tensor:
-        """(N, K, D) and (M, D), of unit length → (M, N)."""
-        n_way, n_shot, _ = support.shape
-        labels = self.elmes[:n_way].repeat_interleave(n_shot, dim=0)
-        context = torch.cat([support.flatten(0, 1), labels], dim=1).expand(len(queries), -1, -1)
+    def forward(self, support: Tensor, labels: Tensor, queries: Tensor) -> Tensor:
+        """(S, D) and (M, D), of unit length, and the (S,) ways of the former → (M, N)."""
+        context = torch.cat([support, self.elmes[labels]], dim=1).expand(len(queries), -1, -1)
         asked = torch.cat([queries, self.unknown.expand(len(queries), -1)], dim=1)[:, None]
         tokens = self.encoder(self.project(torch.cat([asked, context], dim=1)))
-        scores: Tensor = self.read(tokens[:, 0]) @ self.elmes[:n_way].T
+        scores: Tensor = self.read(tokens[:, 0]) @ self.elmes[: int(labels.max()) + 1].T
         return scores
 
 
@@ -97,7 +96,8 @@ def _fit(settings: CAMLSettings, features: Tensor, labels: Tensor, seed: int) ->
         n_shot = int(rng.integers(_SHOTS[0], _SHOTS[1] + 1))
         chosen = [members[c] for c in rng.choice(len(members), settings.n_way, replace=False)]
         picks = torch.stack([found[torch.from_numpy(rng.permutation(len(found))[: n_shot + _QUERIES])] for found in chosen])
-        scores = model(directions[picks[:, :n_shot]], directions[picks[:, n_shot:].flatten()])
+        ways = torch.arange(settings.n_way).repeat_interleave(n_shot)
+        scores = model(directions[picks[:, :n_shot].flatten()], ways, directions[picks[:, n_shot:].flatten()])
         loss = F.cross_entropy(scores, wanted)
         optimizer.zero_grad()
         loss.backward()
@@ -110,12 +110,13 @@ def _head(settings: CAMLSettings, trained: Mapping[str, Tensor]) -> Head:
     model.load_state_dict(dict(trained))
     model.eval()
 
-    def score(support: Tensor, queries: Tensor) -> Tensor:
-        if support.shape[1] > settings.max_way:
-            raise EpisodeError(f"caml: episodes of {support.shape[1]} ways, but its max_way is {settings.max_way}; raise it")
+    def score(support: Tensor, labels: Tensor, queries: Tensor) -> Tensor:
+        n_way, at_once = int(labels.max()) + 1, max(1, _TOKENS_AT_ONCE // (len(labels) + 1))
+        if n_way > settings.max_way:
+            raise EpisodeError(f"caml: episodes of {n_way} ways, but its max_way is {settings.max_way}; raise it")
         scores = []
         for of_support, of_queries in zip(F.normalize(support, dim=-1), F.normalize(queries, dim=-1), strict=True):
-            scores.append(torch.cat([model(of_support, part) for part in of_queries.split(_SEQUENCES_AT_ONCE)]))
+            scores.append(torch.cat([model(of_support, labels, part) for part in of_queries.split(at_once)]))
         return torch.stack(scores)
 
     return score

@@ -34,14 +34,12 @@ def _head(name: str) -> Head:
     build: Callable[..., Any] = getattr(methods, name)
     unit = {"feature_normalization": 2.0} if name == "PTMAP" else {}  # else its transport plan underflows to zeros
 
-    def score(support: Tensor, queries: Tensor) -> Tensor:
-        n_way, n_shot = support.shape[1:3]
-        labels = torch.arange(n_way).repeat_interleave(n_shot)
+    def score(support: Tensor, labels: Tensor, queries: Tensor) -> Tensor:
         scores = []
         with torch.inference_mode(mode=False), torch.enable_grad():  # some of them learn
             for of_support, of_queries in zip(support.clone(), queries.clone(), strict=True):
                 classifier = build(**unit)
-                classifier.process_support_set(of_support.flatten(0, 1), labels)
+                classifier.process_support_set(of_support, labels)
                 scores.append(classifier(of_queries).detach())
         return torch.stack(scores)
 

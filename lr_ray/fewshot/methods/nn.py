@@ -4,12 +4,12 @@ from torch import Tensor
 
 from lr_ray.fewshot.methods import FeatureMethod
 from lr_ray.fewshot.methods.features import BACKBONE
-from lr_ray.fewshot.protonet import prototype_logits
+from lr_ray.fewshot.protonet import centres_of_ways, prototype_logits
 
 
-def nearest_centre(support: Tensor, queries: Tensor) -> Tensor:
-    """Minus the Euclidean distance to the mean of each class: (E, N, K, D), (E, M, D) → (E, M, N)."""
-    return prototype_logits(queries, support.mean(dim=-2))
+def nearest_centre(support: Tensor, labels: Tensor, queries: Tensor) -> Tensor:
+    """Minus the Euclidean distance to the mean of each way: (E, S, D), (S,), (E, M, D) → (E, M, N)."""
+    return prototype_logits(queries, centres_of_ways(support, labels))
 
 
 METHOD = FeatureMethod(

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from lr_ray.fewshot.methods import FeatureMethod
 from lr_ray.fewshot.methods.features import BACKBONE, FeaturesName
-from lr_ray.fewshot.protonet import prototype_logits
+from lr_ray.fewshot.protonet import centres_of_ways, prototype_logits
 from lr_ray.section import Section
 
 
@@ -15,9 +15,9 @@ class NNCosineSettings(Section):
     """What they are of."""
 
 
-def nearest_direction(support: Tensor, queries: Tensor) -> Tensor:
-    """Cosine of the angle to the mean of each class: (E, N, K, D), (E, M, D) → (E, M, N)."""
-    return prototype_logits(queries, support.mean(dim=-2), distance="cosine")
+def nearest_direction(support: Tensor, labels: Tensor, queries: Tensor) -> Tensor:
+    """Cosine of the angle to the mean of each way: (E, S, D), (S,), (E, M, D) → (E, M, N)."""
+    return prototype_logits(queries, centres_of_ways(support, labels), distance="cosine")
 
 
 METHOD = FeatureMethod(
