@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,9 +14,9 @@ from lr_ray.config import ExperimentConfig
 from lr_ray.data.images import LabelledImages
 from lr_ray.data.load import load_data
 from lr_ray.errors import LrRayError
-from lr_ray.fewshot.episodes import draw_test_episodes
+from lr_ray.fewshot.episodes import EpisodeShape, draw_test_episodes
 from lr_ray.fewshot.evaluate import is_right, predict
-from lr_ray.fewshot.methods import FeatureMethod, MethodInputs, TunedMethod, find_method
+from lr_ray.fewshot.methods import FeatureMethod, FewShotTask, MethodInputs, TunedMethod, find_method
 from lr_ray.fewshot.methods.features import embedder
 from lr_ray.report.card import complete_card
 from lr_ray.report.charts import EpisodeFeatures
@@ -224,18 +224,40 @@ def _predict_by_tuning(
     assert isinstance(chosen.method, TunedMethod)
     backbone = load_backbone(config.backbone, device=worker_device(config.ray))
     begin_peak_memory(backbone.device)
-    predicted, seconds = [], []
+    predicted: list[np.ndarray] = []
+    seconds: list[float] = []
     with chosen.method.adapt(_inputs(config, backbone), chosen.settings) as adapt:
-        for index, episode in enumerate(episodes, start=task.start):
-            images = data.pixels(episode.ravel(), backbone.image_px).unflatten(0, episode.shape)
-            support, queries = images[:, : shape.n_shot], images[:, shape.n_shot :].flatten(0, 1)
+        drawn = (_task_of(episode, data, shape, backbone.image_px) for episode in episodes)
+        for together in _alike(drawn, chosen.method.at_once(chosen.settings)):
+            first = config.seed * 1_000_003 + task.start + len(predicted)
             began = time.perf_counter()
-            adaptation = adapt(support, queries, config.seed * 1_000_003 + index)
-            ways = adaptation.scores.argmax(dim=-1).cpu()  # a GPU is done only now
-            seconds.append(time.perf_counter() - began)
-            predicted.append(ways.numpy().reshape(shape.n_way, shape.n_query))
+            adaptations = adapt(together, range(first, first + len(together)))
+            ways = [adaptation.scores.argmax(dim=-1).cpu().numpy() for adaptation in adaptations]  # a GPU is done only now
+            seconds += [(time.perf_counter() - began) / len(together)] * len(together)
+            predicted += [of_episode.reshape(shape.n_way, shape.n_query) for of_episode in ways]
         peak = peak_memory_mib(backbone.device)
-        facts = {"peak_memory_mib": peak, "trained_parameters": adaptation.num_trained}
+        facts = {"peak_memory_mib": peak, "trained_parameters": adaptations[0].num_trained}
         if task.start == 0:
-            facts["flops"] = count_flops(lambda: adapt(support, queries, 0))
+            facts["flops"] = count_flops(lambda: adapt(together[:1], [0]))
     return np.stack(predicted), np.array(seconds), facts
+
+
+def _task_of(episode: np.ndarray, data: LabelledImages, shape: EpisodeShape, image_px: int) -> FewShotTask:
+    """Of (N, K + Q) positions of images."""
+    images = data.pixels(episode.ravel(), image_px).unflatten(0, episode.shape)
+    return FewShotTask(
+        support=images[:, : shape.n_shot].flatten(0, 1),
+        labels=torch.arange(shape.n_way).repeat_interleave(shape.n_shot),
+        queries=images[:, shape.n_shot :].flatten(0, 1),
+    )
+
+
+def _alike(tasks: Iterable[FewShotTask], at_once: int) -> Iterator[list[FewShotTask]]:
+    """Successive tasks that one call may take, at most so many."""
+    together: list[FewShotTask] = []
+    for task in tasks:
+        if together and (len(together) == at_once or not task.is_like(together[0])):
+            yield together
+            together = []
+        together.append(task)
+    yield together

@@ -78,7 +78,7 @@ def test_nn_is_the_prototypical_evaluation_of_easyfsl_to_the_digit() -> None:
 @pytest.mark.parametrize("c", [0.1, 1.0, 10.0])
 def test_the_linear_probe_is_scikit_learns_logistic_regression(c: float) -> None:
     support, queries, _ = episodes(1.0, n_shot=3)
-    weights, bias = logistic_regression(F.normalize(support, dim=-1), c)
+    weights, bias = logistic_regression(F.normalize(support.flatten(1, 2), dim=-1), torch.arange(4).repeat_interleave(3), c)
     scores = head_of(f"linear-probe:c={c}")(support, queries)
     for index in range(len(support)):
         expected = LogisticRegression(C=c, tol=1e-8, max_iter=5000)

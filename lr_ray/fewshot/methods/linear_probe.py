@@ -24,20 +24,19 @@ class LinearProbeSettings(Section):
     """Of scikit-learn's LogisticRegression: the weight of the support set against that of the regularisation."""
 
 
-def logistic_regression(support: Tensor, c: float) -> tuple[Tensor, Tensor]:
+def logistic_regression(inputs: Tensor, labels: Tensor, c: float) -> tuple[Tensor, Tensor]:
     """The minimum of C · Σ cross-entropy + ‖W‖²/2, the bias b free, of many episodes at once.
 
     Args:
-        support: (E, N, K, D) of unit length.
+        inputs: (E, S, D) of unit length.
+        labels: (S,) classes in [0, N) of every episode.
 
     Returns:
         W (E, N, D) and b (E, N).
     """
-    n_way, n_shot = support.shape[1:3]
-    inputs = support.flatten(1, 2)
-    count = n_way * n_shot
-    gram = inputs @ inputs.transpose(-2, -1)  # W = A·X throughout, so all steps are taken on A (E, N, N·K)
-    wanted = torch.eye(n_way, dtype=inputs.dtype).repeat_interleave(n_shot, dim=1)
+    wanted = F.one_hot(labels).T.to(inputs)
+    n_way, count = wanted.shape
+    gram = inputs @ inputs.transpose(-2, -1)  # W = A·X throughout, so all steps are taken on A (E, N, S)
     decay = 1 / (c * count)
     step = 1 / (1 + decay)  # the Hessian is at most half of ‖(x, 1)‖² = 2, plus the decay
     factors = ahead = torch.zeros(len(inputs), n_way, count, dtype=inputs.dtype)
@@ -55,7 +54,9 @@ def linear_head(c: float) -> Head:
     """Scores of logistic regressions that are fitted to each episode."""
 
     def score(support: Tensor, queries: Tensor) -> Tensor:
-        weights, bias = logistic_regression(F.normalize(support, dim=-1), c)
+        n_way, n_shot = support.shape[1:3]
+        labels = torch.arange(n_way).repeat_interleave(n_shot)
+        weights, bias = logistic_regression(F.normalize(support.flatten(1, 2), dim=-1), labels, c)
         return F.normalize(queries, dim=-1) @ weights.transpose(-2, -1) + bias[:, None]
 
     return score
