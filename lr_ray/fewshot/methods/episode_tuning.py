@@ -11,11 +11,16 @@ from torch import Tensor, nn
 
 from lr_ray.fewshot.methods import Adapt, Adaptation, Embed, FewShotTask
 from lr_ray.fewshot.methods.linear_probe import logistic_regression
+from lr_ray.vit.backbone import Backbone
 
 OptimizerName = Literal["adam", "sgd"]
 HeadStart = Literal["probe", "zeros"]
 """Of a linear head: the logistic regression of `linear-probe` (C = 1) on the features before tuning, as Kumar et al.,
 Fine-Tuning can Distort Pretrained Features, ICLR 2022, arXiv 2202.10054, advise; or zeros."""
+
+_FLOATS_AT_ONCE = 50_000_000
+"""Of the tokens that enter the blocks, support images of all episodes together: as many as those of one 5-way 5-shot episode of
+a ViT-B/16 at 224 px; a step keeps about 16 times as many."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,8 +45,22 @@ def make_optimizer(name: OptimizerName, groups: list[dict[str, object]]) -> torc
 
 
 def episodes_at_once(_settings: object) -> int:
-    """Of the methods that leave the weights alone."""
+    """Of the methods that leave the weights alone; of large images `within_memory` takes fewer."""
     return 5
+
+
+def within_memory(backbone: Backbone, adapt: Adapt) -> Adapt:
+    """The same in as many parts as memory asks for."""
+    model = backbone.model
+    tokens = model.num_prefix_tokens + backbone.num_patches
+    floats_an_image = tokens * backbone.num_features * len(model.blocks)
+
+    def adapt_parts(tasks: Sequence[FewShotTask], seeds: Sequence[int]) -> list[Adaptation]:
+        size = max(1, _FLOATS_AT_ONCE // (len(tasks[0].support) * floats_an_image))
+        parts = range(0, len(tasks), size)
+        return [found for start in parts for found in adapt(tasks[start : start + size], seeds[start : start + size])]
+
+    return adapt_parts
 
 
 def one_by_one(adapt: Callable[[FewShotTask, int], Adaptation]) -> Adapt:
@@ -110,13 +129,6 @@ def _start_heads(features: Tensor, labels: Tensor, start: HeadStart) -> tuple[nn
     weight, bias = logistic_regression(F.normalize(features, dim=-1).cpu(), labels.cpu(), c=1.0)
     mean_length = features.norm(dim=-1).mean(dim=1)[:, None, None]
     return nn.Parameter(weight.to(features) / mean_length), nn.Parameter(bias.to(features))
-
-
-def means_by_label(features: Tensor, labels: Tensor) -> Tensor:
-    """(..., S, D) support features and their (S,) ways → (..., N, D) prototypes."""
-    members = F.one_hot(labels).T.to(features)
-    means: Tensor = members / members.sum(dim=1, keepdim=True) @ features
-    return means
 
 
 @contextmanager

@@ -10,7 +10,14 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from lr_ray.fewshot.methods import Adapt, Adaptation, FewShotTask, MethodInputs, TunedMethod
-from lr_ray.fewshot.methods.episode_tuning import HeadStart, Tuning, episodes_at_once, replaced, tune_with_linear_heads
+from lr_ray.fewshot.methods.episode_tuning import (
+    HeadStart,
+    Tuning,
+    episodes_at_once,
+    replaced,
+    tune_with_linear_heads,
+    within_memory,
+)
 from lr_ray.section import Section
 from lr_ray.vit.lora import LoRAConfig, LoRALinear, attach_lora, detach_lora, lora_modules
 
@@ -80,7 +87,7 @@ def _adapt(inputs: MethodInputs, settings: LoraLinearSettings) -> Iterator[Adapt
             done = tune_with_linear_heads(inputs.embed, tasks, weights, tuning)
         return [replace(found, num_trained=found.num_trained - masked) for found in done]
 
-    yield adapt
+    yield within_memory(inputs.backbone, adapt)
 
 
 METHOD = TunedMethod(

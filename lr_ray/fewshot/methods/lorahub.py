@@ -13,9 +13,9 @@ from pydantic import Field
 from torch import Tensor
 
 from lr_ray.fewshot.methods import Adapt, Adaptation, FewShotTask, MethodInputs, TunedMethod
-from lr_ray.fewshot.methods.episode_tuning import means_by_label, one_by_one
+from lr_ray.fewshot.methods.episode_tuning import one_by_one
 from lr_ray.fewshot.methods.stacked_loras import StackedLoRAs, stack_loras
-from lr_ray.fewshot.protonet import prototype_logits
+from lr_ray.fewshot.protonet import centres_of_ways, prototype_logits
 from lr_ray.section import Section
 from lr_ray.vit.augment import AugmentationConfig, random_views
 from lr_ray.vit.lora import merged
@@ -80,7 +80,7 @@ def left_out_loss(support: Tensor, labels: Tensor, views: Tensor) -> float:
         views: (V, D) other views of the images that are alone in their way, which are queries in their place.
     """
     n_shot, alone = labels.bincount()[labels], is_alone(labels)
-    centres = means_by_label(support, labels)
+    centres = centres_of_ways(support, labels)
     queries = support.index_put((alone,), views)
     logits = prototype_logits(queries, centres)
     without = (n_shot[:, None] * centres[labels] - support)[~alone] / (n_shot[~alone, None] - 1)
@@ -114,7 +114,7 @@ def _adapt(inputs: MethodInputs, settings: LorahubSettings) -> Iterator[Adapt]:
         weights = search(loss, count, settings, generator)
         with merged(model, compose(stacks, weights, settings.rank)):
             features, of_queries = inputs.embed(task.support), inputs.embed(task.queries)
-        return Adaptation(scores=prototype_logits(of_queries, means_by_label(features, labels)), num_trained=count)
+        return Adaptation(scores=prototype_logits(of_queries, centres_of_ways(features, labels)), num_trained=count)
 
     yield one_by_one(adapt)
 

@@ -13,7 +13,14 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from lr_ray.fewshot.methods import Adapt, Adaptation, FewShotTask, MethodInputs, TunedMethod
-from lr_ray.fewshot.methods.episode_tuning import HeadStart, Tuning, episodes_at_once, replaced, tune_with_linear_heads
+from lr_ray.fewshot.methods.episode_tuning import (
+    HeadStart,
+    Tuning,
+    episodes_at_once,
+    replaced,
+    tune_with_linear_heads,
+    within_memory,
+)
 from lr_ray.fewshot.methods.stacked_loras import StackedLoRAs, stack_loras
 from lr_ray.section import Section
 
@@ -89,7 +96,7 @@ def _adapt(inputs: MethodInputs, settings: MoleSettings) -> Iterator[Adapt]:
 
             return tune_with_linear_heads(inputs.embed, tasks, logits, tuning, penalty=penalty)
 
-    yield adapt
+    yield within_memory(inputs.backbone, adapt)
 
 
 METHOD = TunedMethod(

@@ -10,8 +10,8 @@ from pydantic import Field
 from torch import Tensor
 
 from lr_ray.fewshot.methods import Adapt, Adaptation, FewShotTask, MethodInputs, TunedMethod
-from lr_ray.fewshot.methods.episode_tuning import make_optimizer, means_by_label, one_by_one, trainable_copies
-from lr_ray.fewshot.protonet import prototype_logits
+from lr_ray.fewshot.methods.episode_tuning import make_optimizer, one_by_one, trainable_copies
+from lr_ray.fewshot.protonet import centres_of_ways, prototype_logits
 from lr_ray.section import Section
 from lr_ray.vit.augment import AugmentationConfig, random_views
 from lr_ray.vit.lora import merged
@@ -37,7 +37,7 @@ def _adapt(inputs: MethodInputs, settings: PMFSettings) -> Iterator[Adapt]:
     model = inputs.backbone.model
 
     def scores(support: Tensor, labels: Tensor, queries: Tensor) -> Tensor:
-        return prototype_logits(queries, means_by_label(support, labels), distance="cosine", scale=_COSINE_SCALE)
+        return prototype_logits(queries, centres_of_ways(support, labels), distance="cosine", scale=_COSINE_SCALE)
 
     def adapt(task: FewShotTask, seed: int) -> Adaptation:
         generator = torch.Generator().manual_seed(seed)

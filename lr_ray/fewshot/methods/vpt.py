@@ -10,7 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from lr_ray.fewshot.methods import Adapt, Adaptation, FewShotTask, MethodInputs, TunedMethod
-from lr_ray.fewshot.methods.episode_tuning import HeadStart, Tuning, episodes_at_once, tune_with_linear_heads
+from lr_ray.fewshot.methods.episode_tuning import HeadStart, Tuning, episodes_at_once, tune_with_linear_heads, within_memory
 from lr_ray.section import Section
 from lr_ray.vit.backbone import autocast
 
@@ -89,7 +89,7 @@ def _adapt(inputs: MethodInputs, settings: VPTSettings) -> Iterator[Adapt]:
 
         return tune_with_linear_heads(embed, tasks, prompts, tuning)
 
-    yield adapt
+    yield within_memory(backbone, adapt)
 
 
 METHOD = TunedMethod(
