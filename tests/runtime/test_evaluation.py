@@ -2,18 +2,30 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 import torch
+import torch.nn.functional as F
 
 from lr_ray.config import ExperimentConfig
 from lr_ray.data.load import load_data
 from lr_ray.errors import AdapterError, ConfigError, EpisodeError, StorageError
-from lr_ray.runtime.evaluation import evaluate_methods
+from lr_ray.fewshot.methods import (
+    Adapt,
+    Adaptation,
+    FewShotTask,
+    MethodInputs,
+    NoSettings,
+    TunedMethod,
+    known_methods,
+)
+from lr_ray.runtime.evaluation import evaluate_methods, predict_episodes
+from lr_ray.runtime.evaluation_plan import EvaluationPlan
 from lr_ray.runtime.experiment import run_experiment
 from lr_ray.vit.backbone import load_backbone
 from lr_ray.vit.tokens import encode_pixels
@@ -83,6 +95,33 @@ def test_a_method_that_trains_on_episodes_goes_on_where_it_was_lost(tiny_experim
     assert again["accuracy"] == row["accuracy"]
     assert pq.read_table(second)["predicted"].to_pylist() == lost
     assert snapshot(str(root))[str(first)] == before[str(first)]
+
+
+def test_episodes_that_share_a_call(tiny_experiment: ExperimentConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[list[int]] = []
+
+    @contextmanager
+    def adapting(_inputs: MethodInputs, _settings: NoSettings) -> Iterator[Adapt]:
+        def adapt(tasks: Sequence[FewShotTask], seeds: Sequence[int]) -> list[Adaptation]:
+            calls.append(list(seeds))
+            ways = [torch.full((len(task.queries),), seed % 3) for task, seed in zip(tasks, seeds, strict=True)]
+            return [Adaptation(scores=F.one_hot(of_task, 3), num_trained=7) for of_task in ways]
+
+        yield adapt
+
+    mine = TunedMethod(name="mine", source="tests", adapt=adapting, at_once=lambda _settings: 2)
+    monkeypatch.setitem(known_methods(), "mine", mine)
+    config = changed(tiny_experiment, evaluation={"methods": ("mine",), "tuned_episodes": 8})
+    first, second = EvaluationPlan(config).measurements[0].tasks
+
+    predict_episodes(first)
+    predict_episodes(second)
+
+    seeds = range(config.seed * 1_000_003, config.seed * 1_000_003 + 8)
+    counted = [0]  # of the first piece, for its FLOPs
+    assert calls == [list(seeds[0:2]), list(seeds[2:4]), [seeds[4]], counted, list(seeds[5:7]), [seeds[7]]]
+    found = [ways for task in (first, second) for ways in pq.read_table(task.uri)["predicted"].to_pylist()]
+    assert [set(ways) for ways in found] == [{seed % 3} for seed in seeds]
 
 
 def test_a_row_tells_what_it_cost(tiny_experiment: ExperimentConfig) -> None:
