@@ -1,9 +1,10 @@
 """How many episodes a second are tuned when 1, 2, 5 or 10 of them share a forward pass, on one thread.
 
     python -m bench.tuned_episodes [--data shared/data/cifar-fs/val.parquet] [--image-px 70] [--rounds 1]
+        [--methods lora-linear ...] [--shots 1 5]
 
 Writes bench/results/tuned_episodes.json. Processor time, so that what else runs on the machine hardly counts; sizes take
-turns, and the quickest round of each counts.
+turns, and the quickest round of each counts. Peak memory is that of the process: of its first method alone it tells what a size takes.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,6 +29,7 @@ METHODS = ("lora-linear", "vpt", "vpt:deep", "mole")
 AT_ONCE = (1, 2, 5, 10)
 LEAST_EPISODES = 4
 NUM_ADAPTERS, RANK = 24, 4
+Row = dict[str, Any]
 RESULT = Path(__file__).parent / "results" / "tuned_episodes.json"
 
 
@@ -75,7 +78,7 @@ def tune(adapt: Adapt, tasks: Sequence[FewShotTask], at_once: int) -> tuple[torc
     return torch.stack(found), seconds, peak_memory_mib(torch.device("cpu"))
 
 
-def measure(label: str, inputs: MethodInputs, tasks: Sequence[FewShotTask], rounds: int) -> list[dict[str, object]]:
+def measure(label: str, inputs: MethodInputs, tasks: Sequence[FewShotTask], rounds: int) -> list[Row]:
     """A row a size of call."""
     chosen = find_method(label)
     assert isinstance(chosen.method, TunedMethod)
@@ -89,6 +92,7 @@ def measure(label: str, inputs: MethodInputs, tasks: Sequence[FewShotTask], roun
     return [
         {
             "method": label,
+            "image_px": inputs.backbone.image_px,
             "precision": inputs.precision,
             "n_shot": len(tasks[0].labels) // 5,
             "at_once": size,
@@ -101,12 +105,21 @@ def measure(label: str, inputs: MethodInputs, tasks: Sequence[FewShotTask], roun
     ]
 
 
+def keep(rows: list[Row]) -> None:
+    """Beside those of other methods and shots."""
+    measured = {(row["method"], row["n_shot"]) for row in rows}
+    known = json.loads(RESULT.read_text())["rows"] if RESULT.exists() else []
+    others = [row for row in known if (row["method"], row["n_shot"]) not in measured]
+    RESULT.write_text(json.dumps({"threads": 1, "rows": others + rows, "versions": versions()}, indent=2) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--data", default="shared/data/cifar-fs/val.parquet")
     parser.add_argument("--image-px", type=int, default=70)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--methods", nargs="+", default=METHODS)
+    parser.add_argument("--shots", nargs="+", type=int, default=(1, 5))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     backbone = load_backbone(BackboneConfig(name="embedded", image_px=arguments.image_px))
@@ -119,15 +132,12 @@ def main() -> None:
         joint=lambda: adapters[0],
         oracle=lambda: adapters[0],
     )
-    rows = []
-    for n_shot in (1, 5):
+    for n_shot in arguments.shots:
         tasks = draw_tasks(arguments.data, EpisodeShape(n_shot=n_shot), arguments.image_px)
         for label in arguments.methods:
-            for row in measure(label, inputs, tasks, arguments.rounds):
-                rows.append(row)
-                print(row, flush=True)
-    result = {"image_px": arguments.image_px, "threads": 1, "rows": rows, "versions": versions()}
-    RESULT.write_text(json.dumps(result, indent=2) + "\n")
+            rows = measure(label, inputs, tasks, arguments.rounds)
+            print(*rows, sep="\n", flush=True)
+            keep(rows)
 
 
 if __name__ == "__main__":
