@@ -4,7 +4,8 @@
         [--methods lora-linear ...] [--shots 1 5]
 
 Writes bench/results/tuned_episodes.json. Processor time, so that what else runs on the machine hardly counts; sizes take
-turns, and the quickest round of each counts. Peak memory is that of the process: of its first method alone it tells what a size takes.
+turns, and the quickest round of each counts. Peak memory is that of the process: it tells what a size takes of the first
+method alone.
 """
 
 import argparse
