@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,7 @@ from lr_ray.data.load import load_data
 from lr_ray.errors import LrRayError
 from lr_ray.fewshot.episodes import EpisodeShape
 from lr_ray.fewshot.evaluate import is_right, predict_each
-from lr_ray.fewshot.methods import Adapt, Adaptation, FeatureMethod, MethodInputs, TunedMethod, find_method
+from lr_ray.fewshot.methods import FeatureMethod, FewShotTask, MethodInputs, TunedMethod, find_method
 from lr_ray.fewshot.methods.features import embedder
 from lr_ray.fewshot.protocol import DrawnEpisode, draw_episodes
 from lr_ray.report.card import complete_card
@@ -235,23 +235,42 @@ def _predict_by_tuning(
     assert isinstance(chosen.method, TunedMethod)
     backbone = load_backbone(config.backbone, device=worker_device(config.ray))
     begin_peak_memory(backbone.device)
-    predicted, seconds = [], []
+    predicted: list[np.ndarray] = []
+    seconds: list[float] = []
+    trained: list[int] = []
+    calls: list[list[FewShotTask]] = []
     with chosen.method.adapt(_inputs(config, backbone), chosen.settings) as adapt:
-        for index, episode in enumerate(episodes, start=task.start):
-            support, queries = (data.pixels(found, backbone.image_px) for found in (episode.support, episode.queries))
-            labels = torch.from_numpy(episode.support_ways)
+        drawn = (_task_of(episode, data, backbone.image_px) for episode in episodes)
+        for together in _alike(drawn, chosen.method.at_once(chosen.settings)):
+            first = config.seed * 1_000_003 + task.start + len(predicted)
             began = time.perf_counter()
-            adaptation = _adapt_to(adapt, support, labels, queries, config.seed * 1_000_003 + index)
-            ways = adaptation.scores.argmax(dim=-1).cpu()  # a GPU is done only now
-            seconds.append(time.perf_counter() - began)
-            predicted.append(ways.numpy().reshape(episode.size))
+            adaptations = adapt(together, range(first, first + len(together)))
+            ways = [adaptation.scores.argmax(dim=-1).cpu().numpy() for adaptation in adaptations]  # a GPU is done only now
+            seconds += [(time.perf_counter() - began) / len(together)] * len(together)
+            size = episodes[len(predicted)].size
+            predicted += [of_episode.reshape(size) for of_episode in ways]
+            trained += [adaptation.num_trained for adaptation in adaptations]
+            calls.append(together)
         peak = peak_memory_mib(backbone.device)
-        facts = {"peak_memory_mib": peak, "trained_parameters": adaptation.num_trained}
+        facts = {"peak_memory_mib": peak, "trained_parameters": round(float(np.mean(trained)))}
         if task.start == 0:
-            facts["flops"] = count_flops(lambda: _adapt_to(adapt, support, labels, queries, 0))
+            counted = calls[:1] if isinstance(task.shape, EpisodeShape) else calls
+            flops = [count_flops(lambda call=call: adapt(call[:1], [0])) for call in counted]  # type: ignore[misc]
+            facts["flops"] = float(np.average(flops, weights=[len(call) for call in counted]))
     return predicted, np.array(seconds), facts
 
 
-def _adapt_to(adapt: Adapt, support: Tensor, labels: Tensor, queries: Tensor, seed: int) -> Adaptation:
-    """Training on (S, 3, H, W) images of (S,) ways, of which there must be as many in each way."""
-    return adapt(support.unflatten(0, (int(labels.max()) + 1, -1)), queries, seed)
+def _task_of(episode: DrawnEpisode, data: LabelledImages, image_px: int) -> FewShotTask:
+    support, queries = (data.pixels(found, image_px) for found in (episode.support, episode.queries))
+    return FewShotTask(support=support, labels=torch.from_numpy(episode.support_ways), queries=queries)
+
+
+def _alike(tasks: Iterable[FewShotTask], at_once: int) -> Iterator[list[FewShotTask]]:
+    """Successive tasks that one call may take, at most so many."""
+    together: list[FewShotTask] = []
+    for task in tasks:
+        if together and (len(together) == at_once or not task.is_like(together[0])):
+            yield together
+            together = []
+        together.append(task)
+    yield together

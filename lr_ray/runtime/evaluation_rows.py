@@ -104,7 +104,9 @@ def _row(plan: EvaluationPlan, measurement: Measurement) -> tuple[dict[str, Any]
         "episode_ms": round(1000 * float(seconds.mean()), 2),
         "images_per_s": round(facts["images_per_s"], 1) if "images_per_s" in facts else None,
         "peak_memory_mib": round(max(found["peak_memory_mib"] for _, _, found in parts)),
-        "trained_parameters": facts["trained_parameters"],
+        "trained_parameters": round(
+            float(np.average([of["trained_parameters"] for _, _, of in parts], weights=[len(took) for _, took, _ in parts]))
+        ),
         "gflops_per_episode": round(facts["flops"] / 1e9, 2),
         "seconds": round(facts.get("seconds", float(seconds.sum())), 3),
         "protocol": plan.protocol,

@@ -2,19 +2,31 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 import torch
+import torch.nn.functional as F
 
 from lr_ray.config import ExperimentConfig
 from lr_ray.data.load import load_data
 from lr_ray.errors import AdapterError, ConfigError, EpisodeError, StorageError
+from lr_ray.fewshot.methods import (
+    Adapt,
+    Adaptation,
+    FewShotTask,
+    MethodInputs,
+    NoSettings,
+    TunedMethod,
+    known_methods,
+)
 from lr_ray.fewshot.protocol import VaryingShape
-from lr_ray.runtime.evaluation import evaluate_methods
+from lr_ray.runtime.evaluation import evaluate_methods, predict_episodes
+from lr_ray.runtime.evaluation_plan import EvaluationPlan
 from lr_ray.runtime.experiment import run_experiment
 from lr_ray.vit.backbone import load_backbone
 from lr_ray.vit.tokens import encode_pixels
@@ -84,6 +96,33 @@ def test_a_method_that_trains_on_episodes_goes_on_where_it_was_lost(tiny_experim
     assert again["accuracy"] == row["accuracy"]
     assert pq.read_table(second)["predicted"].to_pylist() == lost
     assert snapshot(str(root))[str(first)] == before[str(first)]
+
+
+def test_episodes_that_share_a_call(tiny_experiment: ExperimentConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[list[int]] = []
+
+    @contextmanager
+    def adapting(_inputs: MethodInputs, _settings: NoSettings) -> Iterator[Adapt]:
+        def adapt(tasks: Sequence[FewShotTask], seeds: Sequence[int]) -> list[Adaptation]:
+            calls.append(list(seeds))
+            ways = [torch.full((len(task.queries),), seed % 3) for task, seed in zip(tasks, seeds, strict=True)]
+            return [Adaptation(scores=F.one_hot(of_task, 3), num_trained=7) for of_task in ways]
+
+        yield adapt
+
+    mine = TunedMethod(name="mine", source="tests", adapt=adapting, at_once=lambda _settings: 2)
+    monkeypatch.setitem(known_methods(), "mine", mine)
+    config = changed(tiny_experiment, evaluation={"methods": ("mine",), "tuned_episodes": 8})
+    first, second = EvaluationPlan(config).measurements[0].tasks
+
+    predict_episodes(first)
+    predict_episodes(second)
+
+    seeds = range(config.seed * 1_000_003, config.seed * 1_000_003 + 8)
+    counted = [0]  # of the first piece, for its FLOPs
+    assert calls == [list(seeds[0:2]), list(seeds[2:4]), [seeds[4]], counted, list(seeds[5:7]), [seeds[7]]]
+    found = [ways for task in (first, second) for ways in pq.read_table(task.uri)["predicted"].to_pylist()]
+    assert [set(ways) for ways in found] == [{seed % 3} for seed in seeds]
 
 
 def test_a_row_tells_what_it_cost(tiny_experiment: ExperimentConfig) -> None:
@@ -172,12 +211,13 @@ def test_ways_and_shots_may_vary(tiny_experiment: ExperimentConfig, meta_lora: s
     """Beside a fixed shape, which is as it would be alone; from the files alone a stranger gets the row."""
     varying = VaryingShape(ways=(2, 50), max_support=60)
     shapes = (*tiny_experiment.evaluation.shapes, varying)
-    methods = ("nn", "recycle", "linear-probe", "caml:num_steps=2,width=8,num_layers=1,n_way=3,max_way=4")
+    tuned = ("lora-linear:num_steps=1", "vpt:num_steps=1", "full-finetune:num_steps=1")
+    methods = ("nn", "recycle", "linear-probe", "caml:num_steps=2,width=8,num_layers=1,n_way=3,max_way=4", *tuned)
     alone = measure(tiny_experiment, "recycle", "nn")
     rows = measure(tiny_experiment, *methods, shapes=shapes)
     assert [row["method"] for row in rows[::2]] == list(methods)
     assert [rows[2], rows[0]] == alone
-    nn, recycle, probe, _ = rows[1::2]
+    nn, recycle, probe, _, *of_tuned = rows[1::2]
     assert nn["shape"] == "varying-way varying-shot (ways 2-50, max_support 60)"
     assert (nn["n_way"], nn["n_shot"], nn["n_query"], nn["episodes"]) == (None, None, None, 20)
 
@@ -193,6 +233,10 @@ def test_ways_and_shots_may_vary(tiny_experiment: ExperimentConfig, meta_lora: s
     assert nn["mean_shot"] == pytest.approx(sum(shots) / 20, abs=0.006)
     assert nn["chance"] == pytest.approx(100 * sum(1 / n_way for n_way in ways) / 20, abs=0.006)
     assert probe["trained_parameters"] == round(193 * sum(ways) / 20)
+    for row in of_tuned:
+        assert row["accuracy"] > nn["chance"]
+        assert row["trained_parameters"] > 0
+        assert row["gflops_per_episode"] > nn["gflops_per_episode"]
     images = sum(map(len, episodes)) / 20
     assert nn["gflops_per_episode"] == pytest.approx(rows[0]["gflops_per_episode"] * images / 18, rel=0.02)
 

@@ -7,7 +7,7 @@ settings follow its name: `loras-avg:3` (its first one), `bpa:features=recycle,r
 """
 
 import pkgutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
@@ -16,6 +16,7 @@ from importlib.metadata import entry_points
 from types import ModuleType
 from typing import Any, Literal
 
+import torch
 from pydantic import ValidationError
 from torch import Tensor
 
@@ -83,6 +84,26 @@ class FeatureMethod:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class FewShotTask:
+    """One test episode.
+
+    Attributes:
+        support: (S, 3, H, W) uint8.
+        labels: (S,) int64 ways in [0, N), each at least once.
+        queries: (M, 3, H, W) uint8.
+    """
+
+    support: Tensor
+    labels: Tensor
+    queries: Tensor
+
+    def is_like(self, other: "FewShotTask") -> bool:
+        """Whether one call may take both."""
+        same_shapes = self.support.shape == other.support.shape and self.queries.shape == other.queries.shape
+        return same_shapes and torch.equal(self.labels, other.labels)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Adaptation:
     """What training on one support set gave.
 
@@ -95,8 +116,8 @@ class Adaptation:
     num_trained: int
 
 
-Adapt = Callable[[Tensor, Tensor, int], Adaptation]
-"""One episode: (N, K, 3, H, W) uint8 support images, (M, 3, H, W) uint8 queries, a seed → its scores."""
+Adapt = Callable[[Sequence[FewShotTask], Sequence[int]], list[Adaptation]]
+"""Episodes that are alike, and each one's seed → what training on each gave, whichever others it shares the call with."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,7 +127,8 @@ class TunedMethod:
     Attributes:
         source: where the method and the defaults of its settings are from.
         needs: what it reads, besides the backbone.
-        adapt: (inputs, settings) → a context within which episodes are done one by one; the backbone is left as it was.
+        adapt: (inputs, settings) → a context within which episodes are done; the backbone is left as it was.
+        at_once: settings → how many episodes a call takes at most.
     """
 
     name: str
@@ -114,6 +136,7 @@ class TunedMethod:
     settings: type[Section] = NoSettings
     needs: Callable[[Any], tuple[Ingredient, ...]] = lambda _settings: ()
     adapt: Callable[[MethodInputs, Any], AbstractContextManager[Adapt]]
+    at_once: Callable[[Any], int] = lambda _settings: 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -4,15 +4,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from pydantic import Field
-from torch import Tensor
 
-from lr_ray.fewshot.methods import Adapt, Adaptation, MethodInputs, TunedMethod
+from lr_ray.fewshot.methods import Adapt, Adaptation, FewShotTask, MethodInputs, TunedMethod
 from lr_ray.fewshot.methods.episode_tuning import (
     HeadStart,
     OptimizerName,
     Tuning,
+    one_by_one,
     trainable_copies,
-    tune_with_linear_head,
+    tune_with_linear_heads,
 )
 from lr_ray.section import Section
 
@@ -45,11 +45,11 @@ def _adapt(inputs: MethodInputs, settings: FullFinetuneSettings) -> Iterator[Ada
         head=settings.head,
     )
 
-    def adapt(support: Tensor, queries: Tensor, _seed: int) -> Adaptation:
+    def adapt(task: FewShotTask, _seed: int) -> Adaptation:
         with trainable_copies(inputs.backbone.model) as weights:
-            return tune_with_linear_head(inputs.embed, support, queries, weights, tuning)
+            return tune_with_linear_heads(inputs.embed, [task], weights, tuning)[0]
 
-    yield adapt
+    yield one_by_one(adapt)
 
 
 METHOD = TunedMethod(

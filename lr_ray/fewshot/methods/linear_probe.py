@@ -24,18 +24,16 @@ class LinearProbeSettings(Section):
     """Of scikit-learn's LogisticRegression: the weight of the support set against that of the regularisation."""
 
 
-def logistic_regression(inputs: Tensor, labels: Tensor | None = None, c: float = 1.0) -> tuple[Tensor, Tensor]:
+def logistic_regression(inputs: Tensor, labels: Tensor, c: float) -> tuple[Tensor, Tensor]:
     """The minimum of C · Σ cross-entropy + ‖W‖²/2, the bias b free, of many episodes at once.
 
     Args:
         inputs: (E, S, D) of unit length.
-        labels: (S,) ways in [0, N) of all episodes; without them `inputs` are (E, N, K, D).
+        labels: (S,) classes in [0, N) of every episode.
 
     Returns:
         W (E, N, D) and b (E, N).
     """
-    if labels is None:  # tuned methods: to go as they give labels
-        labels, inputs = torch.arange(inputs.shape[1]).repeat_interleave(inputs.shape[2]), inputs.flatten(1, 2)
     wanted = F.one_hot(labels).T.to(inputs)
     n_way, count = wanted.shape
     gram = inputs @ inputs.transpose(-2, -1)  # W = A·X throughout, so all steps are taken on A (E, N, S)

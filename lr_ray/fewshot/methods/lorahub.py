@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from lr_ray.fewshot.methods import Adapt, Adaptation, MethodInputs, TunedMethod
-from lr_ray.fewshot.methods.episode_tuning import support_labels
+from lr_ray.fewshot.methods import Adapt, Adaptation, FewShotTask, MethodInputs, TunedMethod
+from lr_ray.fewshot.methods.episode_tuning import one_by_one
 from lr_ray.fewshot.methods.stacked_loras import StackedLoRAs, stack_loras
-from lr_ray.fewshot.protonet import class_centres, prototype_logits
+from lr_ray.fewshot.protonet import centres_of_ways, prototype_logits
 from lr_ray.section import Section
 from lr_ray.vit.augment import AugmentationConfig, random_views
 from lr_ray.vit.lora import merged
@@ -71,21 +71,26 @@ def _cut(delta: Tensor, rank: int) -> Tensor:
     return cut
 
 
-def left_out_loss(support: Tensor, views: Tensor | None) -> float:
-    """Cross-entropy of the nearest centre on (N, K, D) support features, no image being part of the centre it is held to.
+def left_out_loss(support: Tensor, labels: Tensor, views: Tensor) -> float:
+    """Cross-entropy of the nearest centre on support features, no image being part of the centre it is held to.
 
     Args:
-        views: (N, 1, D) other views of the images, which are the queries where K is 1.
+        support: (S, D).
+        labels: (S,) ways.
+        views: (V, D) other views of the images that are alone in their way, which are queries in their place.
     """
-    n_way, n_shot = support.shape[:2]
-    labels = support_labels(support, support.device)
-    centres = class_centres(support.flatten(0, 1), n_way=n_way)
-    if views is not None:
-        return float(F.cross_entropy(prototype_logits(views.flatten(0, 1), centres), labels))
-    without = (n_shot * centres[:, None] - support) / (n_shot - 1)
-    logits = prototype_logits(support.flatten(0, 1), centres)
-    own = -(support - without).norm(dim=-1).flatten()
-    return float(F.cross_entropy(logits.scatter(1, labels[:, None], own[:, None]), labels))
+    n_shot, alone = labels.bincount()[labels], is_alone(labels)
+    centres = centres_of_ways(support, labels)
+    queries = support.index_put((alone,), views)
+    logits = prototype_logits(queries, centres)
+    without = (n_shot[:, None] * centres[labels] - support)[~alone] / (n_shot[~alone, None] - 1)
+    logits[~alone, labels[~alone]] = -(support[~alone] - without).norm(dim=-1)
+    return float(F.cross_entropy(logits, labels))
+
+
+def is_alone(labels: Tensor) -> Tensor:
+    """(S,) ways of the support set → (S,) whether an image is the only one of its way."""
+    return labels.bincount()[labels] == 1
 
 
 @contextmanager
@@ -94,24 +99,24 @@ def _adapt(inputs: MethodInputs, settings: LorahubSettings) -> Iterator[Adapt]:
     stacks, count = stack_loras(inputs.adapters(), inputs.backbone.device)
 
     @torch.no_grad()
-    def adapt(support: Tensor, queries: Tensor, seed: int) -> Adaptation:
-        n_way, n_shot = support.shape[:2]
+    def adapt(task: FewShotTask, seed: int) -> Adaptation:
         generator = torch.Generator().manual_seed(seed)
-        images = support.flatten(0, 1).float() / 255
-        if n_shot == 1:
-            images = torch.cat([images, random_views(images.flip(3), _VIEW, generator=generator)[0]])
+        images, labels = task.support.float() / 255, task.labels.to(inputs.backbone.device)
+        mirrored = images[is_alone(task.labels)].flip(3)
+        if len(mirrored):
+            images = torch.cat([images, random_views(mirrored, _VIEW, generator=generator)[0]])
 
         def loss(weights: Tensor) -> float:
             with merged(model, compose(stacks, weights)):
-                features = inputs.embed(images).unflatten(0, (-1, n_way, n_shot))
-            return left_out_loss(features[0], features[1] if n_shot == 1 else None)
+                features = inputs.embed(images)
+            return left_out_loss(features[: len(labels)], labels, features[len(labels) :])
 
         weights = search(loss, count, settings, generator)
         with merged(model, compose(stacks, weights, settings.rank)):
-            features, of_queries = inputs.embed(support.flatten(0, 1)), inputs.embed(queries)
-        return Adaptation(scores=prototype_logits(of_queries, class_centres(features, n_way=n_way)), num_trained=count)
+            features, of_queries = inputs.embed(task.support), inputs.embed(task.queries)
+        return Adaptation(scores=prototype_logits(of_queries, centres_of_ways(features, labels)), num_trained=count)
 
-    yield adapt
+    yield one_by_one(adapt)
 
 
 METHOD = TunedMethod(

@@ -4,7 +4,7 @@ Original: a layer's gate is a softmax of what all LoRAs make of the input, too m
 logits are free weights, zero at the start, where the mixture is the average of the LoRAs.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -12,8 +12,15 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from lr_ray.fewshot.methods import Adapt, Adaptation, MethodInputs, TunedMethod
-from lr_ray.fewshot.methods.episode_tuning import HeadStart, Tuning, tune_with_linear_head
+from lr_ray.fewshot.methods import Adapt, Adaptation, FewShotTask, MethodInputs, TunedMethod
+from lr_ray.fewshot.methods.episode_tuning import (
+    HeadStart,
+    Tuning,
+    episodes_at_once,
+    replaced,
+    tune_with_linear_heads,
+    within_memory,
+)
 from lr_ray.fewshot.methods.stacked_loras import StackedLoRAs, stack_loras
 from lr_ray.section import Section
 
@@ -34,13 +41,13 @@ class MoleSettings(Section):
 
 
 class GatedLinear(nn.Module):
-    """A frozen linear layer plus its LoRAs, mixed by a softmax over them."""
+    """A frozen linear layer plus its LoRAs, which each of E tasks mixes by its own softmax over them."""
 
-    def __init__(self, base: nn.Linear, stack: StackedLoRAs, num_adapters: int) -> None:
+    def __init__(self, base: nn.Linear, stack: StackedLoRAs, num_adapters: int, num_tasks: int) -> None:
         super().__init__()
         self.base = base
         self.stack = stack
-        self.logits = nn.Parameter(torch.zeros(num_adapters, device=base.weight.device))
+        self.logits = nn.Parameter(torch.zeros(num_tasks, num_adapters, device=base.weight.device))
 
     @property
     def weight(self) -> Tensor:
@@ -48,54 +55,48 @@ class GatedLinear(nn.Module):
         return self.base.weight
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """(..., D_in) → (..., D_out)."""
-        gate = self.logits.softmax(dim=0)[self.stack.owner]
-        output: Tensor = self.base(inputs) + F.linear(F.linear(inputs, self.stack.a) * gate, self.stack.b)
+        """(E·S, T, D_in), task by task → (E·S, T, D_out)."""
+        gates = self.logits.softmax(dim=1)[:, None, None, self.stack.owner]
+        gated = F.linear(inputs, self.stack.a).unflatten(0, (len(gates), -1)) * gates
+        output: Tensor = self.base(inputs) + F.linear(gated.flatten(0, 1), self.stack.b)
         return output
 
 
 def balance_loss(logits: Tensor) -> Tensor:
-    """-Σ log of each LoRA's share, averaged over the layers; least when all are used alike: (L, A) → scalar."""
-    return -logits.softmax(dim=1).mean(dim=0).log().sum()
+    """-Σ log of each LoRA's share, averaged over the layers; least when all are used alike: (..., L, A) → their sum."""
+    return -logits.softmax(dim=-1).mean(dim=-2).log().sum()
 
 
 @contextmanager
-def gated(model: nn.Module, stacks: Mapping[str, StackedLoRAs], num_adapters: int) -> Iterator[list[nn.Parameter]]:
-    """The model with a gate on every module that LoRAs update; yields the gates' logits, module by module."""
-    originals: dict[str, nn.Linear] = {name: model.get_submodule(name) for name in stacks}  # type: ignore[misc]
-    try:
-        layers = {name: GatedLinear(base, stacks[name], num_adapters) for name, base in originals.items()}
-        for name, layer in layers.items():
-            model.set_submodule(name, layer)
+def gated(
+    model: nn.Module, stacks: Mapping[str, StackedLoRAs], num_adapters: int, num_tasks: int = 1
+) -> Iterator[list[nn.Parameter]]:
+    """The model with a gate on every module that LoRAs update; yields the gates' (E, A) logits, module by module."""
+    bases: dict[str, nn.Linear] = {name: model.get_submodule(name) for name in stacks}  # type: ignore[misc]
+    layers = {name: GatedLinear(base, stacks[name], num_adapters, num_tasks) for name, base in bases.items()}
+    with replaced(model, layers):
         yield [layer.logits for layer in layers.values()]
-    finally:
-        for name, base in originals.items():
-            model.set_submodule(name, base)
 
 
 @contextmanager
 def _adapt(inputs: MethodInputs, settings: MoleSettings) -> Iterator[Adapt]:
     stacks, count = stack_loras(inputs.adapters(), inputs.backbone.device)
     tuning = Tuning(
-        optimizer="adam",
         learning_rate=settings.learning_rate,
         head_learning_rate=settings.head_learning_rate,
         num_steps=settings.num_steps,
         head=settings.head,
     )
 
-    def adapt(support: Tensor, queries: Tensor, _seed: int) -> Adaptation:
-        with gated(inputs.backbone.model, stacks, count) as logits:
-            return tune_with_linear_head(
-                inputs.embed,
-                support,
-                queries,
-                logits,
-                tuning,
-                penalty=lambda: settings.balance * balance_loss(torch.stack([*logits])),
-            )
+    def adapt(tasks: Sequence[FewShotTask], _seeds: Sequence[int]) -> list[Adaptation]:
+        with gated(inputs.backbone.model, stacks, count, len(tasks)) as logits:
 
-    yield adapt
+            def penalty() -> Tensor:
+                return settings.balance * balance_loss(torch.stack([*logits], dim=1))
+
+            return tune_with_linear_heads(inputs.embed, tasks, logits, tuning, penalty=penalty)
+
+    yield within_memory(inputs.backbone, adapt)
 
 
 METHOD = TunedMethod(
@@ -105,4 +106,5 @@ METHOD = TunedMethod(
     settings=MoleSettings,
     needs=lambda _settings: ("adapters",),
     adapt=_adapt,
+    at_once=episodes_at_once,
 )

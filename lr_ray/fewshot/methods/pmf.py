@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from lr_ray.fewshot.methods import Adapt, Adaptation, MethodInputs, TunedMethod
-from lr_ray.fewshot.methods.episode_tuning import make_optimizer, support_labels, trainable_copies
-from lr_ray.fewshot.protonet import class_centres, prototype_logits
+from lr_ray.fewshot.methods import Adapt, Adaptation, FewShotTask, MethodInputs, TunedMethod
+from lr_ray.fewshot.methods.episode_tuning import make_optimizer, one_by_one, trainable_copies
+from lr_ray.fewshot.protonet import centres_of_ways, prototype_logits
 from lr_ray.section import Section
 from lr_ray.vit.augment import AugmentationConfig, random_views
 from lr_ray.vit.lora import merged
@@ -36,13 +36,12 @@ class PMFSettings(Section):
 def _adapt(inputs: MethodInputs, settings: PMFSettings) -> Iterator[Adapt]:
     model = inputs.backbone.model
 
-    def scores(support: Tensor, queries: Tensor, n_way: int) -> Tensor:
-        return prototype_logits(queries, class_centres(support, n_way=n_way), distance="cosine", scale=_COSINE_SCALE)
+    def scores(support: Tensor, labels: Tensor, queries: Tensor) -> Tensor:
+        return prototype_logits(queries, centres_of_ways(support, labels), distance="cosine", scale=_COSINE_SCALE)
 
-    def adapt(support: Tensor, queries: Tensor, seed: int) -> Adaptation:
+    def adapt(task: FewShotTask, seed: int) -> Adaptation:
         generator = torch.Generator().manual_seed(seed)
-        images, n_way = support.flatten(0, 1).float() / 255, len(support)
-        labels = support_labels(support, inputs.backbone.device)
+        images, labels = task.support.float() / 255, task.labels.to(inputs.backbone.device)
         with trainable_copies(model) as weights:
             optimizer = make_optimizer("adam", [{"params": weights, "lr": settings.learning_rate}])
             for _ in range(settings.num_steps):
@@ -50,15 +49,15 @@ def _adapt(inputs: MethodInputs, settings: PMFSettings) -> Iterator[Adapt]:
                 with torch.enable_grad():
                     features, of_views = inputs.embed(torch.cat([images, views])).chunk(2)
                     optimizer.zero_grad()
-                    F.cross_entropy(scores(features, of_views, n_way), labels).backward()
+                    F.cross_entropy(scores(features, labels, of_views), labels).backward()
                 optimizer.step()
             with torch.no_grad():
-                features, of_queries = inputs.embed(images), inputs.embed(queries)
+                features, of_queries = inputs.embed(images), inputs.embed(task.queries)
             num_trained = sum(weight.numel() for weight in weights)
-        return Adaptation(scores=scores(features, of_queries, n_way), num_trained=num_trained)
+        return Adaptation(scores=scores(features, labels, of_queries), num_trained=num_trained)
 
     with merged(model, inputs.oracle().deltas()):
-        yield adapt
+        yield one_by_one(adapt)
 
 
 METHOD = TunedMethod(

@@ -1,6 +1,6 @@
 """`vpt`, `vpt:deep`: prompts among the tokens and a linear head are trained on each episode's support set."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
@@ -9,8 +9,8 @@ from pydantic import Field
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from lr_ray.fewshot.methods import Adapt, Adaptation, MethodInputs, TunedMethod
-from lr_ray.fewshot.methods.episode_tuning import HeadStart, Tuning, tune_with_linear_head
+from lr_ray.fewshot.methods import Adapt, Adaptation, FewShotTask, MethodInputs, TunedMethod
+from lr_ray.fewshot.methods.episode_tuning import HeadStart, Tuning, episodes_at_once, tune_with_linear_heads, within_memory
 from lr_ray.section import Section
 from lr_ray.vit.backbone import autocast
 
@@ -34,28 +34,24 @@ class VPTSettings(Section):
     """What the head starts from."""
 
 
-def draw_prompts(model: VisionTransformer, settings: VPTSettings, generator: torch.Generator) -> list[nn.Parameter]:
-    """(P, D) for the first block, or for each, uniform as the authors draw them."""
+def draw_prompts(model: VisionTransformer, settings: VPTSettings, seeds: Sequence[int]) -> list[nn.Parameter]:
+    """(E, P, D) for the first block, or for each, each task's from its seed, uniform as the authors draw them."""
     width = int(model.embed_dim)
     bound = (6 / (model.patch_embed.proj.weight[0].numel() + width)) ** 0.5
-    device = model.patch_embed.proj.weight.device
-
-    def draw() -> nn.Parameter:
-        drawn = bound * (2 * torch.rand(settings.num_prompts, width, generator=generator) - 1)
-        return nn.Parameter(drawn.to(device))
-
-    return [draw() for _ in range(len(model.blocks) if settings.kind == "deep" else 1)]
+    sizes = (len(model.blocks) if settings.kind == "deep" else 1, settings.num_prompts, width)
+    drawn = torch.stack([torch.rand(sizes, generator=torch.Generator().manual_seed(seed)) for seed in seeds], dim=1)
+    return [nn.Parameter(prompts) for prompts in (bound * (2 * drawn - 1)).to(model.patch_embed.proj.weight.device)]
 
 
 def encode_prompted(model: VisionTransformer, images: Tensor, prompts: list[nn.Parameter]) -> Tensor:
     """Forward pass with prompts between the prefix tokens and the patches, which they have no position among.
 
     Args:
-        images: (B, 3, H, W), normalised.
-        prompts: (P, D) of each of the first blocks; those of a later block take the place of the earlier ones.
+        images: (E·S, 3, H, W), normalised, task by task.
+        prompts: (E, P, D) of each of the first blocks; those of a later block take the place of the earlier ones.
 
     Returns:
-        (B, D) the normalised class token of the last block.
+        (E·S, D) the normalised class token of the last block.
     """
     num_prefix: int = model.num_prefix_tokens
     with torch.no_grad():
@@ -63,7 +59,7 @@ def encode_prompted(model: VisionTransformer, images: Tensor, prompts: list[nn.P
     last, num_before = len(model.blocks) - 1, 0
     for index, block in enumerate(model.blocks):
         if index < len(prompts):
-            prompt = prompts[index].expand(len(tokens), -1, -1)
+            prompt = prompts[index].repeat_interleave(len(tokens) // len(prompts[index]), dim=0)
             tokens = torch.cat([tokens[:, :num_prefix], prompt, tokens[:, num_prefix + num_before :]], dim=1)
             num_before = prompt.shape[1]
         tokens = tokens + block.drop_path1(block.ls1(block.attn(block.norm1(tokens))))
@@ -78,23 +74,22 @@ def encode_prompted(model: VisionTransformer, images: Tensor, prompts: list[nn.P
 def _adapt(inputs: MethodInputs, settings: VPTSettings) -> Iterator[Adapt]:
     backbone = inputs.backbone
     tuning = Tuning(
-        optimizer="adam",
         learning_rate=settings.learning_rate,
         head_learning_rate=settings.head_learning_rate,
         num_steps=settings.num_steps,
         head=settings.head,
     )
 
-    def adapt(support: Tensor, queries: Tensor, seed: int) -> Adaptation:
-        prompts = draw_prompts(backbone.model, settings, torch.Generator().manual_seed(seed))
+    def adapt(tasks: Sequence[FewShotTask], seeds: Sequence[int]) -> list[Adaptation]:
+        prompts = draw_prompts(backbone.model, settings, seeds)
 
         def embed(images: Tensor) -> Tensor:
             with autocast(backbone.device, inputs.precision):
                 return encode_prompted(backbone.model, backbone.normalize(images), prompts).float()
 
-        return tune_with_linear_head(embed, support, queries, prompts, tuning)
+        return tune_with_linear_heads(embed, tasks, prompts, tuning)
 
-    yield adapt
+    yield within_memory(backbone, adapt)
 
 
 METHOD = TunedMethod(
@@ -102,4 +97,5 @@ METHOD = TunedMethod(
     source="Jia et al., Visual Prompt Tuning, ECCV 2022, arXiv 2203.12119; Adam for SGD, one learning rate for all episodes",
     settings=VPTSettings,
     adapt=_adapt,
+    at_once=episodes_at_once,
 )

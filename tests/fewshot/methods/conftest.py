@@ -1,12 +1,12 @@
 """What the methods draw on, and an episode of classes that are colours."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
 from torch import Tensor
 
-from lr_ray.fewshot.methods import MethodInputs
+from lr_ray.fewshot.methods import Adaptation, FewShotTask, MethodInputs, TunedMethod, find_method
 from lr_ray.vit.backbone import Backbone
 from lr_ray.vit.lora import Adapter
 
@@ -37,14 +37,44 @@ def inputs(make_inputs: Callable[..., MethodInputs]) -> MethodInputs:
 
 
 @pytest.fixture
-def make_episode() -> Callable[..., tuple[Tensor, Tensor]]:
-    """(3, K, 3, 32, 32) support images and (3 · 4, 3, 32, 32) queries of three colours under noise, way by way."""
+def double_precision(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """All is float64: Adam turns the rounding errors of a gradient that is zero, as a head's bias has from the probe on,
+    into steps of the learning rate."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    backbone.model.double()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
 
-    def make(n_shot: int = 2) -> tuple[Tensor, Tensor]:
-        generator = torch.Generator().manual_seed(3)
-        colours = torch.tensor([[200.0, 40, 40], [40, 200, 40], [40, 40, 200]])[:, None, :, None, None]
-        noise = 20 * torch.randn(3, n_shot + 4, 3, 32, 32, generator=generator)
-        images = (colours + noise).clamp(0, 255).to(torch.uint8)
-        return images[:, :n_shot], images[:, n_shot:].flatten(0, 1)
+
+@pytest.fixture
+def make_task() -> Callable[..., FewShotTask]:
+    """Three colours under noise at 32 px, way by way: so many shots of each, or one number of each way; 4 queries a way."""
+
+    def make(n_shot: int | Sequence[int] = 2, *, seed: int = 3, noise: float = 20) -> FewShotTask:
+        shots = [n_shot] * 3 if isinstance(n_shot, int) else n_shot
+        labels = torch.arange(3).repeat_interleave(torch.tensor(shots))
+        colours = torch.tensor([[200.0, 40, 40], [40, 200, 40], [40, 40, 200]])[..., None, None]
+        generator = torch.Generator().manual_seed(seed)
+
+        def draw(ways: Tensor) -> Tensor:
+            drawn = colours[ways] + noise * torch.randn(len(ways), 3, 32, 32, generator=generator)
+            return drawn.clamp(0, 255).to(torch.uint8)
+
+        return FewShotTask(support=draw(labels), labels=labels, queries=draw(torch.arange(3).repeat_interleave(4)))
 
     return make
+
+
+@pytest.fixture
+def adapt(inputs: MethodInputs) -> Callable[..., Adaptation]:
+    """A method, by its label, on one task."""
+
+    def adapt(label: str, task: FewShotTask, seed: int = 1) -> Adaptation:
+        chosen = find_method(label)
+        assert isinstance(chosen.method, TunedMethod)
+        with chosen.method.adapt(inputs, chosen.settings) as adapt:
+            (found,) = adapt([task], [seed])
+        return found
+
+    return adapt

@@ -1,32 +1,31 @@
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
-from lr_ray.fewshot.methods import MethodInputs, find_method
+from lr_ray.fewshot.methods import Adaptation, FewShotTask, MethodInputs
 from lr_ray.fewshot.methods.episode_tuning import trainable_copies
 from lr_ray.fewshot.methods.linear_probe import linear_head
 from lr_ray.vit.backbone import Backbone
 
 
-def test_no_steps_are_the_linear_probe(inputs: MethodInputs, make_episode: Callable[..., tuple[Tensor, Tensor]]) -> None:
-    support, queries = make_episode()
-    features, of_queries = inputs.embed(support.flatten(0, 1)), inputs.embed(queries)
-    expected = linear_head(1.0)(features.unflatten(0, (1, 3, 2)), of_queries[None])[0]
+def test_no_steps_are_the_linear_probe(
+    inputs: MethodInputs, make_task: Callable[..., FewShotTask], adapt: Callable[..., Adaptation]
+) -> None:
+    task = make_task()
+    features, of_queries = inputs.embed(task.support), inputs.embed(task.queries)
+    expected = linear_head(1.0)(features[None], task.labels, of_queries[None])[0]
     for label in ("full-finetune:num_steps=0", "lora-linear:0"):
-        chosen = find_method(label)
-        with chosen.method.adapt(inputs, chosen.settings) as adapt:
-            scores = adapt(support, queries, 1).scores
+        scores = adapt(label, task).scores
         norms = of_queries.norm(dim=-1, keepdim=True) / features.norm(dim=-1).mean()
         bias = expected - expected / norms  # of scores whose weights alone are scaled by the length of the features
         torch.testing.assert_close(scores.argmax(1), expected.argmax(1))
         torch.testing.assert_close(scores, expected, atol=float(bias.abs().max()) + 1e-4, rtol=0.1)
 
 
-def test_all_parameters_count(inputs: MethodInputs, make_episode: Callable[..., tuple[Tensor, Tensor]]) -> None:
-    chosen = find_method("full-finetune")
-    with chosen.method.adapt(inputs, chosen.settings) as adapt:
-        num_trained = adapt(*make_episode(), 1).num_trained
+def test_all_parameters_count(
+    inputs: MethodInputs, make_task: Callable[..., FewShotTask], adapt: Callable[..., Adaptation]
+) -> None:
+    num_trained = adapt("full-finetune", make_task()).num_trained
     assert num_trained == sum(p.numel() for p in inputs.backbone.model.parameters()) + 3 * (24 + 1)
 
 
@@ -41,12 +40,3 @@ def test_copies_share_nothing(backbone: Backbone) -> None:
                 copy.add_(1.0)
         assert all(not torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-
-def test_lora_linear_counts_query_and_value_alone(
-    inputs: MethodInputs, make_episode: Callable[..., tuple[Tensor, Tensor]]
-) -> None:
-    chosen = find_method("lora-linear:rank=2")
-    with chosen.method.adapt(inputs, chosen.settings) as adapt:
-        num_trained = adapt(*make_episode(), 1).num_trained
-    assert num_trained == 2 * 2 * 2 * (24 + 24) + 3 * (24 + 1)

@@ -87,21 +87,35 @@ def test_l1_pulls_weights_to_zero() -> None:
 
 
 def test_no_image_is_part_of_its_centre() -> None:
-    support = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([0, 0, 0, 0, 1, 2, 2, 1, 2, 1])
+    support = torch.randn(10, 5, generator=torch.Generator().manual_seed(0))
     losses = []
-    for way in range(3):
-        for shot in range(4):
-            centres = support.mean(dim=1)
-            centres[way] = torch.cat([support[way, :shot], support[way, shot + 1 :]]).mean(dim=0)
-            distances = (support[way, shot] - centres).norm(dim=-1)
-            losses.append(F.cross_entropy(-distances, torch.tensor(way)))
-    assert left_out_loss(support, None) == pytest.approx(float(torch.stack(losses).mean()), abs=1e-5)
+    for image, way in enumerate(labels):
+        others = torch.arange(10) != image
+        centres = torch.stack([support[others & (labels == c)].mean(dim=0) for c in range(3)])
+        losses.append(F.cross_entropy(-(support[image] - centres).norm(dim=-1), way))
+    found = left_out_loss(support, labels, torch.empty(0, 5))
+    assert found == pytest.approx(float(torch.stack(losses).mean()), abs=1e-5)
 
 
 def test_one_shot_asks_other_views() -> None:
-    support = torch.eye(3)[:, None]
-    right, wrong = left_out_loss(support, support), left_out_loss(support, support.roll(1, dims=0))
+    support, labels = torch.eye(3), torch.arange(3)
+    right, wrong = left_out_loss(support, labels, support), left_out_loss(support, labels, support.roll(1, dims=0))
     assert right < wrong
+
+
+def test_views_stand_for_images_that_are_alone_in_their_way() -> None:
+    generator = torch.Generator().manual_seed(0)
+    support, views = torch.randn(4, 5, generator=generator), torch.randn(2, 5, generator=generator)
+    labels = torch.tensor([2, 1, 0, 1])
+    centres = torch.stack([support[2], support[[1, 3]].mean(dim=0), support[0]])
+    losses = [
+        F.cross_entropy(-(view - centres).norm(dim=-1), torch.tensor(way)) for view, way in zip(views, (2, 0), strict=True)
+    ]
+    for image, other in ((1, 3), (3, 1)):
+        without = torch.stack([centres[0], support[other], centres[2]])
+        losses.append(F.cross_entropy(-(support[image] - without).norm(dim=-1), torch.tensor(1)))
+    assert left_out_loss(support, labels, views) == pytest.approx(float(torch.stack(losses).mean()), abs=1e-5)
 
 
 def test_no_adapters(make_inputs: Callable[..., MethodInputs]) -> None:

@@ -3,7 +3,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lr_ray.fewshot.methods import MethodInputs, find_method
+from lr_ray.fewshot.methods import Adaptation, FewShotTask, MethodInputs, find_method
 from lr_ray.fewshot.methods.features import LORAS_AVG, embedder
 from lr_ray.fewshot.methods.mole import balance_loss, gated
 from lr_ray.fewshot.methods.stacked_loras import stack_loras
@@ -17,7 +17,7 @@ def images() -> Tensor:
 
 def test_uniform_gates_are_the_average(inputs: MethodInputs) -> None:
     with gated(inputs.backbone.model, *stack_loras(inputs.adapters(), CPU)) as logits:
-        assert [len(of_module) for of_module in logits] == [3, 3]
+        assert [tuple(of_module.shape) for of_module in logits] == [(1, 3), (1, 3)]
         mixed = inputs.embed(images()).detach()
     plain = inputs.embed(images())
     with embedder(inputs, LORAS_AVG) as embed:
@@ -29,7 +29,7 @@ def test_closed_gates_leave_one_adapter(make_inputs: Callable[..., MethodInputs]
     inputs = make_inputs()
     with gated(inputs.backbone.model, *stack_loras(inputs.adapters(), CPU)) as logits:
         for of_module in logits:
-            of_module.data[0] = 100.0
+            of_module.data[0, 0] = 100.0
         mixed = inputs.embed(images()).detach()
     with embedder(make_inputs(1), LORAS_AVG) as embed:
         torch.testing.assert_close(mixed, embed(images()))
@@ -45,27 +45,25 @@ def test_balance_is_least_when_all_are_used_alike() -> None:
     assert balance_loss(even) < balance_loss(other_layers) < balance_loss(same_layers)
 
 
-def test_balance_holds_gates_together(inputs: MethodInputs, make_episode: Callable[..., tuple[Tensor, Tensor]]) -> None:
+def test_balance_holds_gates_together(inputs: MethodInputs, make_task: Callable[..., FewShotTask]) -> None:
     chosen = {balance: find_method(f"mole:balance={balance},num_steps=30,head=zeros") for balance in (0, 100)}
-    support, _ = make_episode()
+    task = make_task()
     spread = {}
     for balance, method in chosen.items():
         seen: list[Tensor] = []
 
         def watch(module: torch.nn.Module, _inputs: object, seen: list[Tensor] = seen) -> None:
-            seen.extend(layer.logits.softmax(0).detach() for layer in module.modules() if hasattr(layer, "logits"))
+            seen.extend(layer.logits[0].softmax(0).detach() for layer in module.modules() if hasattr(layer, "logits"))
 
         with method.method.adapt(inputs, method.settings) as adapt:
             handle = inputs.backbone.model.patch_embed.register_forward_pre_hook(
                 lambda *_args, watch=watch: watch(inputs.backbone.model, None)
             )
-            adapt(support, support.flatten(0, 1), 1)
+            adapt([task], [1])
             handle.remove()
         spread[balance] = float((torch.stack(seen[-2:]).mean(dim=0) - 1 / 3).abs().max())
     assert spread[100] < 0.5 * spread[0]
 
 
-def test_num_trained(inputs: MethodInputs, make_episode: Callable[..., tuple[Tensor, Tensor]]) -> None:
-    chosen = find_method("mole")
-    with chosen.method.adapt(inputs, chosen.settings) as adapt:
-        assert adapt(*make_episode(), 1).num_trained == 2 * 3 + 3 * (24 + 1)
+def test_num_trained(make_task: Callable[..., FewShotTask], adapt: Callable[..., Adaptation]) -> None:
+    assert adapt("mole", make_task()).num_trained == 2 * 3 + 3 * (24 + 1)
