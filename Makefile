@@ -28,6 +28,7 @@ bench: $(VENV)/.ready
 	$(BIN)/python -m bench.driver_memory
 	$(BIN)/python -m bench.storage
 	$(BIN)/lr-ray bench training
+	$(BIN)/lr-ray bench eval
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

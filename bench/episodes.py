@@ -1,19 +1,15 @@
-"""How fast the test episodes of tuning-free methods are drawn and scored, from features computed once.
-
-    python -m bench.episodes
-
-Writes bench/results/episodes.json.
-"""
+"""How fast the test episodes of tuning-free methods are drawn and scored, from features computed once."""
 
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from lr_ray.fewshot.episodes import EpisodeShape, draw_test_episodes
-from lr_ray.fewshot.evaluate import is_right, predict
+from lr_ray.fewshot.evaluate import predict
 from lr_ray.fewshot.methods import FeatureMethod, find_method
 from lr_ray.storage.manifest import versions
 
@@ -22,8 +18,9 @@ METHODS = ("nn", "nn-cosine", "linear-probe", "bpa")
 RESULT = Path(__file__).parent / "results" / "episodes.json"
 
 
-def main() -> None:
-    torch.set_num_threads(2)
+def bench_episodes(*, threads: int) -> dict[str, Any]:
+    """Of random features; returns what it wrote to bench/results/episodes.json."""
+    torch.set_num_threads(threads)
     generator = torch.Generator().manual_seed(0)
     labels = np.repeat(np.arange(NUM_CLASSES), PER_CLASS)
     features = torch.randn(NUM_CLASSES, DIM, generator=generator)[torch.from_numpy(labels)]
@@ -32,20 +29,17 @@ def main() -> None:
     for shape in (EpisodeShape(n_shot=1), EpisodeShape(n_shot=5)):
         start = time.perf_counter()
         episodes = draw_test_episodes(labels, shape, num_episodes=NUM_EPISODES, seed=0)
-        drawn = time.perf_counter() - start
+        drawn_s = round(time.perf_counter() - start, 2)
         for label in METHODS:
             chosen = find_method(label)
             assert isinstance(chosen.method, FeatureMethod)
             head = chosen.method.head(chosen.settings, {})
             start = time.perf_counter()
             with torch.inference_mode():
-                predicted = predict(features, episodes, shape, head)
-            row = {"method": label, "n_shot": shape.n_shot, "draw_s": drawn, "score_s": time.perf_counter() - start}
-            rows.append({key: round(value, 2) if isinstance(value, float) else value for key, value in row.items()})
-            print(rows[-1], f"accuracy {is_right(predicted).mean():.3f}")
-    result = {"episodes": NUM_EPISODES, "images": len(labels), "features": DIM, "rows": rows, "versions": versions()}
+                predict(features, episodes, shape, head)
+            scored_s = round(time.perf_counter() - start, 2)
+            rows.append({"method": label, "n_shot": shape.n_shot, "draw_s": drawn_s, "score_s": scored_s})
+    settings = {"episodes": NUM_EPISODES, "images": len(labels), "features": DIM, "threads": threads}
+    result = {"settings": settings, "rows": rows, "versions": versions()}
     RESULT.write_text(json.dumps(result, indent=2) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+    return result

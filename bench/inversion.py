@@ -15,7 +15,7 @@ from lr_ray.vit.backbone import Backbone, BackboneConfig, load_backbone
 from lr_ray.vit.lora import Adapter, AdapterSpec, LoRAConfig, LowRank, attach_lora, detach_lora, extract_lora, merged
 
 NUM_CLASSES = 5
-SCHEDULE_STEPS = 20
+SCHEDULE_STEPS = 8
 SPARSE: dict[str, Any] = {"sparse": {0.25: 0.5, 0.5: 0.25}, "prior_every": 4}
 """The schedule that is used where speed is asked for: `bench/gain/speed.yaml` measures what it costs."""
 _PAPER = {"views": {"roll": 0.125, "flip": True}, "prior_weight": 10.0}
@@ -65,7 +65,7 @@ def _ours(backbone: BackboneConfig, batch_size: int, steps: int, changes: dict[s
     return run
 
 
-def bench_inversion(backbone: BackboneConfig, *, batch_size: int, threads: int, reporter: Reporter) -> Bench:
+def bench_inversion(backbone: BackboneConfig, *, batch_size: int, threads: int, rounds: int, reporter: Reporter) -> Bench:
     """All variants on the same canvas, labels and adapter."""
 
     def ours(name: str, *, steps: int = 1, **changes: Any) -> Variant:
@@ -89,7 +89,7 @@ def bench_inversion(backbone: BackboneConfig, *, batch_size: int, threads: int, 
         name=f"inversion-{backbone.name}-{backbone.image_px}",
         title=f"An inversion step: {backbone.name}, {backbone.image_px} px, batch {batch_size}, {threads} threads",
         settings={"backbone": backbone.name, "image_px": backbone.image_px, "batch_size": batch_size, "threads": threads},
-        rows=measure(variants, threads=threads, reporter=reporter),
+        rows=measure(variants, threads=threads, rounds=rounds, reporter=reporter),
     )
 
 

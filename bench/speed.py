@@ -19,8 +19,7 @@ from lr_ray.storage.manifest import versions
 from lr_ray.vit.backbone import Precision, autocast
 
 RESULTS = Path(__file__).parent / "results"
-_ROUNDS = 5
-_PEAK_SIZES = (1024, 2048)
+_PEAK_SIZES, _PRODUCTS = (1024, 2048), 10
 
 Step = Callable[[], object]
 
@@ -69,30 +68,30 @@ def matmul_peak(precision: Precision) -> float:
     best = 0.0
     for size in _PEAK_SIZES:
         left, right = (torch.randn(size, size).to(dtype) for _ in range(2))
-        for _ in range(2 * _ROUNDS):
+        for _ in range(_PRODUCTS):
             start = time.perf_counter()
             torch.mm(left, right)
             best = max(best, 2 * size**3 / (time.perf_counter() - start) / 1e9)
     return best
 
 
-def take_turns(steps: Sequence[Step], advance: Callable[[str], None] = lambda _text: None) -> list[float]:
+def take_turns(steps: Sequence[Step], rounds: int, advance: Callable[[str], None]) -> list[float]:
     """Median seconds of each; the rounds take turns, so that a noisy machine is noisy for all. The first does not count."""
     times: list[list[float]] = [[] for _ in steps]
-    for round_index in range(_ROUNDS + 1):
+    for round_index in range(rounds + 1):
         for found, step in zip(times, steps, strict=True):
             start = time.perf_counter()
             step()
             if round_index:
                 found.append(time.perf_counter() - start)
-        advance(f"round {round_index} of {_ROUNDS}")
+        advance(f"round {round_index} of {rounds}")
     return [statistics.median(found) for found in times]
 
 
-def measure(variants: Sequence[Variant], *, threads: int, reporter: Reporter) -> list[Measured]:
+def measure(variants: Sequence[Variant], *, threads: int, rounds: int, reporter: Reporter) -> list[Measured]:
     """All variants in one run."""
     torch.set_num_threads(threads)
-    with reporter.track("bench", len(variants) + _ROUNDS + 1) as advance:
+    with reporter.track("bench", len(variants) + rounds + 1) as advance:
         peaks = {}
         for variant in variants:
             peaks[variant.name] = peak_of(variant.make, threads)
@@ -100,7 +99,7 @@ def measure(variants: Sequence[Variant], *, threads: int, reporter: Reporter) ->
         limits = {precision: matmul_peak(precision) for precision in {native(variant.precision) for variant in variants}}
         steps = [variant.make() for variant in variants]
         flops = [count_flops(step) for step in steps]
-        seconds = take_turns(steps, advance)
+        seconds = take_turns(steps, rounds, advance)
         for precision in limits:  # the machine may have been busy the first time
             limits[precision] = max(limits[precision], matmul_peak(precision))
     first = variants[0].steps / seconds[0]

@@ -64,7 +64,7 @@ def _textbook(backbone: BackboneConfig, keep_ratio: float) -> Step:
     return partial(training.run_step, batch.pixels, batch.keep_indices, batch.labels, batch.n_way)
 
 
-def bench_training(backbone: BackboneConfig, *, threads: int, worker_steps: int, reporter: Reporter) -> Bench:
+def bench_training(backbone: BackboneConfig, *, threads: int, rounds: int, worker_steps: int, reporter: Reporter) -> Bench:
     """Steps in this process, then whole trainings of `worker_steps` steps by one worker and by two."""
 
     def textbook(keep_ratio: float) -> Variant:
@@ -77,7 +77,7 @@ def bench_training(backbone: BackboneConfig, *, threads: int, worker_steps: int,
         return Variant(name=name, make=make, precision=changes.get("precision", "auto"), images=_IMAGES)
 
     variants = [textbook(1), textbook(0.25), ours(1, precision="fp32"), *map(ours, KEEP_RATIOS), ours(1, recompute=True)]
-    rows = measure(variants, threads=threads, reporter=reporter)
+    rows = measure(variants, threads=threads, rounds=rounds, reporter=reporter)
     return Bench(
         name=f"training-{backbone.name}-{backbone.image_px}",
         title=f"A meta-training step: {backbone.name}, {backbone.image_px} px, {_IMAGES} images, {threads} threads",

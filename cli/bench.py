@@ -18,6 +18,7 @@ bench = typer.Typer(
 
 Name = Annotated[str, typer.Option("--backbone", help="embedded, or a timm name, whose weights are random then.")]
 Side = Annotated[int, typer.Option("--image-px", help="Side of the images.")]
+Rounds = Annotated[int, typer.Option("--rounds", min=1, help="In which the variants take turns; the median counts.")]
 Threads = Annotated[int | None, typer.Option("--threads", help="Of torch.", show_default="all processors")]
 
 
@@ -27,13 +28,18 @@ def inversion(
     image_px: Side = 70,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Images optimised together.")] = 40,
     threads: Threads = None,
+    rounds: Rounds = 5,
     json: Json = False,
 ) -> None:
     """Steps of an inversion: dense, sparse, with and without the prior."""
     from lr_ray.bench.inversion import bench_inversion
 
     found = bench_inversion(
-        _backbone(backbone, image_px), batch_size=batch_size, threads=_threads(threads), reporter=reporter(quiet=json)
+        _backbone(backbone, image_px),
+        batch_size=batch_size,
+        threads=_threads(threads),
+        rounds=rounds,
+        reporter=reporter(quiet=json),
     )
     _show(found, json)
 
@@ -43,6 +49,7 @@ def training(
     backbone: Name = "embedded",
     image_px: Side = 224,
     threads: Threads = None,
+    rounds: Rounds = 5,
     worker_steps: Annotated[
         int, typer.Option("--worker-steps", help="Also train so many steps by one worker and by two; 0: don't.")
     ] = 40,
@@ -52,9 +59,33 @@ def training(
     from lr_ray.bench.training import bench_training
 
     found = bench_training(
-        _backbone(backbone, image_px), threads=_threads(threads), worker_steps=worker_steps, reporter=reporter(quiet=json)
+        _backbone(backbone, image_px),
+        threads=_threads(threads),
+        rounds=rounds,
+        worker_steps=worker_steps,
+        reporter=reporter(quiet=json),
     )
     _show(found, json)
+
+
+@bench.command(name="eval")
+def evaluation(threads: Threads = None, json: Json = False) -> None:
+    """Drawing 10,000 test episodes and scoring them from features computed once."""
+    from lr_ray.bench.episodes import bench_episodes
+
+    found = bench_episodes(threads=_threads(threads))
+    if json:
+        print_json(found)
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="{episodes:,} 5-way episodes".format(**found["settings"]))
+    for name in found["rows"][0]:
+        table.add_column(name)
+    for row in found["rows"]:
+        table.add_row(*map(str, row.values()))
+    Console().print(table)
 
 
 def _backbone(name: str, image_px: int) -> "BackboneConfig":
