@@ -1,18 +1,23 @@
 """An inversion step: LR-Ray's variants against the textbook's, in one run."""
 
+import math
+import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import torch
-from lr_ray.bench.speed import Bench, Step, Variant, measure
+from lr_ray.bench.speed import Bench, Step, Variant, measure, take_turns
 from lr_ray.bench.textbook import TextbookInversion
+from torch import Tensor
 
 from lr_ray.inversion.invert import InversionBatch, InversionConfig
 from lr_ray.inversion.priors import load_prior
 from lr_ray.report.progress import Reporter
-from lr_ray.vit.backbone import Backbone, BackboneConfig, load_backbone
+from lr_ray.vit.backbone import Backbone, BackboneConfig, autocast, load_backbone
 from lr_ray.vit.lora import Adapter, AdapterSpec, LoRAConfig, LowRank, attach_lora, detach_lora, extract_lora, merged
+from lr_ray.vit.tokens import encode
 
 NUM_CLASSES = 5
 SCHEDULE_STEPS = 8
@@ -65,7 +70,9 @@ def _ours(backbone: BackboneConfig, batch_size: int, steps: int, changes: dict[s
     return run
 
 
-def bench_inversion(backbone: BackboneConfig, *, batch_size: int, threads: int, rounds: int, reporter: Reporter) -> Bench:
+def bench_inversion(
+    backbone: BackboneConfig, *, batch_size: int, threads: int, rounds: int, compiled: bool, reporter: Reporter
+) -> Bench:
     """All variants on the same canvas, labels and adapter."""
 
     def ours(name: str, *, steps: int = 1, **changes: Any) -> Variant:
@@ -73,6 +80,7 @@ def bench_inversion(backbone: BackboneConfig, *, batch_size: int, threads: int, 
         make = partial(_ours, backbone, batch_size, steps, changes)
         return Variant(name=name, make=make, precision=precision, images=batch_size, steps=steps)
 
+    torch.set_num_threads(threads)
     last = len(load_backbone(backbone).model.blocks) - 1
     variants = [
         Variant(name="textbook", make=partial(_textbook, backbone, batch_size), precision="fp32", images=batch_size),
@@ -90,7 +98,34 @@ def bench_inversion(backbone: BackboneConfig, *, batch_size: int, threads: int, 
         title=f"An inversion step: {backbone.name}, {backbone.image_px} px, batch {batch_size}, {threads} threads",
         settings={"backbone": backbone.name, "image_px": backbone.image_px, "batch_size": batch_size, "threads": threads},
         rows=measure(variants, threads=threads, rounds=rounds, reporter=reporter),
+        others={"compile": [compare_compiled(backbone, batch_size, rounds)]} if compiled else {},
     )
+
+
+def compare_compiled(backbone: BackboneConfig, batch_size: int, rounds: int) -> dict[str, float]:
+    """Forward and backward of the backbone alone, as it is and through `torch.compile`, and what compiling takes."""
+    loaded = load_backbone(backbone)
+    images = torch.randn(batch_size, 3, loaded.image_px, loaded.image_px).requires_grad_()
+
+    def features(inputs: Tensor) -> Tensor:
+        with autocast(loaded.device, "auto"):
+            return encode(loaded.model, inputs).features
+
+    def step(forward: Callable[[Tensor], Tensor]) -> None:
+        forward(images).float().square().mean().backward()
+
+    faster = torch.compile(features)
+    start = time.perf_counter()
+    step(faster)
+    first = time.perf_counter() - start
+    eager_s, compiled_s = take_turns([partial(step, features), partial(step, faster)], rounds, lambda _text: None)
+    gain = eager_s - compiled_s
+    return {
+        "eager_s": round(eager_s, 3),
+        "compiled_s": round(compiled_s, 3),
+        "compile_s": round(first - compiled_s, 1),
+        "steps_until_it_pays": -1 if gain <= 0 else math.ceil((first - compiled_s) / gain),
+    }
 
 
 def _text(schedule: dict[str, Any]) -> str:

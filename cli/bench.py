@@ -29,6 +29,7 @@ def inversion(
     batch_size: Annotated[int, typer.Option("--batch-size", help="Images optimised together.")] = 40,
     threads: Threads = None,
     rounds: Rounds = 5,
+    compiled: Annotated[bool, typer.Option("--compile", help="Also through torch.compile, which takes a minute.")] = False,
     json: Json = False,
 ) -> None:
     """Steps of an inversion: dense, sparse, with and without the prior."""
@@ -39,6 +40,7 @@ def inversion(
         batch_size=batch_size,
         threads=_threads(threads),
         rounds=rounds,
+        compiled=compiled,
         reporter=reporter(quiet=json),
     )
     _show(found, json)
