@@ -86,8 +86,8 @@ def test_a_killed_loader(make_config: Callable[[], ExperimentConfig], undisturbe
     training = threading.Thread(target=lambda: train_meta_lora(config, QUIET))
     training.start()
 
-    wait_until(lambda: bool(children_of(os.getpid(), "MapWorker(MapBatches(BatchLoader")), "a loader")
-    kill_worker("MapWorker(MapBatches(BatchLoader")
+    wait_until(lambda: bool(children_of(os.getpid(), "BatchLoader")), "a loader")
+    kill_worker("BatchLoader")
     training.join()
 
     assert result_of(config) == undisturbed
