@@ -20,7 +20,6 @@ from lr_ray.vit.lora import Adapter, AdapterSpec, LoRAConfig, LowRank, attach_lo
 from lr_ray.vit.tokens import encode
 
 NUM_CLASSES = 5
-SCHEDULE_STEPS = 8
 SPARSE: dict[str, Any] = {"sparse": {0.25: 0.5, 0.5: 0.25}, "prior_every": 4}
 """The schedule that is used where speed is asked for: `bench/gain/speed.yaml` measures what it costs."""
 _PAPER = {"views": {"roll": 0.125, "flip": True}, "prior_weight": 10.0}
@@ -71,7 +70,14 @@ def _ours(backbone: BackboneConfig, batch_size: int, steps: int, changes: dict[s
 
 
 def bench_inversion(
-    backbone: BackboneConfig, *, batch_size: int, threads: int, rounds: int, compiled: bool, reporter: Reporter
+    backbone: BackboneConfig,
+    *,
+    batch_size: int,
+    threads: int,
+    rounds: int,
+    schedule_steps: int,
+    compiled: bool,
+    reporter: Reporter,
 ) -> Bench:
     """All variants on the same canvas, labels and adapter."""
 
@@ -91,7 +97,7 @@ def bench_inversion(
         ours(f"the paper's {{6: 0.75}} and {{{last}: 0.75}}", keep_ratios={6: 0.75, last: 0.75}, prune_from=0.0),
         ours("half of the patches from the input on", sparse={0.0: 0.5}),
         ours("a quarter of the patches from the input on", sparse={0.0: 0.25}),
-        ours(f"the whole schedule {_text(SPARSE)}", steps=SCHEDULE_STEPS, **SPARSE),
+        ours(f"the whole schedule {_text(SPARSE)}", steps=schedule_steps, **SPARSE),
     ]
     return Bench(
         name=f"inversion-{backbone.name}-{backbone.image_px}",

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -169,3 +170,18 @@ class Bench:
             numbers = (f"{row.steps_per_s:.3g}", f"{row.images_per_s:.3g}", f"{row.ratio:.2f}", f"{row.gflops:.0f}")
             found.add_row(row.name, *numbers, f"{100 * row.share_of_peak:.0f} %", f"{row.peak_mib:,}")
         return found
+
+
+def markdown(name: str) -> str:
+    """The rows of bench/results/NAME.json as the docs show them."""
+    rows = json.loads((RESULTS / f"{name}.json").read_text())["rows"]
+    lines = ["| variant | its/s | images/s | ratio | GFLOP/s | of the peak | MiB |", "|---|---:|---:|---:|---:|---:|---:|"]
+    for row in rows:
+        numbers = f"{row['steps_per_s']:.3g} | {row['images_per_s']:.3g} | {row['ratio']:.2f} | {row['gflops']:.0f}"
+        share = f"{100 * row['share_of_peak']:.0f} % of {row['peak_gflops']:.0f}"
+        lines.append(f"| {row['name']} | {numbers} | {share} | {row['peak_mib']:,} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print("\n\n".join(f"{name}\n\n{markdown(name)}" for name in sys.argv[1:]))

@@ -29,6 +29,9 @@ def inversion(
     batch_size: Annotated[int, typer.Option("--batch-size", help="Images optimised together.")] = 40,
     threads: Threads = None,
     rounds: Rounds = 5,
+    schedule_steps: Annotated[
+        int, typer.Option("--schedule-steps", min=8, help="Of the whole sparse schedule, as one call.")
+    ] = 24,
     compiled: Annotated[bool, typer.Option("--compile", help="Also through torch.compile, which takes a minute.")] = False,
     json: Json = False,
 ) -> None:
@@ -40,6 +43,7 @@ def inversion(
         batch_size=batch_size,
         threads=_threads(threads),
         rounds=rounds,
+        schedule_steps=schedule_steps,
         compiled=compiled,
         reporter=reporter(quiet=json),
     )
