@@ -77,28 +77,29 @@ def matmul_peak(precision: Precision) -> float:
 
 
 def take_turns(steps: Sequence[Step], rounds: int, advance: Callable[[str], None]) -> list[float]:
-    """Median seconds of each; the rounds take turns, so that a noisy machine is noisy for all. The first does not count."""
+    """Median seconds of each, which have been done before; they take turns, so that a noisy machine is noisy for all."""
     times: list[list[float]] = [[] for _ in steps]
-    for round_index in range(rounds + 1):
+    for round_index in range(rounds):
         for found, step in zip(times, steps, strict=True):
             start = time.perf_counter()
             step()
-            if round_index:
-                found.append(time.perf_counter() - start)
-        advance(f"round {round_index} of {rounds}")
+            found.append(time.perf_counter() - start)
+        advance(f"round {round_index + 1} of {rounds}")
     return [statistics.median(found) for found in times]
 
 
 def measure(variants: Sequence[Variant], *, threads: int, rounds: int, reporter: Reporter) -> list[Measured]:
     """All variants in one run."""
     torch.set_num_threads(threads)
-    with reporter.track("bench", len(variants) + rounds + 1) as advance:
+    with reporter.track("bench", len(variants) + rounds) as advance:
         peaks = {}
         for variant in variants:
             peaks[variant.name] = peak_of(variant.make, threads)
             advance(f"memory: {variant.name}, {peaks[variant.name]} MiB")
         limits = {precision: matmul_peak(precision) for precision in {native(variant.precision) for variant in variants}}
         steps = [variant.make() for variant in variants]
+        for step in steps:
+            step()  # the first one ranks patches, or allocates
         flops = [count_flops(step) for step in steps]
         seconds = take_turns(steps, rounds, advance)
         for precision in limits:  # the machine may have been busy the first time

@@ -40,7 +40,7 @@ class BatchLoader:
 
 
 def stream_batches(job: TrainingJob, *, start: int, rank: int, world_size: int) -> Generator[list[TrainingBatch], None, None]:
-    """The batches of each step from `start` on, in order; the next ones are made while a step is under way.
+    """The batches of each step from `start` on, in order; they are being made from the call on.
 
     A loader that is lost is started again and draws the same. Not by Ray Data: its executor would run in this process, and
     while enough batches wait it turns idly with the interpreter's lock, which made a step 2.5 times as long.
@@ -57,13 +57,17 @@ def stream_batches(job: TrainingJob, *, start: int, rank: int, world_size: int) 
     loader = ray.remote(BatchLoader).options(**options, scheduling_strategy=this_node()).remote(job, rank, world_size)
     steps = iter(range(start, job.training.num_steps))
     waiting = deque(loader.draw.remote(step) for step in islice(steps, _steps_ahead(job, world_size)))
-    try:
-        while waiting:
-            packed = ray.get(waiting.popleft())
-            waiting.extend(loader.draw.remote(step) for step in islice(steps, 1))
-            yield unpack(packed)
-    except ray.exceptions.RayError as error:
-        raise user_error(error) from error
+
+    def in_order() -> Generator[list[TrainingBatch], None, None]:
+        try:
+            while waiting:
+                packed = ray.get(waiting.popleft())
+                waiting.extend(loader.draw.remote(step) for step in islice(steps, 1))
+                yield unpack(packed)
+        except ray.exceptions.RayError as error:
+            raise user_error(error) from error
+
+    return in_order()
 
 
 def _steps_ahead(job: TrainingJob, world_size: int) -> int:

@@ -36,6 +36,9 @@ def _train(job: TrainingJob, steps: Any) -> None:
     torch.set_num_threads(job.config.ray.cpus_per_trainer)
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
+    checkpoint = ray.train.get_checkpoint()
+    saved = None if checkpoint is None else read_checkpoint(job, checkpoint)
+    batches = stream_batches(job, start=saved[1]["step"] if saved else 0, rank=rank, world_size=world_size)
     trainer = MetaTrainer(
         load_backbone(job.config.backbone, device=get_device()),
         job.training,
@@ -46,9 +49,8 @@ def _train(job: TrainingJob, steps: Any) -> None:
         world_size=world_size,
         wrap=prepare_model,
     )
-    if (checkpoint := ray.train.get_checkpoint()) is not None:
-        trainer.load_state(*read_checkpoint(job, checkpoint))
-    batches = stream_batches(job, start=trainer.step, rank=rank, world_size=world_size)
+    if saved is not None:
+        trainer.load_state(*saved)
     began = waited = 0.0
     while not trainer.finished:
         asked = time.perf_counter()
