@@ -6,7 +6,6 @@ from itertools import groupby
 
 import numpy as np
 import torch
-from scipy import stats
 from torch import Tensor
 
 from lr_ray.fewshot.episodes import EpisodeShape
@@ -125,6 +124,8 @@ class PairedDifference:
 
 def paired_difference(accuracies: np.ndarray, others: np.ndarray) -> PairedDifference:
     """Of (E,) and (F,) accuracies, of which the first min(E, F) are of the same episodes."""
+    from scipy import stats  # half a second, which every worker would wait for
+
     count = min(len(accuracies), len(others))
     differences = accuracies[:count] - others[:count]
     if count < 2 or not differences.any():
