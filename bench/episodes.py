@@ -2,11 +2,11 @@
 
 import json
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from lr_ray.bench.speed import RESULTS
 
 from lr_ray.fewshot.episodes import EpisodeShape, draw_test_episodes
 from lr_ray.fewshot.evaluate import predict
@@ -15,7 +15,6 @@ from lr_ray.storage.manifest import versions
 
 NUM_EPISODES, NUM_CLASSES, PER_CLASS, DIM = 10_000, 16, 600, 384
 METHODS = ("nn", "nn-cosine", "linear-probe", "bpa")
-RESULT = Path(__file__).parent / "results" / "episodes.json"
 
 
 def bench_episodes(*, threads: int) -> dict[str, Any]:
@@ -41,5 +40,6 @@ def bench_episodes(*, threads: int) -> dict[str, Any]:
             rows.append({"method": label, "n_shot": shape.n_shot, "draw_s": drawn_s, "score_s": scored_s})
     settings = {"episodes": NUM_EPISODES, "images": len(labels), "features": DIM, "threads": threads}
     result = {"settings": settings, "rows": rows, "versions": versions()}
-    RESULT.write_text(json.dumps(result, indent=2) + "\n")
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / "episodes.json").write_text(json.dumps(result, indent=2) + "\n")
     return result

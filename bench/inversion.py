@@ -21,7 +21,7 @@ from lr_ray.vit.tokens import encode
 
 NUM_CLASSES = 5
 SPARSE: dict[str, Any] = {"sparse": {0.25: 0.5, 0.5: 0.25}, "prior_every": 4}
-"""The schedule that is used where speed is asked for: `bench/gain/speed.yaml` measures what it costs."""
+"""The schedule that is used where speed is asked for: bench/results/paired-speed.json has what it costs."""
 _PAPER = {"views": {"roll": 0.125, "flip": True}, "prior_weight": 10.0}
 
 

@@ -4,8 +4,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-import psutil
+if TYPE_CHECKING:
+    import psutil
 
 
 def lr_ray(*arguments: str) -> list[str]:
@@ -21,8 +23,10 @@ def wait_until(met: Callable[[], bool], what: str, *, timeout_s: float = 120) ->
         pause.wait(0.05)
 
 
-def children_of(pid: int, title: str) -> list[psutil.Process]:
+def children_of(pid: int, title: str) -> "list[psutil.Process]":
     """The processes below one, all the way down, whose title has that in it; none if it has ended."""
+    import psutil
+
     try:
         below = psutil.Process(pid).children(recursive=True)
     except psutil.NoSuchProcess:
@@ -30,8 +34,10 @@ def children_of(pid: int, title: str) -> list[psutil.Process]:
     return [child for child in below if title in _title(child)]
 
 
-def _title(process: psutil.Process) -> str:
+def _title(process: "psutil.Process") -> str:
     """As Ray sets it; empty once the process has ended."""
+    import psutil
+
     try:
         return "".join(process.cmdline()[:1])
     except psutil.Error:

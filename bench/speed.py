@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from lr_ray.errors import ClusterError
 from lr_ray.report.progress import Reporter
 from lr_ray.runtime.cost import count_flops
 from lr_ray.storage.manifest import versions
 from lr_ray.vit.backbone import Precision, autocast
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path("bench", "results")
+"""Below the working directory."""
 _PEAK_SIZES, _PRODUCTS = (1024, 2048), 10
 
 Step = Callable[[], object]
@@ -126,6 +128,10 @@ def peak_of(make: Callable[[], Step], threads: int) -> int:
     answer = spawning.Queue()
     child = spawning.Process(target=_answer_peak, args=(make, threads, answer))
     child.start()
+    while child.is_alive() and answer.empty():
+        child.join(timeout=0.1)
+    if answer.empty():
+        raise ClusterError(f"a first step ended its process (exit code {child.exitcode}): out of memory? lower --batch-size")
     peak = int(answer.get())
     child.join()
     return peak
@@ -159,6 +165,7 @@ class Bench:
         """Write bench/results/NAME.json; returns what it holds."""
         rows = [asdict(row) for row in self.rows]
         result = {"settings": self.settings, "rows": rows, **self.others, "versions": versions()}
+        RESULTS.mkdir(parents=True, exist_ok=True)
         (RESULTS / f"{self.name}.json").write_text(json.dumps(result, indent=2) + "\n")
         return result
 

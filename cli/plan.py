@@ -36,11 +36,8 @@ def plan(
     for column in ("GPU", "actors", "MiB each", "steps/s", "inversion", "training", "$"):
         table.add_column(column, justify="left" if column == "GPU" else "right")
     for found in plans:
-        if found.inversion_h is None or found.dollars is None:
-            table.add_row(found.gpu, "does not fit", f"{found.actor_mib:,}")
-            continue
         times = (_duration(found.inversion_h), _duration(found.training_h))
-        money = f"{found.dollars:,.2f}"
+        money = "" if found.dollars is None else f"{found.dollars:,.2f}"
         table.add_row(found.gpu, str(found.actors), f"{found.actor_mib:,}", f"{found.steps_per_s:,.3g}", *times, money)
     Console().print(table)
     per_step = f"{cost.inversion.tflop:.3g} TFLOP and {cost.inversion.kept_mib:,.0f} MiB of activations"
@@ -48,8 +45,10 @@ def plan(
     print(f"{per_step} a step, {cost.inversion_steps:,} steps an adapter. Counted, not measured; assumed: {assumed}.")
 
 
-def _duration(hours: float) -> str:
+def _duration(hours: float | None) -> str:
     """Of one GPU."""
+    if hours is None:
+        return "does not fit"
     value, unit = next(
         ((hours * factor, unit) for factor, unit in ((1, "h"), (60, "min")) if hours * factor >= 1), (hours * 3600, "s")
     )

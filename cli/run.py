@@ -24,20 +24,16 @@ def run(
     experiment = read_config(config, overrides, output=output)
     flags = ["--fast", fast] if fast else []
     hand_over(experiment, cluster, "run", *flags, up=up, json=json, reads=("tune", "validation", "test"))
-    if fast:
-        from lr_ray.runtime.probe import choose_by_probe
-
-        experiment = choose_by_probe(experiment, reporter(quiet=json))
-    run_and_report(experiment, json=json)
+    run_and_report(experiment, fast=fast is not None, json=json)
 
 
-def run_and_report(experiment: "ExperimentConfig", *, json: bool) -> None:
+def run_and_report(experiment: "ExperimentConfig", *, fast: bool = False, json: bool) -> None:
     """Every step in turn, then the table and where the report is."""
     from lr_ray.report.write import write_report
     from lr_ray.runtime.evaluation import example_episode
     from lr_ray.runtime.experiment import run_experiment
 
-    rows = run_experiment(experiment, reporter(quiet=json))
+    rows = run_experiment(experiment, reporter(quiet=json), fast=fast)
     written = write_report(experiment, rows, example_episode(experiment))
     if json:
         print_json(rows)

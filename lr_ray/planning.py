@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lr_ray.config import ExperimentConfig
 from lr_ray.errors import BackboneError
-from lr_ray.vit.backbone import BackboneConfig, architecture_of
+from lr_ray.vit.backbone import BackboneConfig, architecture_of, check_architecture
 from lr_ray.vit.embedded import EMBEDDED_PRIOR
 from lr_ray.vit.tokens import encode, num_kept
 
@@ -85,8 +85,8 @@ class GpuPlan:
     Attributes:
         actors: inversions at once that fill it, as far as its memory holds them; 0: not one.
         steps_per_s: of all of them.
-        inversion_h: GPU hours of all adapters; None where none fits, like `dollars`.
-        training_h: hours of the meta-training on one GPU.
+        inversion_h: GPU hours of all adapters.
+        training_h: hours of the meta-training on one GPU. Each is None where its memory does not do, and then `dollars` too.
     """
 
     gpu: str
@@ -94,7 +94,7 @@ class GpuPlan:
     actor_mib: int
     steps_per_s: float
     inversion_h: float | None
-    training_h: float
+    training_h: float | None
     dollars: float | None
 
 
@@ -105,7 +105,8 @@ def job_cost(config: ExperimentConfig, *, num_classes: int) -> JobCost:
         BackboneError: timm does not know the backbone or the prior.
     """
     inversion, training = config.inversion, config.training
-    images = num_classes * inversion.images_per_class
+    pieces = math.ceil(num_classes / inversion.classes_per_item)
+    images = math.ceil(num_classes / pieces) * inversion.images_per_class
     batch = min(inversion.batch_size, images)
     prior, weights = StepCost(tflop=0, kept_mib=0), _weights_mib(_vit(config.backbone))
     if inversion.prior is not None and inversion.prior_weight:
@@ -122,14 +123,14 @@ def job_cost(config: ExperimentConfig, *, num_classes: int) -> JobCost:
     mean = sum(costs[stage].tflop * count for stage, count in stages.items()) / inversion.num_steps
     shape = training.episode
     episode = shape.n_way * (shape.n_shot + shape.n_query)
-    of_episode = _vit_cost(config.backbone, episode, training.keep_ratio, {})
+    of_episode = _vit_cost(config.backbone, episode, training.keep_ratio, {}, recompute=training.recompute)
     return JobCost(
         weights_mib=weights,
         inversion=StepCost(
             tflop=mean + prior.tflop / inversion.prior_every,
             kept_mib=max(cost.kept_mib for cost in costs.values()) + prior.kept_mib,
         ),
-        inversion_steps=math.ceil(images / inversion.batch_size) * inversion.num_steps,
+        inversion_steps=pieces * math.ceil(images / inversion.batch_size) * inversion.num_steps,
         training=StepCost(tflop=of_episode.tflop * training.episodes_per_step, kept_mib=of_episode.kept_mib),
         training_steps=training.num_steps,
     )
@@ -143,7 +144,9 @@ def plan_on(gpu: Gpu, cost: JobCost, *, num_adapters: int) -> GpuPlan:
     actors = min(int(gpu.memory_gib * 1024 / actor_mib), math.ceil(most * _LEAST_STEP_S))
     steps_per_s = min(most, actors / _LEAST_STEP_S)
     inversion_h = num_adapters * cost.inversion_steps / steps_per_s / 3600 if actors else None
-    training_h = cost.training_steps * max(cost.training.tflop / rate, _LEAST_STEP_S) / 3600
+    trainer_mib = _CONTEXT_GIB * 1024 + _FRAGMENTS * (cost.weights_mib + cost.training.kept_mib)
+    trains = trainer_mib <= gpu.memory_gib * 1024
+    training_h = cost.training_steps * max(cost.training.tflop / rate, _LEAST_STEP_S) / 3600 if trains else None
     return GpuPlan(
         gpu=gpu.name,
         actors=actors,
@@ -151,18 +154,15 @@ def plan_on(gpu: Gpu, cost: JobCost, *, num_adapters: int) -> GpuPlan:
         steps_per_s=steps_per_s,
         inversion_h=inversion_h,
         training_h=training_h,
-        dollars=None if inversion_h is None else (inversion_h + training_h) * gpu.dollars_per_h,
+        dollars=None if inversion_h is None or training_h is None else (inversion_h + training_h) * gpu.dollars_per_h,
     )
 
 
 def _vit(config: BackboneConfig) -> VisionTransformer:
     architecture, arguments = architecture_of(config.name)
-    size = {} if config.image_px is None else {"img_size": config.image_px}
-    try:
-        with torch.device("meta"):
-            model = timm.create_model(architecture, **{**arguments, **size, "num_classes": 0})
-    except RuntimeError as error:
-        raise BackboneError(f"backbone {config.name!r}: {error}; `timm.list_models('vit*')` lists them") from error
+    size = {"img_size": check_architecture(architecture, config), "num_classes": 0}
+    with torch.device("meta"):
+        model = timm.create_model(architecture, **{**arguments, **size})
     return model.eval().requires_grad_(False)
 
 
@@ -180,14 +180,17 @@ def _weights_mib(network: nn.Module) -> float:
     return 4 * sum(int(value.nelement()) for value in network.state_dict().values()) / 2**20
 
 
-def _vit_cost(config: BackboneConfig, batch: int, keep_ratio: float, keep_ratios: dict[int, float]) -> StepCost:
+def _vit_cost(
+    config: BackboneConfig, batch: int, keep_ratio: float, keep_ratios: dict[int, float], *, recompute: bool = False
+) -> StepCost:
     model = _vit(config)
     patches = model.patch_embed.num_patches
     kept = None if keep_ratio == 1 else num_kept(patches, keep_ratio)
 
     def run(images: Tensor) -> Tensor:
         keep_indices = None if kept is None else torch.zeros(batch, kept, dtype=torch.long)
-        return encode(model, images, keep_indices=keep_indices, keep_ratios=keep_ratios).features
+        found = encode(model, images, keep_indices=keep_indices, keep_ratios=keep_ratios, recompute=recompute)
+        return found.features
 
     for block in model.blocks:
         block.attn.fused_attn = False  # whose FLOPs are counted

@@ -89,6 +89,27 @@ def test_actors_fill_a_gpu_as_far_as_they_fit():
     assert twice.inversion_h == pytest.approx(2 * plans[0].inversion_h)
 
 
+def test_classes_in_pieces():
+    whole = job_cost(experiment(batch_size=50), num_classes=30)
+    assert whole.inversion_steps == 3 * 8
+    assert job_cost(experiment(batch_size=50, classes_per_item=30), num_classes=30).inversion_steps == 2 * 8
+
+
+def test_recomputed_activations():
+    plain = experiment()
+    again = plain.model_copy(update={"training": plain.training.model_copy(update={"recompute": True})})
+    usual, less = job_cost(plain, num_classes=3).training, job_cost(again, num_classes=3).training
+    assert less.kept_mib < 0.5 * usual.kept_mib
+    assert 1.2 * usual.tflop < less.tflop < 1.5 * usual.tflop
+
+
+def test_a_backbone_that_the_method_does_not_work_on():
+    with pytest.raises(BackboneError, match="ResNet"):
+        job_cost(ExperimentConfig.model_validate({"name": "plan", "backbone": {"name": "resnet18"}}), num_classes=5)
+    with pytest.raises(BackboneError, match="not a multiple"):
+        job_cost(ExperimentConfig.model_validate({"name": "plan", "backbone": TINY | {"image_px": 65}}), num_classes=5)
+
+
 def test_unknown_networks():
     with pytest.raises(BackboneError, match="vit_none"):
         job_cost(ExperimentConfig.model_validate({"name": "plan", "backbone": {"name": "vit_none"}}), num_classes=5)

@@ -44,7 +44,7 @@ def predict_each(features: Tensor, episodes: Iterable[DrawnEpisode], head: Head 
 def _predict_alike(features: Tensor, images: np.ndarray, ways: np.ndarray, is_query: np.ndarray, head: Head) -> np.ndarray:
     """(E, I) images of episodes of one composition, as a `DrawnEpisode` has it → (E, N, Q) predicted ways."""
     at_once = max(1, _FLOATS_AT_ONCE // (images.shape[1] * features.shape[1]))
-    support, queries = torch.from_numpy(images[:, ~is_query]), torch.from_numpy(images[:, is_query])
+    support, queries = (torch.from_numpy(np.ascontiguousarray(images[:, chosen])) for chosen in (~is_query, is_query))
     labels = torch.from_numpy(ways[~is_query])
     predicted = [
         head(features[of_support].float(), labels, features[of_queries].float()).argmax(dim=-1).to(torch.int16)

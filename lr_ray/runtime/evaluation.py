@@ -250,13 +250,13 @@ def _predict_by_tuning(
             size = episodes[len(predicted)].size
             predicted += [of_episode.reshape(size) for of_episode in ways]
             trained += [adaptation.num_trained for adaptation in adaptations]
-            calls.append(together)
+            if task.start == 0 and (not calls or not isinstance(task.shape, EpisodeShape)):
+                calls.append(together)
         peak = peak_memory_mib(backbone.device)
         facts = {"peak_memory_mib": peak, "trained_parameters": round(float(np.mean(trained)))}
         if task.start == 0:
-            counted = calls[:1] if isinstance(task.shape, EpisodeShape) else calls
-            flops = [count_flops(lambda call=call: adapt(call[:1], [0])) for call in counted]  # type: ignore[misc]
-            facts["flops"] = float(np.average(flops, weights=[len(call) for call in counted]))
+            flops = [count_flops(lambda call=call: adapt(call[:1], [0])) for call in calls]  # type: ignore[misc]
+            facts["flops"] = float(np.average(flops, weights=[len(call) for call in calls]))
     return predicted, np.array(seconds), facts
 
 

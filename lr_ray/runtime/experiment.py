@@ -10,20 +10,25 @@ from lr_ray.report.progress import Reporter
 from lr_ray.runtime.evaluation import evaluate_methods
 from lr_ray.runtime.evaluation_plan import check_evaluation
 from lr_ray.runtime.inversion import invert_library
+from lr_ray.runtime.probe import choose_by_probe
 from lr_ray.runtime.session import ray_session
 from lr_ray.runtime.stand_ins import make_stand_ins
 from lr_ray.runtime.training import train_joint, train_meta_lora, train_oracle
 from lr_ray.runtime.tuning import tune_library
 
 
-def run_experiment(config: ExperimentConfig, reporter: Reporter) -> list[dict[str, Any]]:
-    """Tune (where the config names data for it and no adapters), invert, train, evaluate; returns the rows of results."""
+def run_experiment(config: ExperimentConfig, reporter: Reporter, *, fast: bool = False) -> list[dict[str, Any]]:
+    """Tune (where the config names data for it and no adapters), invert, train, evaluate; returns the rows of results.
+
+    Args:
+        fast: invert as a probe of the machine finds fastest.
+    """
     check_evaluation(config)
     needs = ingredients_of(config.evaluation.methods)
     with ray_session(config.ray):
         if config.data.tune is not None and config.adapters is None:
             tune_library(config, reporter)
-        invert_library(config, reporter, strict=True)
+        invert_library(choose_by_probe(config, reporter) if fast else config, reporter, strict=True)
         _train(config, needs | {"meta_lora"}, reporter)
         return evaluate_methods(config, reporter)
 

@@ -1,7 +1,6 @@
 """`--fast auto`: about a minute of inversion steps on the machine that will do them, and what that says to choose."""
 
 import json
-import os
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -11,13 +10,13 @@ from typing import Any
 import torch
 
 from lr_ray.config import ExperimentConfig
-from lr_ray.errors import LrRayError
+from lr_ray.errors import ClusterError, LrRayError, StorageError
 from lr_ray.inversion.invert import InversionBatch
 from lr_ray.inversion.priors import load_prior
 from lr_ray.report.progress import Reporter
 from lr_ray.runtime.session import map_tasks, ray_session, worker_device
-from lr_ray.storage.filesystem import join, read_if_there, write_bytes
-from lr_ray.storage.manifest import versions
+from lr_ray.storage.filesystem import exists, join, read_if_there, write_bytes
+from lr_ray.storage.manifest import CLAIM_NAME, versions
 from lr_ray.vit.backbone import Backbone, Precision, load_backbone
 from lr_ray.vit.lora import Adapter, AdapterSpec
 
@@ -51,46 +50,63 @@ class _Trial:
 
 
 def choose_by_probe(config: ExperimentConfig, reporter: Reporter) -> ExperimentConfig:
-    """The config with the fastest batch size, precision and actors that a probe found; kept in OUTPUT/fast.json.
+    """The config, for its inversion, with the fastest batch size, precision and actors that a probe found.
 
-    Batch size and precision change the images a little, so a run that goes on takes what was chosen when it began.
+    Kept in OUTPUT/fast.json. Batch size and precision change the images a little, so a run that goes on takes what was chosen
+    when it began; the actors only on a machine of as many processors and GPUs.
 
     Raises:
-        LrRayError: the backbone or the prior cannot be loaded.
+        LrRayError: the backbone or the prior cannot be loaded, or not even the smallest batch fits.
+        StorageError: the images were begun without `--fast`.
     """
     uri = join(config.output_root, CHOICE_NAME)
     content = read_if_there(uri)
-    if content is None:
-        found = _probe(config, reporter)
-        write_bytes(uri, json.dumps(found | {"versions": versions()}, indent=2).encode())
-    else:
-        found = json.loads(content)
-        reporter.say(f"fast: as chosen before, {uri}: {found['chosen']}")
+    with ray_session(config.ray):
+        machine = _largest_node()
+        if content is None:
+            if exists(join(config.synthetic_root, CLAIM_NAME)):
+                raise StorageError(
+                    f"{config.synthetic_root} was begun without --fast; leave it out, or choose another --output"
+                )
+            found = _probe(config, reporter) | {"machine": machine}
+            write_bytes(uri, json.dumps(found | {"versions": versions()}, indent=2).encode())
+        else:
+            found = json.loads(content)
+            reporter.say(f"fast: as chosen before, {uri}: {found['chosen']}")
     chosen = found["chosen"]
+    actors = chosen["ray"] if found["machine"] == machine else {}
     return config.model_copy(
         update={
             "inversion": config.inversion.model_copy(update=chosen["inversion"]),
-            "ray": config.ray.model_copy(update=chosen["ray"]),
+            "ray": config.ray.model_copy(update=actors),
         }
     )
+
+
+def _largest_node() -> dict[str, float]:
+    """The processors and GPUs that one actor may find on one machine."""
+    import ray
+
+    resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return {name: max(found.get(name, 0.0) for found in resources) for name in ("CPU", "GPU")}
 
 
 def _probe(config: ExperimentConfig, reporter: Reporter) -> dict[str, Any]:
     precisions: tuple[Precision, ...] = ("bf16", "fp32")
     most = config.tuning.n_way * config.inversion.images_per_class
     batches = sorted({*(size for size in _BATCHES if size < most), most})
-    with ray_session(config.ray):
-        arrangements = _arrangements(config)
-        variants = tuple((precision, config.inversion.batch_size) for precision in precisions)
-        plain = _speeds(config, arrangements[0], variants)
-        precision = max(precisions, key=lambda name: plain[name, config.inversion.batch_size])
-        others = "; ".join(f"{name} {speed:.1f}" for (name, _), speed in plain.items())
-        reporter.say(f"fast: precision {precision} (images/s of the machine: {others})")
-        tried: dict[tuple[Arrangement, int], float] = {}
-        for arrangement in arrangements:
-            of_batches = _speeds(config, arrangement, tuple((precision, size) for size in batches))
-            tried |= {(arrangement, size): speed for (_, size), speed in of_batches.items()}
+    arrangements = _arrangements(config)
+    plain = _speeds(config, arrangements[0], tuple((precision, batches[0]) for precision in precisions))
+    precision = max(precisions, key=lambda name: plain[name, batches[0]])
+    others = "; ".join(f"{name} {speed:.1f}" for (name, _), speed in plain.items())
+    reporter.say(f"fast: precision {precision} (images/s of the machine: {others})")
+    tried: dict[tuple[Arrangement, int], float] = {}
+    for arrangement in arrangements:
+        of_batches = _speeds(config, arrangement, tuple((precision, size) for size in batches))
+        tried |= {(arrangement, size): speed for (_, size), speed in of_batches.items()}
     best = max(tried.values())
+    if not best:
+        raise ClusterError(f"--fast auto: no batch of {batches[0]} images fits into memory; lower backbone.image_px")
     arrangement, batch_size = next(pair for pair, speed in tried.items() if speed >= _CLOSE * best)
     told = "; ".join(f"{where}, batches of {size}: {speed:.1f}" for (where, size), speed in tried.items())
     reporter.say(f"fast: {arrangement}, batches of {batch_size}: within {100 * (1 - _CLOSE):.0f} % of the best ({told})")
@@ -108,16 +124,13 @@ def _probe(config: ExperimentConfig, reporter: Reporter) -> dict[str, Any]:
 
 def _arrangements(config: ExperimentConfig) -> list[Arrangement]:
     """As configured first."""
-    import ray
-
-    cpus = int(ray.cluster_resources().get("CPU", os.cpu_count() or 1))
-    given = config.ray
+    cpus, given = int(_largest_node()["CPU"]), config.ray
     if given.num_gpus_per_actor:
-        shares = dict.fromkeys([min(1.0, given.num_gpus_per_actor), 1.0, 0.5, 0.25])
+        most = max(1, cpus // given.cpus_per_actor)
+        shares = dict.fromkeys([given.num_gpus_per_actor, *(share for share in (1.0, 0.5, 0.25) if 1 / share <= most)])
         return [
-            Arrangement(actors=round(1 / share), cpus_per_actor=given.cpus_per_actor, num_gpus_per_actor=share)
+            Arrangement(actors=min(most, max(1, int(1 / share))), cpus_per_actor=given.cpus_per_actor, num_gpus_per_actor=share)
             for share in shares
-            if round(1 / share) * given.cpus_per_actor <= cpus
         ]
     sizes = dict.fromkeys([min(given.cpus_per_actor, cpus), 1, cpus])
     return [Arrangement(actors=cpus // size, cpus_per_actor=size, num_gpus_per_actor=0.0) for size in sizes]
@@ -126,13 +139,15 @@ def _arrangements(config: ExperimentConfig) -> list[Arrangement]:
 def _speeds(
     config: ExperimentConfig, arrangement: Arrangement, variants: Sequence[tuple[Precision, int]]
 ) -> dict[tuple[Precision, int], float]:
-    """Images optimised by one step, a second, of all actors of the arrangement together."""
-    ray_config = config.ray.model_copy(
-        update={"cpus_per_actor": arrangement.cpus_per_actor, "num_gpus_per_actor": arrangement.num_gpus_per_actor}
-    )
+    """Images optimised by one step, a second, of all actors of the arrangement together; 0 of what ran out of memory."""
+    held = {"cpus_per_actor": arrangement.cpus_per_actor, "num_gpus_per_actor": arrangement.num_gpus_per_actor}
+    ray_config = config.ray.model_copy(update=held | {"max_failures": 0})
     trial = _Trial(config=config.model_copy(update={"ray": ray_config}), variants=tuple(variants), seconds=_TRIAL_S)
     total = dict.fromkeys(variants, 0.0)
-    for _, speeds in map_tasks(_try, [trial] * arrangement.actors, ray_config):
+    for _, speeds in list(map_tasks(_try, [trial] * arrangement.actors, ray_config)):
+        if isinstance(speeds, ClusterError):  # a processor's memory ran out: without the largest batch
+            fewer = _speeds(config, arrangement, variants[:-1]) if len(variants) > 1 else {}
+            return fewer | {variants[-1]: 0.0}
         if isinstance(speeds, LrRayError):
             raise speeds
         for variant, speed in zip(variants, speeds, strict=True):

@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Generator
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
 
 import torch
@@ -23,8 +23,13 @@ class BatchLoader:
     def __init__(self, job: TrainingJob, rank: int, world_size: int) -> None:
         torch.set_num_threads(1)
         self._job, self._rank, self._world_size = job, rank, world_size
+
+    @cached_property
+    def _maker(self) -> BatchMaker:
+        """Made at the first draw: of what fails there the trainer hears more than that an actor died."""
+        job = self._job
         buffer = ClassBuffer(ClassSchedule(job.refs, job.training, seed=job.config.seed), partial(read_shelves, job))
-        self._maker = BatchMaker(
+        return BatchMaker(
             job.refs,
             buffer,
             job.training,

@@ -99,7 +99,7 @@ def load_backbone(config: BackboneConfig, *, device: torch.device | str = "cpu")
             divide, or weights that cannot be had or do not fit.
     """
     architecture, arguments = architecture_of(config.name)
-    image_px = _check_architecture(architecture, config)
+    image_px = check_architecture(architecture, config)
     arguments["num_classes"] = 0
     if config.pretrained or config.weights is not None:
         model, source = _load_pretrained(architecture, arguments | {"img_size": image_px}, config)
@@ -132,8 +132,12 @@ def architecture_of(name: str) -> tuple[str, dict[str, Any]]:
     return name, {}
 
 
-def _check_architecture(architecture: str, config: BackboneConfig) -> int:
-    """Raise unless the method works on the architecture; return the image size to use."""
+def check_architecture(architecture: str, config: BackboneConfig) -> int:
+    """The image size to use.
+
+    Raises:
+        BackboneError: unless the method works on the architecture at that size.
+    """
     try:
         with torch.device("meta"):
             model = timm.create_model(architecture, pretrained=False, num_classes=0)

@@ -18,11 +18,12 @@ ROOT = Path(__file__).parents[2]
 DEMO = str(ROOT / "configs" / "demo.yaml")
 
 OPTIONS = {
-    "run": {"CONFIG", "--set", "--output", "-o", "--cluster", "--up", "--json"},
+    "run": {"CONFIG", "--set", "--output", "-o", "--fast", "--cluster", "--up", "--json"},
     "demo": {"--set", "--output", "-o", "--json"},
     "tune": {"--config", "-c", "--set", "--data", "--classes", "--output", "-o", "--json"},
     "invert": {
-        "--config", "-c", "--set", "--adapters", "--synthetic", "--output", "-o", "--strict", "--cluster", "--up", "--json",
+        "--config", "-c", "--set", "--adapters", "--synthetic", "--output", "-o", "--strict", "--fast", "--cluster", "--up",
+        "--json",
     },
     "train": {
         "--config", "-c", "--set", "--adapters", "--synthetic", "--output", "-o", "--oracle", "--joint",
@@ -35,7 +36,9 @@ OPTIONS = {
     "export": {"META_LORA", "--format", "--to", "--json"},
     "report": {"--config", "-c", "--set", "--synthetic", "--output", "-o", "--watch", "--json"},
     "ablate": {"GRID", "--cell", "--output", "-o", "--json"},
+    "plan": {"--config", "-c", "--num-adapters", "--num-classes", "--set", "--json"},
     "fetch": set(),
+    "bench": set(),
     "cluster": set(),
 }  # fmt: skip
 

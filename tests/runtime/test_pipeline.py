@@ -179,3 +179,9 @@ def test_errors_before_and_inside_training(inverted: ExperimentConfig) -> None:
     with pytest.raises(StorageError, match=r"were made with a backbone of image_px 32, but the config's has 64; correct"):
         train_meta_lora(larger, QUIET)
     assert not Path(inverted.meta_lora_root, "training").exists()
+
+
+def test_what_a_loader_cannot_do_is_said_as_it_is(inverted: ExperimentConfig) -> None:
+    relations = inverted.training.relations.model_copy(update={"share": 1.0, "batch_size": 10_000})
+    with pytest.raises(EpisodeError, match=r"relations.batch_size"):
+        train_meta_lora(changed(inverted, training={"relations": relations}), QUIET)

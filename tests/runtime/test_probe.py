@@ -2,14 +2,16 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from lr_ray.cli.main import app
 from typer.testing import CliRunner
 
 from lr_ray.config import ExperimentConfig
-from lr_ray.errors import BackboneError
+from lr_ray.errors import BackboneError, ClusterError, StorageError
 from lr_ray.runtime import probe
+from lr_ray.runtime.inversion import invert_library
 from lr_ray.runtime.probe import Arrangement, choose_by_probe
 from lr_ray.vit.backbone import Precision
 from tests.jobs import QUIET, changed
@@ -51,6 +53,42 @@ def test_the_smallest_batch_and_the_arrangement_as_configured_that_are_as_fast(
     assert chosen.inversion.precision == "fp32"
     assert chosen.inversion.batch_size == 20
     assert chosen.ray.cpus_per_actor == 2
+
+
+def test_actors_are_kept_to_on_the_same_machine_alone(library: ExperimentConfig) -> None:
+    chosen = {"inversion": {"precision": "fp32", "batch_size": 3}, "ray": {"cpus_per_actor": 64, "num_gpus_per_actor": 0.0}}
+    path = Path(library.output_root, "fast.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"chosen": chosen, "machine": {"CPU": 64.0, "GPU": 0.0}}))
+    found = choose_by_probe(library, QUIET)
+    assert (found.inversion.batch_size, found.inversion.precision) == (3, "fp32")
+    assert found.ray == library.ray
+
+
+def test_a_batch_that_memory_does_not_hold_counts_as_nothing(
+    library: ExperimentConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def tasks(_function: object, trials: list[Any], _config: object) -> Any:
+        (variants,) = {trial.variants for trial in trials}
+        for trial in trials:
+            too_large = variants[-1][1] > most
+            yield trial, ClusterError("out of memory") if too_large else [float(size) for _, size in variants]
+
+    monkeypatch.setattr(probe, "map_tasks", tasks)
+    most = 10
+    chosen = choose_by_probe(changed(library, inversion={"images_per_class": 50}), QUIET)
+    assert chosen.inversion.batch_size == 10
+    most = 5
+    other = library.model_copy(update={"output": f"{library.output_root}/other"})
+    with pytest.raises(ClusterError, match="no batch of 10 images fits"):
+        choose_by_probe(changed(other, inversion={"images_per_class": 50}), QUIET)
+
+
+def test_images_that_were_begun_without_it(library: ExperimentConfig) -> None:
+    invert_library(library, QUIET)
+    with pytest.raises(StorageError, match="was begun without --fast"):
+        choose_by_probe(library, QUIET)
+    assert not Path(library.output_root, "fast.json").exists()
 
 
 def test_a_backbone_that_cannot_be_loaded(library: ExperimentConfig) -> None:

@@ -18,6 +18,8 @@ HeadStart = Literal["probe", "zeros"]
 """Of a linear head: the logistic regression of `linear-probe` (C = 1) on the features before tuning, as Kumar et al.,
 Fine-Tuning can Distort Pretrained Features, ICLR 2022, arXiv 2202.10054, advise; or zeros."""
 
+_BLOCKS_OF_A_QUERY = 4
+"""A pass without gradients holds as much of an image at a time as so many blocks keep of it for the way back."""
 _FLOATS_AT_ONCE = 50_000_000
 """Of the tokens that enter the blocks, support images of all episodes together: as many as those of one 5-way 5-shot episode of
 a ViT-B/16 at 224 px; a step keeps some 13 times as many bytes as they have."""
@@ -53,10 +55,11 @@ def within_memory(backbone: Backbone, adapt: Adapt) -> Adapt:
     """The same in as many parts as memory asks for."""
     model = backbone.model
     tokens = model.num_prefix_tokens + backbone.num_patches
-    floats_an_image = tokens * backbone.num_features * len(model.blocks)
+    floats_of_tokens = tokens * backbone.num_features
 
     def adapt_parts(tasks: Sequence[FewShotTask], seeds: Sequence[int]) -> list[Adaptation]:
-        size = max(1, _FLOATS_AT_ONCE // (len(tasks[0].support) * floats_an_image))
+        support, queries = len(tasks[0].support) * len(model.blocks), len(tasks[0].queries) * _BLOCKS_OF_A_QUERY
+        size = max(1, _FLOATS_AT_ONCE // (max(support, queries) * floats_of_tokens))
         parts = range(0, len(tasks), size)
         return [found for start in parts for found in adapt(tasks[start : start + size], seeds[start : start + size])]
 
