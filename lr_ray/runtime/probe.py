@@ -36,8 +36,12 @@ class Arrangement:
     num_gpus_per_actor: float
 
     def __str__(self) -> str:
-        each = f"{self.num_gpus_per_actor:g} GPU" if self.num_gpus_per_actor else f"{self.cpus_per_actor} processors"
-        return f"{self.actors} actors of {each}"
+        each = (
+            f"{self.num_gpus_per_actor:g} GPU"
+            if self.num_gpus_per_actor
+            else f"{self.cpus_per_actor} processor{'s' if self.cpus_per_actor > 1 else ''}"
+        )
+        return f"{self.actors} actor{'s' if self.actors > 1 else ''} of {each}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
