@@ -1,17 +1,15 @@
 """How fast the test episodes of tuning-free methods are drawn and scored, from features computed once."""
 
-import json
 import time
 from typing import Any
 
 import numpy as np
 import torch
-from lr_ray.bench.speed import RESULTS
+from lr_ray.bench.speed import write_result
 
 from lr_ray.fewshot.episodes import EpisodeShape, draw_test_episodes
 from lr_ray.fewshot.evaluate import predict
 from lr_ray.fewshot.methods import FeatureMethod, find_method
-from lr_ray.storage.manifest import versions
 
 NUM_EPISODES, NUM_CLASSES, PER_CLASS, DIM = 10_000, 16, 600, 384
 METHODS = ("nn", "nn-cosine", "linear-probe", "bpa")
@@ -39,7 +37,4 @@ def bench_episodes(*, threads: int) -> dict[str, Any]:
             scored_s = round(time.perf_counter() - start, 2)
             rows.append({"method": label, "n_shot": shape.n_shot, "draw_s": drawn_s, "score_s": scored_s})
     settings = {"episodes": NUM_EPISODES, "images": len(labels), "features": DIM, "threads": threads}
-    result = {"settings": settings, "rows": rows, "versions": versions()}
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / "episodes.json").write_text(json.dumps(result, indent=2) + "\n")
-    return result
+    return write_result("episodes", {"settings": settings, "rows": rows})

@@ -25,9 +25,9 @@ SPARSE: dict[str, Any] = {"sparse": {0.25: 0.5, 0.5: 0.25}, "prior_every": 4}
 _PAPER = {"views": {"roll": 0.125, "flip": True}, "prior_weight": 10.0}
 
 
-def random_adapter(backbone: Backbone) -> Adapter:
-    """Of rank 4 on query and value, as the paper's."""
-    generator = torch.Generator().manual_seed(0)
+def random_adapter(backbone: Backbone, seed: int = 0) -> Adapter:
+    """Of rank 4 on query and value, as the paper's; time does not depend on its weights."""
+    generator = torch.Generator().manual_seed(seed)
     attach_lora(backbone.model, LoRAConfig(), generator=generator)
     modules = {
         name: LowRank(a=found.a.clone(), b=0.01 * torch.randn(found.b.shape, generator=generator), scale=found.scale)

@@ -6,17 +6,14 @@ Each of the later runs against the first. Writes bench/results/paired-NAME.json.
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+from lr_ray.bench.speed import write_result
 
 from lr_ray.fewshot.evaluate import is_right, paired_difference
-from lr_ray.storage.manifest import versions
-
-RESULTS = Path(__file__).parent / "results"
 
 
 def accuracies(run: Path, shape: str) -> np.ndarray:
@@ -60,8 +57,7 @@ def main() -> None:
     rows = [compare(first, other, shape) for other in others for shape in ("5-way-1-shot", "5-way-5-shot")]
     for row in rows:
         print(row)
-    result = {"rows": rows, "versions": versions()}
-    (RESULTS / f"paired-{arguments.name}.json").write_text(json.dumps(result, indent=2) + "\n")
+    write_result(f"paired-{arguments.name}", {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -145,6 +145,14 @@ def _answer_peak(make: Callable[[], Step], threads: int, answer: Any) -> None:
     answer.put(round((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024))
 
 
+def write_result(name: str, found: dict[str, Any]) -> dict[str, Any]:
+    """Write bench/results/NAME.json, with the libraries' versions; returns what it holds."""
+    result = found | {"versions": versions()}
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+    return result
+
+
 @dataclass(frozen=True, kw_only=True)
 class Bench:
     """What one run found.
@@ -164,10 +172,7 @@ class Bench:
     def store(self) -> dict[str, Any]:
         """Write bench/results/NAME.json; returns what it holds."""
         rows = [asdict(row) for row in self.rows]
-        result = {"settings": self.settings, "rows": rows, **self.others, "versions": versions()}
-        RESULTS.mkdir(parents=True, exist_ok=True)
-        (RESULTS / f"{self.name}.json").write_text(json.dumps(result, indent=2) + "\n")
-        return result
+        return write_result(self.name, {"settings": self.settings, "rows": rows, **self.others})
 
     def table(self) -> Table:
         """To look at."""

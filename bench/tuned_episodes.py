@@ -12,57 +12,27 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
+from lr_ray.bench.inversion import random_adapter
+from lr_ray.bench.speed import RESULTS, write_result
 
 from lr_ray.data.images import DataConfig
 from lr_ray.data.load import load_data
-from lr_ray.fewshot.episodes import EpisodeShape, draw_test_episodes
+from lr_ray.fewshot.episodes import EpisodeShape
 from lr_ray.fewshot.methods import Adapt, FewShotTask, MethodInputs, TunedMethod, find_method
+from lr_ray.fewshot.protocol import draw_episodes
 from lr_ray.runtime.cost import begin_peak_memory, peak_memory_mib
-from lr_ray.storage.manifest import versions
-from lr_ray.vit.backbone import Backbone, BackboneConfig, load_backbone
-from lr_ray.vit.lora import Adapter, AdapterSpec, LowRank
+from lr_ray.runtime.evaluation import task_of
+from lr_ray.vit.backbone import BackboneConfig, load_backbone
 
 METHODS = ("lora-linear", "vpt", "vpt:deep", "mole")
 AT_ONCE = (1, 2, 5, 10)
 LEAST_EPISODES = 4
-NUM_ADAPTERS, RANK = 24, 4
+NUM_ADAPTERS = 24
 Row = dict[str, Any]
-RESULT = Path(__file__).parent / "results" / "tuned_episodes.json"
-
-
-def draw_adapter(backbone: Backbone, seed: int) -> Adapter:
-    """Of weights that nothing was tuned for: time does not depend on them."""
-    generator, width = torch.Generator().manual_seed(seed), backbone.num_features
-    modules = {
-        f"blocks.{block}.attn.qkv": LowRank(
-            a=0.02 * torch.randn(RANK, width, generator=generator),
-            b=0.02 * torch.randn(3 * width, RANK, generator=generator),
-            scale=1.0,
-        )
-        for block in range(len(backbone.model.blocks))
-    }
-    spec = AdapterSpec(adapter_id=str(seed), digest="", backbone="", backbone_digest="", class_names=())
-    return Adapter(spec=spec, modules=modules)
-
-
-def draw_tasks(source: str, shape: EpisodeShape, image_px: int) -> list[FewShotTask]:
-    """Images at the backbone's size."""
-    data = load_data(DataConfig(source=source))
-    tasks = []
-    for episode in draw_test_episodes(data.labels, shape, num_episodes=max(AT_ONCE), seed=0):
-        images = data.pixels(episode.ravel(), image_px).unflatten(0, episode.shape)
-        tasks.append(
-            FewShotTask(
-                support=images[:, : shape.n_shot].flatten(0, 1),
-                labels=torch.arange(shape.n_way).repeat_interleave(shape.n_shot),
-                queries=images[:, shape.n_shot :].flatten(0, 1),
-            )
-        )
-    return tasks
+NAME = "tuned_episodes"
 
 
 def tune(adapt: Adapt, tasks: Sequence[FewShotTask], at_once: int) -> tuple[torch.Tensor, float, float]:
@@ -109,9 +79,10 @@ def measure(label: str, inputs: MethodInputs, tasks: Sequence[FewShotTask], roun
 def keep(rows: list[Row]) -> None:
     """Beside those of other methods and shots."""
     measured = {(row["method"], row["n_shot"]) for row in rows}
-    known = json.loads(RESULT.read_text())["rows"] if RESULT.exists() else []
+    path = RESULTS / f"{NAME}.json"
+    known = json.loads(path.read_text())["rows"] if path.exists() else []
     others = [row for row in known if (row["method"], row["n_shot"]) not in measured]
-    RESULT.write_text(json.dumps({"threads": 1, "rows": others + rows, "versions": versions()}, indent=2) + "\n")
+    write_result(NAME, {"threads": 1, "rows": others + rows})
 
 
 def main() -> None:
@@ -124,7 +95,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     backbone = load_backbone(BackboneConfig(name="embedded", image_px=arguments.image_px))
-    adapters = [draw_adapter(backbone, seed) for seed in range(NUM_ADAPTERS)]
+    adapters = [random_adapter(backbone, seed) for seed in range(NUM_ADAPTERS)]
     inputs = MethodInputs(
         backbone=backbone,
         precision="auto",
@@ -133,8 +104,10 @@ def main() -> None:
         joint=lambda: adapters[0],
         oracle=lambda: adapters[0],
     )
+    data = load_data(DataConfig(source=arguments.data))
     for n_shot in arguments.shots:
-        tasks = draw_tasks(arguments.data, EpisodeShape(n_shot=n_shot), arguments.image_px)
+        drawn = draw_episodes(data.labels, EpisodeShape(n_shot=n_shot), num_episodes=max(AT_ONCE), seed=0)
+        tasks = [task_of(episode, data, arguments.image_px) for episode in drawn]
         for label in arguments.methods:
             rows = measure(label, inputs, tasks, arguments.rounds)
             print(*rows, sep="\n", flush=True)

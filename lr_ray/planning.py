@@ -108,22 +108,21 @@ def job_cost(config: ExperimentConfig, *, num_classes: int) -> JobCost:
     pieces = math.ceil(num_classes / inversion.classes_per_item)
     images = math.ceil(num_classes / pieces) * inversion.images_per_class
     batch = min(inversion.batch_size, images)
-    prior, weights = StepCost(tflop=0, kept_mib=0), _weights_mib(_vit(config.backbone))
-    if inversion.prior is not None and inversion.prior_weight:
-        network = _prior(inversion.prior)
-        prior, weights = _network_cost(network, batch, config.backbone), weights + _weights_mib(network)
+    model = _vit(config.backbone)
+    prior, weights = StepCost(tflop=0, kept_mib=0), _weights_mib(model)
+    if inversion.prior_in_use is not None:
+        network = _prior(inversion.prior_in_use)
+        forward = getattr(network, "forward_features", network)
+        prior, weights = _cost(network, forward, batch, _side_of(model), mixed=False), weights + _weights_mib(network)
     stages: dict[tuple[float, bool], int] = {}
     for step in range(inversion.num_steps):
         stage = (inversion.keep_ratio_at(step), step >= inversion.prune_from * inversion.num_steps)
         stages[stage] = stages.get(stage, 0) + 1
-    costs = {
-        (keep, pruned): _vit_cost(config.backbone, batch, keep, inversion.keep_ratios if pruned else {})
-        for keep, pruned in stages
-    }
+    costs = {(keep, pruned): _vit_cost(model, batch, keep, inversion.keep_ratios if pruned else {}) for keep, pruned in stages}
     mean = sum(costs[stage].tflop * count for stage, count in stages.items()) / inversion.num_steps
     shape = training.episode
     episode = shape.n_way * (shape.n_shot + shape.n_query)
-    of_episode = _vit_cost(config.backbone, episode, training.keep_ratio, {}, recompute=training.recompute)
+    of_episode = _vit_cost(model, episode, training.keep_ratio, {}, recompute=training.recompute)
     return JobCost(
         weights_mib=weights,
         inversion=StepCost(
@@ -181,9 +180,8 @@ def _weights_mib(network: nn.Module) -> float:
 
 
 def _vit_cost(
-    config: BackboneConfig, batch: int, keep_ratio: float, keep_ratios: dict[int, float], *, recompute: bool = False
+    model: VisionTransformer, batch: int, keep_ratio: float, keep_ratios: dict[int, float], *, recompute: bool = False
 ) -> StepCost:
-    model = _vit(config)
     patches = model.patch_embed.num_patches
     kept = None if keep_ratio == 1 else num_kept(patches, keep_ratio)
 
@@ -194,16 +192,15 @@ def _vit_cost(
 
     for block in model.blocks:
         block.attn.fused_attn = False  # whose FLOPs are counted
-    tflop = _cost(model, run, batch, model.patch_embed.img_size[0]).tflop
+    tflop = _cost(model, run, batch, _side_of(model)).tflop
     for block in model.blocks:
         block.attn.fused_attn = True  # which a GPU runs, and which keeps no matrix
-    return StepCost(tflop=tflop, kept_mib=_cost(model, run, batch, model.patch_embed.img_size[0]).kept_mib)
+    return StepCost(tflop=tflop, kept_mib=_cost(model, run, batch, _side_of(model)).kept_mib)
 
 
-def _network_cost(network: nn.Module, batch: int, backbone: BackboneConfig) -> StepCost:
-    forward: Callable[[Tensor], Tensor] = getattr(network, "forward_features", network)
-    cost = _cost(network, forward, batch, _vit(backbone).patch_embed.img_size[0], mixed=False)
-    return StepCost(tflop=cost.tflop, kept_mib=cost.kept_mib)
+def _side_of(model: VisionTransformer) -> int:
+    """Of its images, in pixels."""
+    return int(model.patch_embed.img_size[0])
 
 
 def _cost(network: nn.Module, run: Callable[[Tensor], Tensor], batch: int, side: int, *, mixed: bool = True) -> StepCost:

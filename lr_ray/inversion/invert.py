@@ -64,6 +64,11 @@ class InversionConfig(Section):
     precision: Precision = "auto"
     """Of the backbone's passes; the prior always runs in fp32."""
 
+    @property
+    def prior_in_use(self) -> str | None:
+        """`prior`, or None where its weight is 0."""
+        return self.prior if self.prior_weight else None
+
     def keep_ratio_at(self, step: int) -> float:
         """Share of the patches that enter the first block in step `step`, counted from 0."""
         begun = [share for share in self.sparse if step >= share * self.num_steps]

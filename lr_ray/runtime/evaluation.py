@@ -240,7 +240,7 @@ def _predict_by_tuning(
     trained: list[int] = []
     calls: list[list[FewShotTask]] = []
     with chosen.method.adapt(_inputs(config, backbone), chosen.settings) as adapt:
-        drawn = (_task_of(episode, data, backbone.image_px) for episode in episodes)
+        drawn = (task_of(episode, data, backbone.image_px) for episode in episodes)
         for together in _alike(drawn, chosen.method.at_once(chosen.settings)):
             first = config.seed * 1_000_003 + task.start + len(predicted)
             began = time.perf_counter()
@@ -260,7 +260,8 @@ def _predict_by_tuning(
     return predicted, np.array(seconds), facts
 
 
-def _task_of(episode: DrawnEpisode, data: LabelledImages, image_px: int) -> FewShotTask:
+def task_of(episode: DrawnEpisode, data: LabelledImages, image_px: int) -> FewShotTask:
+    """The episode's images, at that size."""
     support, queries = (data.pixels(found, image_px) for found in (episode.support, episode.queries))
     return FewShotTask(support=support, labels=torch.from_numpy(episode.support_ways), queries=queries)
 

@@ -56,7 +56,7 @@ class InversionActor:
         device = worker_device(config.ray)
         self._config, self._board = config, board
         self._backbone: Backbone = load_backbone(config.backbone, device=device)
-        self._prior = _load_prior(config, device)
+        self._prior = load_prior_of(config, device)
         self._images = Counter("lr_ray_images", description="Synthetic images committed.")
         self._failures = Counter("lr_ray_failures", description="Pieces of work that failed.")
         self._cross_entropy = Gauge("lr_ray_cross_entropy", description="Of an inversion's last step.", tag_keys=("item",))
@@ -182,7 +182,7 @@ def invert_library(config: ExperimentConfig, reporter: Reporter, *, strict: bool
         InversionError: with `strict`, an inversion failed.
         StorageError: the folder holds images made with another config or from other adapters.
     """
-    _load_prior(config, "cpu")
+    load_prior_of(config, "cpu")
     plan = plan_inversion(config, strict=strict)
     for why in plan.rejected.values():
         reporter.say(f"skipped: {why}")
@@ -245,10 +245,10 @@ def invert_dataset(config: ExperimentConfig) -> "Dataset":
     return actor_pool([*there, *plan.todo], config.ray, ImageActor, config, start_board())
 
 
-def _load_prior(config: ExperimentConfig, device: str) -> BatchNormPrior | None:
-    if config.inversion.prior is None or not config.inversion.prior_weight:
-        return None
-    return load_prior(config.inversion.prior, device=device)
+def load_prior_of(config: ExperimentConfig, device: str) -> BatchNormPrior | None:
+    """What the config's inversion looks at its images with, if it does."""
+    name = config.inversion.prior_in_use
+    return None if name is None else load_prior(name, device=device)
 
 
 def actor_pool(items: Sequence[InversionItem], config: RayConfig, actor: type, *arguments: Any) -> "Dataset":

@@ -11,9 +11,10 @@ import torch
 
 from lr_ray.config import ExperimentConfig
 from lr_ray.errors import ClusterError, LrRayError, StorageError
-from lr_ray.inversion.invert import InversionBatch
-from lr_ray.inversion.priors import load_prior
+from lr_ray.inversion.invert import InversionBatch, InversionConfig
+from lr_ray.inversion.priors import BatchNormPrior
 from lr_ray.report.progress import Reporter
+from lr_ray.runtime.inversion import load_prior_of
 from lr_ray.runtime.session import map_tasks, ray_session, worker_device
 from lr_ray.storage.filesystem import exists, join, read_if_there, write_bytes
 from lr_ray.storage.manifest import CLAIM_NAME, versions
@@ -163,22 +164,20 @@ def _try(trial: _Trial) -> list[float]:
     """Images a second of each variant, by this actor; 0 of one that needs more memory than the device has."""
     config = trial.config
     device = worker_device(config.ray)
-    backbone = load_backbone(config.backbone, device=device)
+    backbone, prior = load_backbone(config.backbone, device=device), load_prior_of(config, device)
     found = []
     for precision, batch_size in trial.variants:
-        changed = config.model_copy(
-            update={"inversion": config.inversion.model_copy(update={"precision": precision, "num_steps": 1_000_000})}
-        )
+        inversion = config.inversion.model_copy(update={"precision": precision, "num_steps": 1_000_000})
         try:
-            found.append(_images_per_s(changed, backbone, batch_size, trial.seconds))
+            found.append(_images_per_s(inversion, backbone, prior, batch_size, trial.seconds))
         except torch.OutOfMemoryError:
             found.append(0.0)
     return found
 
 
-def _images_per_s(config: ExperimentConfig, backbone: Backbone, batch_size: int, seconds: float) -> float:
-    inversion = config.inversion
-    prior = load_prior(inversion.prior, device=backbone.device) if inversion.prior and inversion.prior_weight else None
+def _images_per_s(
+    inversion: InversionConfig, backbone: Backbone, prior: BatchNormPrior | None, batch_size: int, seconds: float
+) -> float:
     spec = AdapterSpec(adapter_id="probe", digest="", backbone="", backbone_digest="", class_names=("", ""))
     head = torch.randn(2, backbone.num_features, device=backbone.device)
     batch = InversionBatch(
