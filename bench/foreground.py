@@ -21,7 +21,7 @@ from lr_ray.storage.adapters import list_adapters, read_adapter
 from lr_ray.storage.manifest import versions
 from lr_ray.storage.synthetic import adapter_id_of, by_adapter, list_synthetic, read_pool
 from lr_ray.vit.backbone import Backbone, load_backbone
-from lr_ray.vit.lora import Adapter, merged
+from lr_ray.vit.lora import Adapter, as_tuned, merged
 from lr_ray.vit.tokens import encode
 
 RESULTS = Path(__file__).parent / "results"
@@ -40,12 +40,13 @@ def main() -> None:
     for index, files in enumerate(by_adapter(list_synthetic(config.synthetic_root))):
         pool = read_pool(config.synthetic_root, files)
         adapter = read_adapter(folders[adapter_id_of(files[0])])
+        seen = as_tuned(adapter, backbone)
         labels = torch.from_numpy(pool.slot_of[pool.class_of])
         generator = torch.Generator().manual_seed(config.seed + index)
         start = canvas_type(len(labels), backbone, generator=generator).draw().detach()
         half = pool.patch_order.shape[1] // 2
         parts = {"all": None, "foreground": pool.patch_order[:, :half], "background": pool.patch_order[:, half:]}
-        for moment, images in (("start", start), ("end", backbone.normalize(pool.images))):
+        for moment, images in (("start", start), ("end", seen.normalize(pool.images))):
             for part, kept in parts.items():
                 losses.setdefault(f"{part}, {moment}", []).append(loss_of(backbone, adapter, images, kept, labels))
     result = {name: round(float(torch.cat(found).mean()), 3) for name, found in losses.items()}
@@ -57,10 +58,9 @@ def main() -> None:
 @torch.inference_mode()
 def loss_of(backbone: Backbone, adapter: Adapter, images: Tensor, kept: Tensor | None, labels: Tensor) -> Tensor:
     """(B,) cross-entropy of the adapter on normalised images of which some patches are kept."""
-    assert adapter.head_weight is not None
-    with merged(backbone.model, adapter.deltas()):
-        features = encode(backbone.model, images, keep_indices=kept).features
-    return F.cross_entropy(F.linear(features, adapter.head_weight, adapter.head_bias), labels, reduction="none")
+    with merged(backbone.model, adapter.updates()):
+        features = encode(backbone.model, images, keep_indices=kept, pool=adapter.pool).features
+    return F.cross_entropy(adapter.logits(features), labels, reduction="none")
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def _ours(backbone: BackboneConfig, batch_size: int, steps: int, changes: dict[s
 
     def run() -> None:
         batch = kept if steps == 1 else start()
-        with merged(loaded.model, adapter.deltas()), prior or nullcontext():
+        with merged(loaded.model, adapter.updates()), prior or nullcontext():
             for _ in range(steps):
                 batch.run_step()
 

@@ -95,8 +95,7 @@ class TextbookInversion:
 
     def loss(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) normalised → CE + weight · R_BN."""
-        assert self._adapter.head_weight is not None
-        logits = F.linear(self._model(images), self._adapter.head_weight, self._adapter.head_bias)
+        logits = self._adapter.logits(self._model(images))
         loss = F.cross_entropy(logits, self._labels)
         if self._prior is not None:
             loss = loss + self._prior_weight * statistics_loss(self._prior, self._backbone.denormalize(images))

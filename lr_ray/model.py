@@ -152,7 +152,7 @@ def load(path: str | os.PathLike[str], device: str = "cpu") -> Model:
             f"its backbone ({backbone.source}) now has {backbone.digest[:12]}; put the former weights back or train again"
         )
     check_adapter(adapter, backbone)
-    merge(backbone.model, adapter.deltas())
+    merge(backbone.model, adapter.updates())
     return Model(backbone=backbone, precision=evaluation.precision, batch_size=evaluation.batch_size)
 
 

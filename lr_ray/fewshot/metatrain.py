@@ -41,7 +41,7 @@ class MetaTrainer:
         *,
         seed: int,
         num_classes: int | None = None,
-        start_deltas: Mapping[str, Tensor] | None = None,
+        start_updates: Mapping[str, Tensor] | None = None,
         validation: Validation | None = None,
         world_size: int = 1,
         wrap: Callable[[nn.Module], nn.Module] = lambda module: module,
@@ -51,7 +51,7 @@ class MetaTrainer:
         Args:
             seed: of its first weights and of the validation episodes.
             num_classes: for `objective: joint`, how many there are in all.
-            start_deltas: {module: (D_out, D_in)} that the meta-LoRA starts from, cut to its rank; default zero.
+            start_updates: {parameter name: update} of the weights that the meta-LoRA starts from, cut to its rank; default zero.
             validation: default none, and the last weights are the best.
             world_size: how many workers share each step.
             wrap: makes the student data-parallel.
@@ -60,8 +60,8 @@ class MetaTrainer:
         self._world_size, self._validation = world_size, validation
         attach_lora(backbone.model, config.lora, generator=torch.Generator().manual_seed(seed))
         for name, module in lora_modules(backbone.model).items():
-            if start_deltas is not None and name in start_deltas:
-                module.load_delta(start_deltas[name].to(backbone.device))
+            if start_updates is not None and f"{name}.weight" in start_updates:
+                module.load_delta(start_updates[f"{name}.weight"].to(backbone.device))
         classes = num_classes if config.objective == "joint" else None
         self._bare = Student(backbone, config.precision, num_classes=classes, recompute=config.recompute)
         self._parameters = {

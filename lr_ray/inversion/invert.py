@@ -17,7 +17,7 @@ from lr_ray.inversion.priors import BatchNormPrior
 from lr_ray.section import Section
 from lr_ray.vit.augment import AugmentationConfig, random_views
 from lr_ray.vit.backbone import Backbone, Precision, autocast
-from lr_ray.vit.lora import Adapter, merged
+from lr_ray.vit.lora import Adapter, as_tuned, merged
 from lr_ray.vit.tokens import encode, num_kept
 
 NonNegativeShare = Annotated[float, Field(ge=0, lt=1)]
@@ -157,10 +157,11 @@ def invert(
     """
     if adapter.head_weight is None:
         raise AdapterError(f"adapter {adapter.spec.adapter_id} has no head, so it has no classes to invert; remove it")
+    backbone = as_tuned(adapter, backbone)
     chosen = torch.arange(adapter.head_weight.shape[0]) if classes is None else torch.tensor(classes)
     labels = chosen.repeat(config.images_per_class)
     parts = labels.split(config.batch_size)
-    with merged(backbone.model, adapter.deltas()), prior or nullcontext():
+    with merged(backbone.model, adapter.updates()), prior or nullcontext():
         saved = checkpoint.load() if checkpoint else None
         finished = _finished_in(saved)
         for index in range(len(finished), len(parts)):
@@ -327,10 +328,9 @@ def teacher_logits_of(
     keep_ratios: Mapping[int, float] | None = None,
 ) -> Tensor:
     """(B, 3, H, W) normalised → (B, C) logits of the adapter, which is merged into the backbone."""
-    assert adapter.head_weight is not None
     with autocast(backbone.device, precision):
-        features = encode(backbone.model, images, keep_indices=keep_indices, keep_ratios=keep_ratios).features
-    return F.linear(features.float(), adapter.head_weight, adapter.head_bias)
+        encoding = encode(backbone.model, images, keep_indices=keep_indices, keep_ratios=keep_ratios, pool=adapter.pool)
+    return adapter.logits(encoding.features.float())
 
 
 @torch.no_grad()
@@ -354,14 +354,13 @@ def describe(adapter: Adapter, backbone: Backbone, images: Tensor, config: Inver
     Returns:
         (B, C) logits on all tokens, the same of the mirrored images, and the (B, P) patch order under the pruning schedule.
     """
-    assert adapter.head_weight is not None
     logits, flipped, orders = [], [], []
     for part in images.split(config.batch_size):
         inputs = backbone.normalize(part)
-        encoding = encode(backbone.model, inputs, keep_ratios=config.keep_ratios, rank_patches=True)
+        encoding = encode(backbone.model, inputs, keep_ratios=config.keep_ratios, rank_patches=True, pool=adapter.pool)
         assert encoding.patch_order is not None
-        features = encode(backbone.model, inputs).features if config.keep_ratios else encoding.features
+        features = encode(backbone.model, inputs, pool=adapter.pool).features if config.keep_ratios else encoding.features
         orders.append(encoding.patch_order.cpu())
-        logits.append(F.linear(features, adapter.head_weight, adapter.head_bias).cpu())
+        logits.append(adapter.logits(features).cpu())
         flipped.append(teacher_logits_of(adapter, backbone, inputs.flip(3), "fp32").cpu())
     return torch.cat(logits), torch.cat(flipped), torch.cat(orders)

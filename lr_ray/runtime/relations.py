@@ -19,7 +19,7 @@ from lr_ray.storage.filesystem import join, list_uris, read_bytes, write_bytes
 from lr_ray.storage.manifest import digest_of
 from lr_ray.storage.synthetic import read_pool
 from lr_ray.vit.backbone import autocast, load_backbone
-from lr_ray.vit.lora import check_adapter, merged
+from lr_ray.vit.lora import as_tuned, check_adapter, merged
 from lr_ray.vit.tokens import encode, num_kept
 
 _BATCH = 100
@@ -80,10 +80,11 @@ def see_with_one_adapter(task: RelationTask) -> int:
     backbone = load_backbone(config.backbone, device=worker_device(config.ray))
     adapter = read_adapter(task.adapter_folder).to(backbone.device)
     check_adapter(adapter, backbone)
+    backbone = as_tuned(adapter, backbone)
     views, keep_indices = _views(config, task.files, backbone.model.patch_embed.grid_size)
     scale, parts = config.training.relations.teacher_scale, []
     with (
-        merged(backbone.model, {name: scale * delta for name, delta in adapter.deltas().items()}),
+        merged(backbone.model, {name: scale * update for name, update in adapter.updates().items()}),
         autocast(backbone.device, config.training.precision),
         torch.inference_mode(),
     ):

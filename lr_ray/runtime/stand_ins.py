@@ -21,7 +21,7 @@ from lr_ray.storage.filesystem import join, list_uris
 from lr_ray.storage.manifest import claim_folder, digest_of
 from lr_ray.storage.synthetic import adapter_id_of, list_synthetic, read_pool, synthetic_name, write_synthetic
 from lr_ray.vit.backbone import Backbone, load_backbone
-from lr_ray.vit.lora import Adapter, check_adapter, merged
+from lr_ray.vit.lora import Adapter, as_tuned, check_adapter, merged
 
 _CANDIDATES = 4
 """Images without classes are chosen out of this many times as many, by what the adapter makes of them."""
@@ -92,8 +92,9 @@ def make_one(task: StandInTask) -> int:
     backbone = load_backbone(config.backbone, device=worker_device(config.ray))
     adapter = read_adapter(task.adapter_folder).to(backbone.device)
     check_adapter(adapter, backbone)
+    backbone = as_tuned(adapter, backbone)
     rng = np.random.default_rng((config.seed, task.index, 2))
-    with merged(backbone.model, adapter.deltas()):
+    with merged(backbone.model, adapter.updates()):
         images, labels = _images(task, adapter, backbone, rng)
         teacher_logits, flipped_logits, patch_order = describe(adapter, backbone, images, config.inversion)
     order = labels.argsort(stable=True)

@@ -18,7 +18,7 @@ from lr_ray.runtime.training_job import TrainingJob, validation_of
 from lr_ray.storage.adapters import read_adapters
 from lr_ray.storage.filesystem import join, storage_errors
 from lr_ray.vit.backbone import load_backbone
-from lr_ray.vit.lora import average_deltas
+from lr_ray.vit.lora import average_updates
 
 
 def train_loop_per_worker(arguments: dict[str, Any]) -> None:
@@ -44,7 +44,7 @@ def _train(job: TrainingJob, steps: Any) -> None:
         job.training,
         seed=job.config.seed,
         num_classes=len(distinct_names(job.refs)),
-        start_deltas=_start(job),
+        start_updates=_start(job),
         validation=validation_of(job) if rank == 0 else None,
         world_size=world_size,
         wrap=prepare_model,
@@ -89,7 +89,7 @@ def _start(job: TrainingJob) -> dict[str, torch.Tensor] | None:
     scale = job.training.init_scale
     if not scale:
         return None
-    return {name: scale * delta for name, delta in average_deltas(read_adapters(job.config.adapters_root)).items()}
+    return {name: scale * update for name, update in average_updates(read_adapters(job.config.adapters_root)).items()}
 
 
 def checkpoints_of(job: TrainingJob) -> str:

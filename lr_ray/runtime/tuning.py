@@ -111,6 +111,7 @@ def tune_one(task: TuningTask) -> float:
         backbone=backbone.name,
         backbone_digest=backbone.digest,
         class_names=tuple(data.class_names[c] for c in task.class_indices),
+        image_px=backbone.image_px,
     )
     adapter = with_digest(
         Adapter(spec=spec, modules=weights.modules, head_weight=weights.head_weight, head_bias=weights.head_bias)

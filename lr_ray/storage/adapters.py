@@ -1,9 +1,7 @@
 """Adapters in PEFT's own format: `adapter_config.json`, `adapter_model.safetensors`, the head under `modules_to_save`."""
 
 import json
-import math
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,13 +14,13 @@ from torch import Tensor
 from lr_ray.errors import AdapterError, StorageError
 from lr_ray.storage.filesystem import join, list_files, read_bytes, read_many, write_bytes
 from lr_ray.storage.manifest import read_manifest, write_manifest
+from lr_ray.storage.peft import PREFIX, SHIFT, Parsed, parse_lora, peft_config, peft_tensors
 from lr_ray.vit.embedded import digest_tensors
-from lr_ray.vit.lora import Adapter, AdapterSpec, LowRank
+from lr_ray.vit.lora import Adapter, AdapterSpec
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 CARD_NAME = "README.md"
-_PREFIX = "base_model.model."
 
 
 def write_adapter(
@@ -41,14 +39,12 @@ def write_adapter(
         facts: what is known of it (accuracy, resolved config).
         card: what makes the model card of the manifest.
     """
-    tensors: dict[str, Tensor] = {}
-    for name, low_rank in adapter.modules.items():
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = low_rank.a.detach().cpu().float().contiguous()
-        tensors[f"{_PREFIX}{name}.lora_B.weight"] = low_rank.b.detach().cpu().float().contiguous()
+    tensors = peft_tensors(adapter.modules)
+    tensors |= {f"{SHIFT}{name}": shift.detach().cpu().float().contiguous() for name, shift in adapter.shifts.items()}
     if adapter.head_weight is not None:
-        tensors[f"{_PREFIX}head.weight"] = adapter.head_weight.detach().cpu().float().contiguous()
+        tensors[f"{PREFIX}head.weight"] = adapter.head_weight.detach().cpu().float().contiguous()
     if adapter.head_bias is not None:
-        tensors[f"{_PREFIX}head.bias"] = adapter.head_bias.detach().cpu().float().contiguous()
+        tensors[f"{PREFIX}head.bias"] = adapter.head_bias.detach().cpu().float().contiguous()
     write_bytes(join(folder, WEIGHTS_NAME), save_safetensors(tensors, metadata={"format": "pt"}))
     spec = adapter.spec
     about = {
@@ -57,98 +53,80 @@ def write_adapter(
         "backbone_digest": spec.backbone_digest,
         "class_names": list(spec.class_names),
         "tensors_digest": spec.digest,
+        **_seen_as(adapter),
     }
     manifest = write_manifest(folder, inputs, about | facts)
+    config = peft_config(
+        adapter.modules, base_model=spec.backbone, modules_to_save=() if adapter.head_weight is None else ["head"]
+    )
     if card is not None:
         write_bytes(join(folder, CARD_NAME), card(manifest).encode())
-    write_bytes(join(folder, CONFIG_NAME), json.dumps(_peft_config(adapter), indent=2).encode())
+    write_bytes(join(folder, CONFIG_NAME), json.dumps(config, indent=2).encode())
 
 
-def _peft_config(adapter: Adapter) -> dict[str, Any]:
-    ranks = {name: low_rank.a.shape[0] for name, low_rank in adapter.modules.items()}
-    alphas = {name: low_rank.scale * ranks[name] for name, low_rank in adapter.modules.items()}
-    rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
-    return {
-        "peft_type": "LORA",
-        "task_type": None,
-        "base_model_name_or_path": adapter.spec.backbone,
-        "inference_mode": True,
-        "r": rank,
-        "lora_alpha": alpha,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "use_rslora": False,
-        "use_dora": False,
-        "fan_in_fan_out": False,
-        "target_modules": list(adapter.modules),
-        "rank_pattern": {name: value for name, value in ranks.items() if value != rank},
-        "alpha_pattern": {name: value for name, value in alphas.items() if value != alpha},
-        "modules_to_save": None if adapter.head_weight is None else ["head"],
-    }
+def _seen_as(adapter: Adapter) -> dict[str, Any]:
+    """How the adapter sees images, as far as it is not as the backbone does."""
+    seen = {"image_px": adapter.spec.image_px, "mean": adapter.mean, "std": adapter.std}
+    return {name: value for name, value in seen.items() if value is not None} | (
+        {} if adapter.pool == "cls" else {"pool": adapter.pool}
+    )
 
 
 def read_adapter(folder: str) -> Adapter:
-    """An adapter in PEFT's format on a timm model, ours or another's.
+    """Plain LoRA in PEFT's format on a model of timm or Hugging Face, ours or another's.
 
     Raises:
-        AdapterError: not a LoRA, damaged, or saved in a way that is not read here.
+        AdapterError: not a LoRA, damaged, or saved in a way that only `lr-ray library add` reads.
         StorageError: not readable.
     """
-    name = folder.rstrip("/").rsplit("/", 1)[-1]
+    name, where = folder.rstrip("/").rsplit("/", 1)[-1], f"adapter {folder}"
     try:
         config: dict[str, Any] = json.loads(read_bytes(join(folder, CONFIG_NAME)))
         if not isinstance(config, dict):
             raise ValueError(f"{CONFIG_NAME} holds no JSON object")
         tensors: dict[str, Tensor] = load_safetensors(_read_weights(folder))
-    except (ValueError, SafetensorError) as error:
-        raise AdapterError(f"adapter {folder}: damaged ({error}); get it again from its source or remove it") from error
-    if config.get("peft_type") != "LORA" or config.get("use_dora"):
-        kind = "DoRA" if config.get("use_dora") else config.get("peft_type")
-        raise AdapterError(f"adapter {folder}: peft_type {kind}, but only plain LoRA is read; remove it")
-    modules: dict[str, LowRank] = {}
-    heads: dict[str, Tensor] = {}
-    unknown: list[str] = []
-    for key, tensor in sorted(tensors.items()):
-        module, _, part = key.removeprefix(_PREFIX).rpartition(".lora_")
-        if part == "A.weight":
-            partner = tensors.get(key.replace(".lora_A.", ".lora_B."))
-            if tensor.ndim == 4:
-                raise AdapterError(f"adapter {folder}: {module} is LoRA on a convolution, which is not read; remove it")
-            if partner is None or partner.ndim != 2 or tensor.ndim != 2 or partner.shape[1] != tensor.shape[0]:
-                raise AdapterError(f"adapter {folder}: {module} lacks a lora_B that fits its lora_A; it is damaged")
-            modules[module] = LowRank(a=tensor, b=partner, scale=_scale_of(config, module, tensor.shape[0], folder))
-        elif (head := re.fullmatch(r"head\.(?:modules_to_save\.)?(weight|bias)", key.removeprefix(_PREFIX))) is not None:
-            heads[head[1]] = tensor
-        elif part != "B.weight" or key.replace(".lora_B.", ".lora_A.") not in tensors:
-            unknown.append(key)
-    if unknown or not modules:
-        raise AdapterError(
-            f"adapter {folder}: {f'weights {unknown[0]!r} are' if unknown else 'no lora_A weights'} not LoRA on a timm "
-            "Vision Transformer with its head in `head`; only that is read"
-        )
+    except (ValueError, RecursionError, SafetensorError) as error:
+        raise AdapterError(f"{where}: damaged ({error}); get it again from its source or remove it") from error
     manifest = read_manifest(folder) or {}
-    head_weight, head_bias = heads.get("weight"), heads.get("bias")
-    if head_weight is not None and (
-        head_weight.ndim != 2 or (head_bias is not None and head_bias.shape != head_weight.shape[:1])
-    ):
-        shapes = {kind: tuple(value.shape) for kind, value in heads.items()}
-        raise AdapterError(f"adapter {folder}: its head has shapes {shapes}, not (classes, features) and (classes,)")
-    num_classes = 0 if head_weight is None else head_weight.shape[0]
-    class_names = manifest.get("class_names") or [f"{name}/{index}" for index in range(num_classes)]
+    return adapter_of(parse_lora(config, tensors, where), config, manifest, adapter_id=name, where=where)
+
+
+def adapter_of(
+    parsed: Parsed, config: Mapping[str, Any], manifest: Mapping[str, Any], *, adapter_id: str, where: str
+) -> Adapter:
+    """The adapter of what its files say.
+
+    Args:
+        config: `adapter_config.json`.
+        manifest: `lr_ray.json`, or what else is known: adapter_id, class_names, backbone_digest, image_px, mean, std, pool.
+        adapter_id: if the manifest has none.
+        where: how messages call the adapter.
+
+    Raises:
+        AdapterError: the manifest does not fit the weights.
+    """
+    num_classes = 0 if parsed.head_weight is None else parsed.head_weight.shape[0]
+    class_names = manifest.get("class_names") or [f"{adapter_id}/{index}" for index in range(num_classes)]
     if len(class_names) != num_classes:
-        raise AdapterError(f"adapter {folder}: {len(class_names)} class names for a head of {num_classes} classes")
+        raise AdapterError(f"{where}: {len(class_names)} class names for a head of {num_classes} classes")
+    mean, std = manifest.get("mean"), manifest.get("std")
     adapter = Adapter(
         spec=AdapterSpec(
-            adapter_id=manifest.get("adapter_id", name),
+            adapter_id=manifest.get("adapter_id", adapter_id),
             digest="",
             backbone=str(config.get("base_model_name_or_path") or ""),
             backbone_digest=manifest.get("backbone_digest", ""),
             class_names=tuple(class_names),
-            license=str(config.get("license") or ""),
+            license=str(config.get("license") or manifest.get("license") or ""),
+            image_px=manifest.get("image_px"),
         ),
-        modules=modules,
-        head_weight=head_weight,
-        head_bias=head_bias,
+        modules=parsed.modules,
+        head_weight=parsed.head_weight,
+        head_bias=parsed.head_bias,
+        shifts=parsed.shifts,
+        pool=manifest.get("pool", parsed.pool),
+        mean=None if mean is None else tuple(mean),
+        std=None if std is None else tuple(std),
     )
     return with_digest(adapter)
 
@@ -164,31 +142,13 @@ def _read_weights(folder: str) -> bytes:
         ) from error
 
 
-def _scale_of(config: dict[str, Any], module: str, num_rows: int, folder: str) -> float:
-    """alpha / rank, or alpha / √rank for rsLoRA, by PEFT's own rules for patterns; lora_A has `num_rows`."""
-
-    def value(key: str, patterns: str) -> float:
-        for pattern, special in (config.get(patterns) or {}).items():
-            if re.fullmatch(rf"(.*\.)?({pattern})", module):
-                return float(special)
-        return float(config[key])
-
-    try:
-        rank, alpha = value("r", "rank_pattern"), value("lora_alpha", "alpha_pattern")
-    except (AttributeError, KeyError, TypeError, ValueError, re.error) as error:
-        raise AdapterError(f"adapter {folder}: {CONFIG_NAME} has no usable r and lora_alpha ({error!r})") from error
-    if rank != num_rows:
-        raise AdapterError(
-            f"adapter {folder}: {module} has rank {rank:g} in {CONFIG_NAME} but {num_rows} in its weights; the two do not "
-            "belong together: get both again from their source or remove them"
-        )
-    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-
-
 def with_digest(adapter: Adapter) -> Adapter:
-    """The adapter with its spec's digest set: SHA-256 of its weights and class names."""
-    names = torch.frombuffer(bytearray("\n".join(adapter.spec.class_names).encode() or b"-"), dtype=torch.uint8)
-    digest = digest_tensors(adapter.tensors() | {"class_names": names})
+    """The adapter with its spec's digest set: SHA-256 of its weights, class names and how it sees images."""
+    names = {"class_names": "\n".join(adapter.spec.class_names).encode() or b"-"}
+    if seen := _seen_as(replace(adapter, spec=replace(adapter.spec, image_px=None))):
+        names["seen_as"] = json.dumps(seen).encode()
+    texts = {name: torch.frombuffer(bytearray(text), dtype=torch.uint8) for name, text in names.items()}
+    digest = digest_tensors(adapter.tensors() | texts)
     return replace(adapter, spec=replace(adapter.spec, digest=digest))
 
 

@@ -1,12 +1,13 @@
 """LoRA on timm's Vision Transformer: attach, train, extract, merge, average.
 
 A weight update is a low-rank product on a timm module, ΔW = scale · B·A. Query, key and value share timm's fused
-`attn.qkv`; an adapter on some of the three is an adapter on the fused module whose B has rows of zeros.
+`attn.qkv`; an adapter on some of the three is an adapter on the fused module whose B has rows of zeros. What an adapter
+changes besides (biases, norms, weights by more than a low rank) is a shift: a tensor added to a parameter.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from lr_ray.errors import AdapterError, ConfigError
 from lr_ray.section import Section
 from lr_ray.vit.backbone import Backbone
+from lr_ray.vit.tokens import Pool
 
 Target = Literal["q", "k", "v", "proj", "fc1", "fc2"]
 _QKV_PART = {"q": 0, "k": 1, "v": 2}
@@ -60,7 +62,12 @@ class LowRank:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AdapterSpec:
-    """What is known of an adapter without its weights; `license` is "" where it states none."""
+    """What is known of an adapter without its weights.
+
+    Attributes:
+        backbone_digest, license: "" where unknown.
+        image_px: side of the images that it was tuned on, or None where unknown.
+    """
 
     adapter_id: str
     digest: str
@@ -68,6 +75,7 @@ class AdapterSpec:
     backbone_digest: str
     class_names: tuple[str, ...]
     license: str = ""
+    image_px: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,23 +85,44 @@ class Adapter:
     Attributes:
         spec: identity and provenance.
         modules: {timm module name: its update}.
-        head_weight, head_bias: (C, D) and (C,), or None for a meta-LoRA, which has no head.
+        head_weight, head_bias: (C, D) and (C,), or None for one without classes, such as a meta-LoRA.
+        shifts: {timm parameter name: what is added to it besides}.
+        pool: what the head reads; (C, 2·D) with `cls+patches`.
+        mean, std: the normalisation of images that it was tuned with, per channel of [0, 1] pixels; None: the backbone's.
     """
 
     spec: AdapterSpec
     modules: dict[str, LowRank]
     head_weight: Tensor | None = None
     head_bias: Tensor | None = None
+    shifts: dict[str, Tensor] = field(default_factory=dict)
+    pool: Pool = "cls"
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
 
-    def deltas(self) -> dict[str, Tensor]:
-        """{module name: (D_out, D_in) update of its weight}."""
-        return {name: low_rank.delta() for name, low_rank in self.modules.items()}
+    def updates(self) -> dict[str, Tensor]:
+        """{parameter name: all that is added to it}; a convolution's is (D_out, D_in), as its kernels flattened."""
+        found = {f"{name}.weight": low_rank.delta() for name, low_rank in self.modules.items()}
+        for name, shift in self.shifts.items():
+            found[name] = found[name] + shift.reshape(found[name].shape) if name in found else shift
+        return found
+
+    def logits(self, features: Tensor) -> Tensor:
+        """(B, D) features by its `pool` → (B, C).
+
+        Raises:
+            AdapterError: it has no head.
+        """
+        if self.head_weight is None:
+            raise AdapterError(f"adapter {self.spec.adapter_id} has no head, so it has no classes; remove it")
+        return F.linear(features, self.head_weight, self.head_bias)
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by a unique name."""
         tensors = {f"{name}.a": low_rank.a for name, low_rank in self.modules.items()}
         tensors |= {f"{name}.b": low_rank.b for name, low_rank in self.modules.items()}
         tensors |= {f"{name}.scale": torch.tensor(low_rank.scale) for name, low_rank in self.modules.items()}
+        tensors |= {f"{name}.shift": shift for name, shift in self.shifts.items()}
         head = {"head.weight": self.head_weight, "head.bias": self.head_bias}
         return tensors | {name: value for name, value in head.items() if value is not None}
 
@@ -101,7 +130,8 @@ class Adapter:
         moved = {name: replace(m, a=m.a.to(device), b=m.b.to(device)) for name, m in self.modules.items()}
         head_weight = None if self.head_weight is None else self.head_weight.to(device)
         head_bias = None if self.head_bias is None else self.head_bias.to(device)
-        return replace(self, modules=moved, head_weight=head_weight, head_bias=head_bias)
+        shifts = {name: shift.to(device) for name, shift in self.shifts.items()}
+        return replace(self, modules=moved, head_weight=head_weight, head_bias=head_bias, shifts=shifts)
 
 
 class LoRALinear(nn.Module):
@@ -211,43 +241,48 @@ def extract_lora(model: nn.Module) -> dict[str, LowRank]:
     return {name: module.low_rank() for name, module in lora_modules(model).items()}
 
 
-def merge(model: nn.Module, deltas: Mapping[str, Tensor]) -> None:
+def merge(model: nn.Module, updates: Mapping[str, Tensor]) -> None:
     """Put W + ΔW in place of W, for good.
 
     Args:
         model: the backbone.
-        deltas: {module name: (D_out, D_in)}.
+        updates: {parameter name: what is added to it, of its shape or as (D_out, D_in)}.
     """
-    for name, delta in deltas.items():
-        weight = _weight_of(model, name)
-        model.get_submodule(name).weight = nn.Parameter(weight + delta.to(weight), requires_grad=False)
+    for name, update in updates.items():
+        value = model.get_parameter(name)
+        _put(model, name, nn.Parameter(value + update.to(value).reshape(value.shape), requires_grad=False))
 
 
 @contextmanager
-def merged(model: nn.Module, deltas: Mapping[str, Tensor]) -> Iterator[None]:
+def merged(model: nn.Module, updates: Mapping[str, Tensor]) -> Iterator[None]:
     """The model with W + ΔW in place of W; the very same W is put back on leaving, so that nothing drifts.
 
     Args:
         model: the backbone.
-        deltas: {module name: (D_out, D_in)}.
+        updates: {parameter name: what is added to it, of its shape or as (D_out, D_in)}.
     """
-    originals = {name: _weight_of(model, name) for name in deltas}
+    originals = {name: model.get_parameter(name) for name in updates}
     try:
-        merge(model, deltas)
+        merge(model, updates)
         yield
     finally:
-        for name, weight in originals.items():
-            model.get_submodule(name).weight = weight
+        for name, value in originals.items():
+            _put(model, name, value)
 
 
-def _weight_of(model: nn.Module, name: str) -> Tensor:
-    weight = model.get_submodule(name).weight
-    assert isinstance(weight, Tensor)
-    return weight
+def _put(model: nn.Module, name: str, value: nn.Parameter) -> None:
+    owner, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(owner), attribute, value)
 
 
-def average_deltas(adapters: Iterable[Adapter]) -> dict[str, Tensor]:
-    """Mean over adapters of the products B·A, not of A and B apart; one adapter in memory at a time.
+def as_tuned(adapter: Adapter, backbone: Backbone) -> Backbone:
+    """The backbone with the normalisation of images that the adapter was tuned with."""
+    given = {name: value for name, value in (("mean", adapter.mean), ("std", adapter.std)) if value is not None}
+    return replace(backbone, **{name: torch.tensor(value, device=backbone.device) for name, value in given.items()})
+
+
+def average_updates(adapters: Iterable[Adapter]) -> dict[str, Tensor]:
+    """Mean over adapters of the products B·A, not of A and B apart, and of the shifts; one adapter in memory at a time.
 
     Raises:
         AdapterError: no adapters.
@@ -256,8 +291,8 @@ def average_deltas(adapters: Iterable[Adapter]) -> dict[str, Tensor]:
     count = 0
     for adapter in adapters:
         count += 1
-        for name, delta in adapter.deltas().items():
-            total[name] = total[name].add_(delta) if name in total else delta
+        for name, update in adapter.updates().items():
+            total[name] = total[name].add_(update) if name in total else update.clone()
     if not count:
         raise AdapterError("no adapters to average; give a folder that holds at least one")
     return {name: value.div_(count) for name, value in total.items()}
@@ -267,7 +302,7 @@ def check_adapter(adapter: Adapter, backbone: Backbone) -> None:
     """Raise unless the adapter is sound and made for this backbone.
 
     Raises:
-        AdapterError: another backbone, NaN or infinite weights, modules or shapes that the backbone does not have.
+        AdapterError: another backbone or image size, NaN or infinite weights, modules or shapes that it does not have.
     """
     spec = adapter.spec
     if spec.backbone_digest and spec.backbone_digest != backbone.digest:
@@ -281,18 +316,30 @@ def check_adapter(adapter: Adapter, backbone: Backbone) -> None:
                 f"adapter {spec.adapter_id} has NaN or infinite weights in {name}; it is damaged: "
                 "get it again from its source or remove it"
             )
-    layers = dict(backbone.model.named_modules())
+    layers, parameters = dict(backbone.model.named_modules()), dict(backbone.model.named_parameters())
     for name, low_rank in adapter.modules.items():
         layer = layers.get(name)
-        if not isinstance(layer, nn.Linear):
+        if not isinstance(layer, nn.Linear | nn.Conv2d):
             raise AdapterError(f"adapter {spec.adapter_id} has weights for {name}, which {backbone.name!r} lacks")
-        if (low_rank.b.shape[0], low_rank.a.shape[1]) != layer.weight.shape:
+        if (low_rank.b.shape[0], low_rank.a.shape[1]) != layer.weight.flatten(1).shape:
             raise AdapterError(
                 f"adapter {spec.adapter_id}: {name} is {low_rank.b.shape[0]}×{low_rank.a.shape[1]}, "
                 f"but {tuple(layer.weight.shape)} in {backbone.name!r}; it was made for another backbone"
             )
-    if adapter.head_weight is not None and adapter.head_weight.shape[1] != backbone.num_features:
+    for name, shift in adapter.shifts.items():
+        if name not in parameters or parameters[name].shape != shift.shape:
+            raise AdapterError(
+                f"adapter {spec.adapter_id}: it changes {name} of shape {tuple(shift.shape)}, "
+                f"which {backbone.name!r} lacks; it was made for another backbone"
+            )
+    expected = backbone.num_features * (2 if adapter.pool == "cls+patches" else 1)
+    if adapter.head_weight is not None and adapter.head_weight.shape[1] != expected:
         raise AdapterError(
             f"adapter {spec.adapter_id}: its head reads {adapter.head_weight.shape[1]} features, "
-            f"but {backbone.name!r} gives {backbone.num_features}; it was made for another backbone"
+            f"but {backbone.name!r} gives {expected}; it was made for another backbone"
+        )
+    if spec.image_px is not None and spec.image_px != backbone.image_px:
+        raise AdapterError(
+            f"adapter {spec.adapter_id} was tuned on images of {spec.image_px} px, not {backbone.image_px} px; set "
+            f"backbone.image_px to {spec.image_px} or remove the adapter"
         )

@@ -35,7 +35,7 @@ def test_an_inversion_step_has_our_gradient(backbone: Backbone):
     theirs = torch.randn(6, 3, 64, 64, generator=torch.Generator().manual_seed(1)).requires_grad_()
     ours = theirs.detach().clone().requires_grad_()
     textbook.loss(theirs).backward()
-    with merged(backbone.model, adapter.deltas()), prior:
+    with merged(backbone.model, adapter.updates()), prior:
         logits = encode(backbone.model, ours).features @ adapter.head_weight.T + adapter.head_bias
         (cross_entropy(logits, labels) + 3.0 * prior(backbone.denormalize(ours))).mean().backward()
     torch.testing.assert_close(theirs.grad, ours.grad, rtol=1e-3, atol=1e-6)

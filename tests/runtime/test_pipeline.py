@@ -124,7 +124,7 @@ def test_two_training_workers_agree_with_one_also_when_to_stop(inverted: Experim
         training = {"num_steps": 20, "episodes_per_step": 2, "num_workers": num_workers, "precision": "fp32"}
         config = changed(config, training={**training, "ema": 0.5, "validate_every": 1, "patience": 2})
         manifest = train_meta_lora(config, QUIET)
-        found.append(read_adapter(config.meta_lora_root).deltas())
+        found.append(read_adapter(config.meta_lora_root).updates())
         ends.append((manifest["best_step"], len(manifest["history"])))
 
     assert ends[0] == ends[1]

@@ -81,7 +81,7 @@ def write(folder: Path, adapter: Adapter) -> str:
 
 def merged_output(model: VisionTransformer, adapter: Adapter, images: torch.Tensor) -> torch.Tensor:
     """Features of a model without head, times the adapter's head where it has one."""
-    with torch.no_grad(), merged(model, adapter.deltas()):
+    with torch.no_grad(), merged(model, adapter.updates()):
         features = model(images)
     if adapter.head_weight is None:
         return features

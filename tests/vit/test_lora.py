@@ -12,7 +12,7 @@ from lr_ray.vit.lora import (
     LoRAConfig,
     LowRank,
     attach_lora,
-    average_deltas,
+    average_updates,
     check_adapter,
     detach_lora,
     extract_lora,
@@ -202,7 +202,7 @@ def test_merged_puts_the_same_weights_back(make_backbone, fails):
     backbone = make_backbone()
     before = dict(backbone.model.named_parameters())
     copies = {name: value.clone() for name, value in before.items()}
-    deltas = random_adapter(backbone).deltas()
+    deltas = random_adapter(backbone).updates()
     try:
         with merged(backbone.model, deltas):
             weight = backbone.model.blocks[0].attn.qkv.weight
@@ -261,7 +261,7 @@ def test_load_delta_is_otherwise_the_truncated_svd_of_each_targets_rows(make_bac
 def test_the_average_is_of_products_and_not_of_factors(make_backbone):
     backbone = make_backbone()
     adapters = [random_adapter(backbone, rank=rank, scale=scale, seed=rank) for rank, scale in ((1, 2.0), (3, 0.5), (5, 1.0))]
-    average = average_deltas(iter(adapters))
+    average = average_updates(iter(adapters))
     assert average.keys() == adapters[0].modules.keys()
     for name, value in average.items():
         products = [adapter.modules[name].scale * adapter.modules[name].b @ adapter.modules[name].a for adapter in adapters]
@@ -271,7 +271,7 @@ def test_the_average_is_of_products_and_not_of_factors(make_backbone):
 def test_an_adapter_without_a_module_counts_as_a_zero_update_in_the_average(make_backbone):
     backbone = make_backbone()
     both, one = random_adapter(backbone, seed=1), random_adapter(backbone, seed=2, modules=("attn.qkv",))
-    average = average_deltas([one, both])
+    average = average_updates([one, both])
     torch.testing.assert_close(average["blocks.0.mlp.fc2"], both.modules["blocks.0.mlp.fc2"].delta() / 2)
 
 
@@ -279,14 +279,14 @@ def test_averaging_leaves_the_adapters_alone(make_backbone):
     backbone = make_backbone()
     adapters = [random_adapter(backbone, seed=seed) for seed in (1, 2)]
     copies = [{name: value.clone() for name, value in adapter.tensors().items()} for adapter in adapters]
-    average_deltas(adapters)
+    average_updates(adapters)
     for adapter, copy in zip(adapters, copies, strict=True):
         assert all(torch.equal(value, copy[name]) for name, value in adapter.tensors().items())
 
 
 def test_no_adapters_have_no_average():
     with pytest.raises(AdapterError, match="no adapters to average"):
-        average_deltas([])
+        average_updates([])
 
 
 def test_a_sound_adapter_passes(make_backbone):

@@ -8,7 +8,7 @@ from typing import Annotated
 from pydantic import AfterValidator
 
 from lr_ray.fewshot.methods import Embed, Ingredient, MethodInputs
-from lr_ray.vit.lora import average_deltas, merged
+from lr_ray.vit.lora import average_updates, merged
 
 RAW_PIXELS, BACKBONE, LORAS_AVG, RECYCLE, JOINT, ORACLE = "raw-pixels", "backbone", "loras-avg", "recycle", "joint", "oracle"
 _NEEDS: dict[str, tuple[Ingredient, ...]] = {
@@ -57,8 +57,8 @@ def embedder(inputs: MethodInputs, features: str) -> Iterator[Embed]:
         yield inputs.embed
         return
     if base == LORAS_AVG:  # the mean of the products B·A, whose ranks may differ, not of A and B apart
-        deltas = {name: float(scale or 1) * delta for name, delta in average_deltas(inputs.adapters()).items()}
+        updates = {name: float(scale or 1) * update for name, update in average_updates(inputs.adapters()).items()}
     else:
-        deltas = {RECYCLE: inputs.meta_lora, JOINT: inputs.joint, ORACLE: inputs.oracle}[base]().deltas()
-    with merged(inputs.backbone.model, deltas):
+        updates = {RECYCLE: inputs.meta_lora, JOINT: inputs.joint, ORACLE: inputs.oracle}[base]().updates()
+    with merged(inputs.backbone.model, updates):
         yield inputs.embed

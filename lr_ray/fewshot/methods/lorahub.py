@@ -60,8 +60,8 @@ def search(loss: Callable[[Tensor], float], size: int, settings: LorahubSettings
 
 
 def compose(stacks: Mapping[str, StackedLoRAs], weights: Tensor, rank: int | None = None) -> dict[str, Tensor]:
-    """{module name: the weighted sum of the products B·A}, cut to a rank if one is given."""
-    deltas = {name: stack.delta(weights.to(stack.b)) for name, stack in stacks.items()}
+    """{parameter name: the weighted sum of the products B·A}, cut to a rank if one is given."""
+    deltas = {f"{name}.weight": stack.delta(weights.to(stack.b)) for name, stack in stacks.items()}
     return deltas if rank is None else {name: _cut(delta, rank) for name, delta in deltas.items()}
 
 

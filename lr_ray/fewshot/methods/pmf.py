@@ -56,7 +56,7 @@ def _adapt(inputs: MethodInputs, settings: PMFSettings) -> Iterator[Adapt]:
             num_trained = sum(weight.numel() for weight in weights)
         return Adaptation(scores=scores(features, labels, of_queries), num_trained=num_trained)
 
-    with merged(model, inputs.oracle().deltas()):
+    with merged(model, inputs.oracle().updates()):
         yield one_by_one(adapt)
 
 

@@ -1,0 +1,195 @@
+"""What is looked at before an adapter is taken into a library, and again by `lr-ray library check`."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lr_ray.errors import AdapterError
+from lr_ray.library.names import backbone_of
+from lr_ray.vit.backbone import Backbone
+from lr_ray.vit.lora import Adapter, as_tuned, check_adapter, merged
+from lr_ray.vit.tokens import encode
+
+Verdict = Literal["passed", "noted", "failed"]
+_NUM_NOISE = 16
+_ALIKE = 0.9999
+"""Cosine from which two classes of a head are one, and two updates the same."""
+_SKETCH = 128
+_CANDIDATE = 0.9
+"""Cosine of sketches from which two adapters are compared in full."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Check:
+    """What one look at an adapter found.
+
+    Attributes:
+        name: what was looked at.
+        says: the reason of a note or failure, one line; "" of one that passed.
+        value: what was measured, if anything.
+    """
+
+    name: str
+    verdict: Verdict
+    says: str = ""
+    value: float | None = None
+
+
+def check(adapter: Adapter, backbone: Backbone, *, base_model: str = "") -> list[Check]:
+    """Every check that needs no other adapter; those after the first failure that makes them meaningless are left out.
+
+    Args:
+        base_model: what the adapter says that it was tuned from; "" if it does not say.
+    """
+    found = [_base_model(base_model, backbone), _fits(adapter, backbone)]
+    if found[-1].verdict == "failed":
+        return found
+    found += [_trained(adapter, backbone), _head(adapter)]
+    return found if adapter.head_weight is None else [*found, _function(adapter, backbone)]
+
+
+def failure_of(checks: Sequence[Check]) -> str:
+    """Why the adapter is not taken; "" if it is."""
+    return next((f"{check.name}: {check.says}" for check in checks if check.verdict == "failed"), "")
+
+
+def _base_model(stated: str, backbone: Backbone) -> Check:
+    name = "base model"
+    if not stated:
+        return Check(name=name, verdict="noted", says="the adapter does not say what it was tuned from")
+    meant = backbone_of(stated)
+    if backbone.name in (stated, meant):
+        return Check(name=name, verdict="passed")
+    if meant is None:
+        return Check(name=name, verdict="noted", says=f"{stated!r} is not known here; its shapes alone say that it fits")
+    says = f"it was tuned from {stated!r}, which is {meant!r}, not from {backbone.name!r}; set backbone.name to the former"
+    return Check(name=name, verdict="failed", says=says)
+
+
+def _fits(adapter: Adapter, backbone: Backbone) -> Check:
+    """Backbone's digest, image size, shapes, NaN and infinity."""
+    try:
+        check_adapter(adapter, backbone)
+    except AdapterError as error:
+        return Check(name="fits", verdict="failed", says=str(error).removeprefix(f"adapter {adapter.spec.adapter_id}").lstrip(": "))
+    return Check(name="fits", verdict="passed")
+
+
+def _trained(adapter: Adapter, backbone: Backbone) -> Check:
+    """The largest ‖ΔW‖ / ‖W‖."""
+    parameters = dict(backbone.model.named_parameters())
+    sizes = {name: float(update.norm() / parameters[name].norm().clamp_min(1e-12)) for name, update in adapter.updates().items()}
+    largest = max(sizes.values(), default=0.0)
+    if largest == 0:
+        return Check(name="trained", verdict="failed", says="every lora_B is zero: it was never trained", value=0.0)
+    return Check(name="trained", verdict="passed", value=largest)
+
+
+def _head(adapter: Adapter) -> Check:
+    """The cosine of the two classes that are most alike."""
+    if adapter.head_weight is None:
+        return Check(name="head", verdict="noted", says="no head: of use for averaging and merging, not for inversion")
+    rows = adapter.head_weight.double()
+    if adapter.head_bias is not None:
+        rows = torch.cat([rows, adapter.head_bias.double()[:, None]], dim=1)
+    if len(rows) < 2:
+        return Check(name="head", verdict="failed", says=f"it has {len(rows)} class; an adapter has two or more")
+    units = torch.nn.functional.normalize(rows, dim=1)
+    among = (units @ units.T).fill_diagonal_(-1)
+    if not rows.any(dim=1).all() or among.min(dim=1).values.max() == among.max() and among.max() > _ALIKE:
+        return Check(name="head", verdict="failed", says="its classes collapse: the head gives all the same", value=float(among.max()))
+    if (alike := float(among.max())) > _ALIKE:
+        return Check(name="head", verdict="noted", says="two of its classes are the same to its head", value=alike)
+    return Check(name="head", verdict="passed", value=alike)
+
+
+@torch.no_grad()
+def _function(adapter: Adapter, backbone: Backbone) -> Check:
+    """The mean entropy of its predictions on noise, as a share of log C."""
+    side = backbone.image_px
+    noise = torch.rand(_NUM_NOISE, 3, side, side, generator=torch.Generator().manual_seed(0))
+    seen = as_tuned(adapter, backbone)
+    with merged(backbone.model, adapter.updates()):
+        logits = adapter.logits(encode(backbone.model, seen.normalize(noise), pool=adapter.pool).features.float())
+    if not torch.isfinite(logits).all():
+        return Check(name="function", verdict="failed", says="its logits on noise are NaN or infinite")
+    shares = logits.double().softmax(dim=1)
+    entropy = float(torch.special.entr(shares).sum(dim=1).mean() / torch.tensor(float(shares.shape[1])).log())
+    return Check(name="function", verdict="passed", value=entropy)
+
+
+def sketch_of(adapter: Adapter) -> Tensor:
+    """(128,) numbers whose cosine between two adapters is about that of their updates; cheap for any rank.
+
+    Each is Σ over modules of uᵀ·ΔW·v with random u, v of that module and number, the same for every adapter.
+    """
+    total = torch.zeros(_SKETCH, dtype=torch.float64)
+    for name, low_rank in sorted(adapter.modules.items()):
+        u, v = _probe(name, low_rank.b.shape[0]), _probe(f"{name}/in", low_rank.a.shape[1])
+        total += low_rank.scale * ((u @ low_rank.b.double()) * (v @ low_rank.a.double().T)).sum(dim=1)
+    for name, shift in sorted(adapter.shifts.items()):
+        total += _probe(f"{name}/shift", shift.numel()) @ shift.double().flatten()
+    return total.float()
+
+
+def _probe(name: str, size: int) -> Tensor:
+    seed = int.from_bytes(name.encode()[-7:], "little") ^ len(name)
+    return torch.randn(_SKETCH, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def nearest(sketch: Tensor, others: Tensor) -> list[int]:
+    """Rows of (A, 128) sketches of which the adapters may be near-duplicates, the most alike first."""
+    if not len(others) or not sketch.any():
+        return []
+    cosines = torch.nn.functional.cosine_similarity(others.float(), sketch.float()[None], dim=1)
+    order = cosines.argsort(descending=True)
+    return [int(index) for index in order if cosines[index] > _CANDIDATE]
+
+
+def cosine_of(one: Adapter, other: Adapter) -> float:
+    """⟨ΔW, ΔW′⟩ / ‖ΔW‖·‖ΔW′‖ over all parameters, with no product formed."""
+    return _inner(one, other) / max((_inner(one, one) * _inner(other, other)) ** 0.5, 1e-30)
+
+
+def _inner(one: Adapter, other: Adapter) -> float:
+    total = 0.0
+    for name in one.modules.keys() & other.modules.keys():
+        p, q = one.modules[name], other.modules[name]
+        total += p.scale * q.scale * float(((p.b.double().T @ q.b.double()) * (p.a.double() @ q.a.double().T)).sum())
+    for name in one.shifts.keys() & other.shifts.keys():
+        total += float((one.shifts[name].double() * other.shifts[name].double()).sum())
+    return total
+
+
+def duplicate_of(adapter: Adapter, sketch: Tensor, others: Tensor, read: Callable[[int], Adapter]) -> Check:
+    """Whether another adapter's update is the same but for its size.
+
+    Args:
+        others: (A, 128) sketches.
+        read: the adapter of such a row.
+    """
+    closest = 0.0
+    for index in nearest(sketch, others):
+        other = read(index)
+        closest = max(closest, cosine := cosine_of(adapter, other))
+        if cosine > _ALIKE:
+            return Check(name="duplicate", verdict="noted", says=f"its update is that of {other.spec.adapter_id}", value=cosine)
+    return Check(name="duplicate", verdict="passed", value=closest)
+
+
+def as_rows(checks: Sequence[Check]) -> list[dict[str, Any]]:
+    """For a manifest, without what says nothing."""
+    return [
+        {"name": check.name, "verdict": check.verdict}
+        | ({"says": check.says} if check.says else {})
+        | ({} if check.value is None else {"value": round(check.value, 6)})
+        for check in checks
+    ]
+
+
+def from_rows(rows: Sequence[Mapping[str, Any]]) -> list[Check]:
+    """The checks of a manifest."""
+    return [Check(name=row["name"], verdict=row["verdict"], says=row.get("says", ""), value=row.get("value")) for row in rows]
