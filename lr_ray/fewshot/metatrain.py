@@ -51,7 +51,7 @@ class MetaTrainer:
         Args:
             seed: of its first weights and of the validation episodes.
             num_classes: for `objective: joint`, how many there are in all.
-            start_updates: {parameter name: update} of the weights that the meta-LoRA starts from, cut to its rank; default zero.
+            start_updates: {parameter name: update} that the meta-LoRA starts from, cut to its rank; default zero.
             validation: default none, and the last weights are the best.
             world_size: how many workers share each step.
             wrap: makes the student data-parallel.

@@ -74,14 +74,18 @@ def _fits(adapter: Adapter, backbone: Backbone) -> Check:
     try:
         check_adapter(adapter, backbone)
     except AdapterError as error:
-        return Check(name="fits", verdict="failed", says=str(error).removeprefix(f"adapter {adapter.spec.adapter_id}").lstrip(": "))
+        return Check(
+            name="fits", verdict="failed", says=str(error).removeprefix(f"adapter {adapter.spec.adapter_id}").lstrip(": ")
+        )
     return Check(name="fits", verdict="passed")
 
 
 def _trained(adapter: Adapter, backbone: Backbone) -> Check:
     """The largest ‖ΔW‖ / ‖W‖."""
     parameters = dict(backbone.model.named_parameters())
-    sizes = {name: float(update.norm() / parameters[name].norm().clamp_min(1e-12)) for name, update in adapter.updates().items()}
+    sizes = {
+        name: float(update.norm() / parameters[name].norm().clamp_min(1e-12)) for name, update in adapter.updates().items()
+    }
     largest = max(sizes.values(), default=0.0)
     if largest == 0:
         return Check(name="trained", verdict="failed", says="every lora_B is zero: it was never trained", value=0.0)
@@ -99,8 +103,10 @@ def _head(adapter: Adapter) -> Check:
         return Check(name="head", verdict="failed", says=f"it has {len(rows)} class; an adapter has two or more")
     units = torch.nn.functional.normalize(rows, dim=1)
     among = (units @ units.T).fill_diagonal_(-1)
-    if not rows.any(dim=1).all() or among.min(dim=1).values.max() == among.max() and among.max() > _ALIKE:
-        return Check(name="head", verdict="failed", says="its classes collapse: the head gives all the same", value=float(among.max()))
+    if not rows.any(dim=1).all() or (among.min(dim=1).values.max() == among.max() and among.max() > _ALIKE):
+        return Check(
+            name="head", verdict="failed", says="its classes collapse: the head gives all the same", value=float(among.max())
+        )
     if (alike := float(among.max())) > _ALIKE:
         return Check(name="head", verdict="noted", says="two of its classes are the same to its head", value=alike)
     return Check(name="head", verdict="passed", value=alike)

@@ -4,25 +4,40 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from lr_ray.library.sources import RawAdapter
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
 from lr_ray.errors import AdapterError
 from lr_ray.library.merging import KINDS, read_any
-from lr_ray.library.sources import RawAdapter
 from lr_ray.storage.adapters import adapter_of
 from lr_ray.storage.peft import parse_lora
 from lr_ray.vit.backbone import Backbone
 from lr_ray.vit.lora import Adapter
 from lr_ray.vit.naming import find_site, find_underscored
+from lr_ray.vit.tokens import Pool
 
 _DOWN_UP = re.compile(r"(?P<module>.+?)[._]lora[._](?P<factor>down|up)\.weight")
 _ALPHA = re.compile(r"(?P<module>.+?)(?:[._]lora)?\.alpha")
 _FACTORS = {"down": "lora_A", "up": "lora_B"}
+
+
+class _Stated(BaseModel):
+    """What of another's `lr_ray.json` is taken over; the rest is ignored."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    class_names: tuple[str, ...] | None = None
+    backbone_digest: str = ""
+    image_px: Annotated[int, Field(gt=0, le=4096)] | None = None
+    mean: tuple[float, float, float] | None = None
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
+    pool: Pool | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,7 +69,9 @@ def convert(raw: RawAdapter, backbone: Backbone) -> Converted:
     except SafetensorError as error:
         raise AdapterError(f"{where}: damaged ({error}); get it again from its source or remove it") from error
     if complex_ones := [name for name, value in tensors.items() if value.is_complex()]:
-        raise AdapterError(f"{where}: {complex_ones[0]} is of type {tensors[complex_ones[0]].dtype}; no adapter has such weights")
+        raise AdapterError(
+            f"{where}: {complex_ones[0]} is of type {tensors[complex_ones[0]].dtype}; no adapter has such weights"
+        )
     tensors = {name: value.float() for name, value in tensors.items()}
     base = dict(backbone.model.named_parameters())
     config, notes = raw.config or _config_within(raw.metadata), []
@@ -69,8 +86,19 @@ def convert(raw: RawAdapter, backbone: Backbone) -> Converted:
         kind = "dora" if config.get("use_dora") else str(config.get("peft_type")).lower()
         parsed = read_any(config, tensors, where, backbone)
     known = {**_as_seen(raw.preprocessor, backbone), "class_names": raw.class_names or None, "license": _license_of(raw)}
-    adapter = adapter_of(parsed, config, known | raw.manifest, adapter_id=adapter_id_of(raw.source), where=where)
+    facts = known | _stated(raw.manifest, where)
+    adapter = adapter_of(parsed, config, facts, adapter_id=adapter_id_of(raw.source), where=where)
     return Converted(adapter=adapter, format=kind, notes=(*notes, *parsed.notes))
+
+
+def _stated(manifest: Mapping[str, Any], where: str) -> dict[str, Any]:
+    try:
+        return _Stated.model_validate(manifest).model_dump(exclude_none=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise AdapterError(
+            f"{where}: lr_ray.json: {'.'.join(map(str, first['loc']))}: {first['msg']}; correct or remove that file"
+        ) from error
 
 
 def adapter_id_of(source: str) -> str:
@@ -103,8 +131,8 @@ def _config_of_ranks(tensors: Mapping[str, Tensor], where: str) -> dict[str, Any
     ranks = {name.rpartition(".lora_A")[0]: len(value) for name, value in tensors.items() if ".lora_A" in name and value.ndim}
     if not ranks:
         raise AdapterError(
-            f"{where}: without an adapter_config.json only LoRA is read (lora_A and lora_B, or lora_down and lora_up); give the "
-            f"folder with its config; peft_type may be {', '.join(KINDS)}"
+            f"{where}: without an adapter_config.json only LoRA is read (lora_A and lora_B, or lora_down and lora_up); give "
+            f"the folder with its config; peft_type may be {', '.join(KINDS)}"
         )
     names = {name.removeprefix("base_model.model."): rank for name, rank in ranks.items()}
     patterns = {re.escape(name): rank for name, rank in names.items()}
@@ -144,9 +172,8 @@ def _as_seen(preprocessor: Mapping[str, Any], backbone: Backbone) -> dict[str, A
     if preprocessor.get("do_normalize") is False:
         given = {"mean": [0.0] * 3, "std": [1.0] * 3}
     for name, value in given.items():
-        own: Tensor = getattr(backbone, name)
-        if isinstance(value, list) and len(value) == 3 and all(isinstance(part, int | float) for part in value):
-            if not torch.allclose(torch.tensor(value, dtype=torch.float32), own.cpu(), atol=1e-4):
-                seen[name] = value
+        own: Tensor = getattr(backbone, name).cpu()
+        numbers = isinstance(value, list) and len(value) == 3 and all(isinstance(part, int | float) for part in value)
+        if numbers and not torch.allclose(torch.tensor(value, dtype=torch.float32), own, atol=1e-4):
+            seen[name] = value
     return seen
-

@@ -1,4 +1,4 @@
-"""Adapters other than plain LoRA (DoRA, IA³, AdaLoRA, VeRA, LoHa, LoKr, OFT): what peft itself merges, as updates of timm's model.
+"""Adapters other than plain LoRA (DoRA, IA³, AdaLoRA, VeRA, LoHa, LoKr, OFT), as updates of timm's model.
 
 Inversion needs an adapter as a function only. peft puts the adapter on a skeleton: the backbone's own layers, under the names
 that the adapter knows them by, in double precision. The difference between merged and own weights is the update.
@@ -177,7 +177,9 @@ def _options(
             )
     if kind == "IA3":
         feedforward = {key for key, value in tensors.items() if value.shape[0] == 1}
-        options["feedforward_modules"] = [name for name in modules if any(f"{PREFIX}{name}.ia3_l" in key for key in feedforward)]
+        options["feedforward_modules"] = [
+            name for name in modules if any(f"{PREFIX}{name}.ia3_l" in key for key in feedforward)
+        ]
     if kind == "ADALORA":
         options |= {"total_step": max(1, options.get("total_step", 1)), "tinit": 0, "tfinal": 0}
     return options | {"peft_type": kind, "target_modules": list(modules)}
@@ -194,10 +196,14 @@ def _merge(skeleton: nn.Module, options: Mapping[str, Any], tensors: Mapping[str
     try:
         model = peft.get_peft_model(skeleton, peft.get_peft_config(dict(options)), autocast_adapter_dtype=False)
         outcome = peft.set_peft_model_state_dict(model, dict(tensors))
-        absent = [key for key in outcome.missing_keys if ".base_layer." not in key and "vera_A" not in key and "vera_B" not in key]
+        absent = [
+            key for key in outcome.missing_keys if ".base_layer." not in key and "vera_A" not in key and "vera_B" not in key
+        ]
         if outcome.unexpected_keys or absent:
             raise ValueError(f"weights {(outcome.unexpected_keys or absent)[0]!r} do not fit its config")
         merged: nn.Module = model.double().merge_and_unload()
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise AdapterError(f"{where}: peft cannot merge it as {kind} ({error}); it is damaged, or not of this backbone") from error
+        raise AdapterError(
+            f"{where}: peft cannot merge it as {kind} ({error}); it is damaged, or not of this backbone"
+        ) from error
     return merged

@@ -56,11 +56,11 @@ def write_adapter(
         **_seen_as(adapter),
     }
     manifest = write_manifest(folder, inputs, about | facts)
+    if card is not None:
+        write_bytes(join(folder, CARD_NAME), card(manifest).encode())
     config = peft_config(
         adapter.modules, base_model=spec.backbone, modules_to_save=() if adapter.head_weight is None else ["head"]
     )
-    if card is not None:
-        write_bytes(join(folder, CARD_NAME), card(manifest).encode())
     write_bytes(join(folder, CONFIG_NAME), json.dumps(config, indent=2).encode())
 
 

@@ -58,7 +58,12 @@ class Parsed:
 
 
 def parse_lora(
-    config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str, *, base: Mapping[str, Tensor] | None = None, find: Find = find_site
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    where: str,
+    *,
+    base: Mapping[str, Tensor] | None = None,
+    find: Find = find_site,
 ) -> Parsed:
     """Plain LoRA, by PEFT's own rules for scales and patterns; query, key and value of their own are fused.
 
@@ -77,10 +82,12 @@ def parse_lora(
         kind = "DoRA" if config.get("use_dora") else config.get("peft_type")
         raise AdapterError(f"{where}: peft_type {kind}, but only plain LoRA is read as it is; {_REMEDY}")
     if unread := [name for name in _OTHER_FUNCTION if config.get(name)]:
-        raise AdapterError(f"{where}: {unread[0]} in adapter_config.json makes it more than plain LoRA, which is not read; remove it")
+        raise AdapterError(
+            f"{where}: {unread[0]} in adapter_config.json makes it more than plain LoRA, which is not read; remove it"
+        )
     if str(config.get("init_lora_weights")).lower().startswith(_OTHER_BASE):
         raise AdapterError(
-            f"{where}: it was started by {config['init_lora_weights']}, which changes the base model's weights; convert it with "
+            f"{where}: it was started by {config['init_lora_weights']}, which changes the base model's weights; convert it by "
             "peft's path_initial_model_for_weight_conversion, which gives plain LoRA"
         )
     found = Parsed()
@@ -157,7 +164,12 @@ def rows_of(site: Site, num_rows: int) -> slice:
 
 
 def _take_factors(
-    found: Parsed, factors: Mapping[str, dict[str, Tensor]], config: Mapping[str, Any], heads: dict[str, Tensor], where: str, find: Find
+    found: Parsed,
+    factors: Mapping[str, dict[str, Tensor]],
+    config: Mapping[str, Any],
+    heads: dict[str, Tensor],
+    where: str,
+    find: Find,
 ) -> set[Family]:
     """Put low-rank updates into `modules`; returns whose names they bear."""
     families: set[Family] = set()
@@ -271,9 +283,7 @@ def _scale_of(config: Mapping[str, Any], module: str, num_rows: int, where: str)
     return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
 
 
-def peft_config(
-    modules: Mapping[str, LowRank], *, base_model: str, modules_to_save: Iterable[str] = ()
-) -> dict[str, Any]:
+def peft_config(modules: Mapping[str, LowRank], *, base_model: str, modules_to_save: Iterable[str] = ()) -> dict[str, Any]:
     """`adapter_config.json` of plain LoRA on these modules, each with its own rank and scale."""
     ranks = {name: low_rank.a.shape[0] for name, low_rank in modules.items()}
     alphas = {name: low_rank.scale * ranks[name] for name, low_rank in modules.items()}

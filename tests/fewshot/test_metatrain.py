@@ -365,7 +365,9 @@ def test_the_student_starts_from_the_deltas_cut_to_its_rank(
     generator = torch.Generator().manual_seed(0)
     deltas = {name: 0.1 * torch.randn(3 * WIDTH, WIDTH, generator=generator) for name in MODULES}
     backbone = make_backbone()
-    training = trainer(backbone, colour_pool, config(lora=lora), start_updates=deltas)
+    training = trainer(
+        backbone, colour_pool, config(lora=lora), start_updates={f"{name}.weight": delta for name, delta in deltas.items()}
+    )
     expected = {name: truncated(delta, rank=3) for name, delta in deltas.items()}
     for name, low_rank in extract_lora(backbone.model).items():
         torch.testing.assert_close(low_rank.delta(), expected[name], atol=1e-6, rtol=1e-4)
@@ -384,7 +386,7 @@ def test_deltas_within_the_rank_are_met_exactly(make_backbone: MakeBackbone, col
     for rows in (slice(0, WIDTH), slice(2 * WIDTH, 3 * WIDTH)):
         delta[rows] = torch.randn(WIDTH, 2, generator=generator) @ torch.randn(2, WIDTH, generator=generator)
     backbone = make_backbone()
-    trainer(backbone, colour_pool, config(lora=LoRAConfig(rank=4)), start_updates={MODULES[1]: delta})
+    trainer(backbone, colour_pool, config(lora=LoRAConfig(rank=4)), start_updates={f"{MODULES[1]}.weight": delta})
     found = extract_lora(backbone.model)
     torch.testing.assert_close(found[MODULES[1]].delta(), delta, atol=1e-5, rtol=1e-4)
     assert found[MODULES[0]].delta().abs().max() == 0

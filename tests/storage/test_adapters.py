@@ -151,10 +151,10 @@ def test_the_config_is_written_last(tmp_path, monkeypatch):
 def test_a_card_tells_the_manifest_and_comes_before_the_config(tmp_path, monkeypatch):
     folder = str(tmp_path / "one")
 
-    def fail(_adapter):
+    def fail(*_arguments, **_options):
         raise RuntimeError("killed here")
 
-    monkeypatch.setattr("lr_ray.storage.adapters._peft_config", fail)
+    monkeypatch.setattr("lr_ray.storage.adapters.peft_config", fail)
     with pytest.raises(RuntimeError, match="killed here"):
         write_adapter(
             folder,
@@ -231,16 +231,22 @@ DAMAGES = {
         lambda f: edit_weights(f, add={f"{FIRST}.lora_B.weight": torch.zeros(72, 3)}),
         r"blocks\.0\.attn\.qkv lacks a lora_B that fits",
     ),
-    "no lora_A": (lambda f: edit_weights(f, remove=(f"{FIRST}.lora_A.weight",)), r"blocks\.0\.attn\.qkv\.lora_B\.weight"),
+    "no lora_A": (lambda f: edit_weights(f, remove=(f"{FIRST}.lora_A.weight",)), r"blocks\.0\.attn\.qkv lacks a lora_A"),
     "no LoRA at all": (
         lambda f: save_file({"base_model.model.head.weight": torch.zeros(5, 24)}, f / WEIGHTS_NAME),
         "no lora_A weights",
     ),
     "unknown key": (
         lambda f: edit_weights(f, add={"base_model.model.blocks.0.norm1.weight": torch.ones(24)}),
-        r"blocks\.0\.norm1\.weight' are not LoRA",
+        r"blocks\.0\.norm1\.weight' is the new value of a parameter of the base model; `lr-ray library add` converts it",
     ),
-    "lora bias": (lambda f: edit_weights(f, add={f"{FIRST}.lora_B.bias": torch.ones(72)}), r"lora_B\.bias' are not LoRA"),
+    "of no Vision Transformer": (
+        lambda f: edit_weights(f, add={"base_model.model.layers.0.norm.weight": torch.ones(24)}),
+        r"layers\.0\.norm\.weight' are not LoRA",
+    ),
+    "PiSSA": (lambda f: edit_config(f, init_lora_weights="pissa_niter_4"), "started by pissa_niter_4, which changes the base"),
+    "more than LoRA": (lambda f: edit_config(f, layer_replication=[[0, 2]]), "layer_replication in .* more than plain LoRA"),
+    "a pattern that hangs": (lambda f: edit_config(f, rank_pattern={"(a+)+b": 2}), "repeats a group"),
     "no rank": (lambda f: edit_config(f, r=None), "no usable r and lora_alpha"),
     "rank a word": (lambda f: edit_config(f, r="four"), "no usable r and lora_alpha"),
     "rank zero": (lambda f: edit_config(f, r=0), r"blocks\.\d\.attn\.qkv has rank 0 in"),
@@ -248,7 +254,7 @@ DAMAGES = {
     "patterns as a list": (lambda f: edit_config(f, rank_pattern=["qkv"]), "no usable r and lora_alpha"),
     "LoRA on a convolution": (
         lambda f: edit_weights(f, add={"base_model.model.patch_embed.proj.lora_A.weight": torch.zeros(4, 3, 8, 8)}),
-        "patch_embed.proj is LoRA on a convolution",
+        r"patch_embed\.proj lacks a lora_B that fits",
     ),
     "pattern not a regular expression": (lambda f: edit_config(f, rank_pattern={"(": 2}), "no usable r and lora_alpha"),
     "head of other classes": (

@@ -77,7 +77,7 @@ def test_colours_are_learnt(backbone):
 def test_the_accuracy_is_that_of_the_weights_returned(backbone):
     weights = run(backbone, CONFIG.model_copy(update={"num_steps": 3, "batch_size": 5}))
     images, labels = solid_colours(8, seed=2)
-    with merged(backbone.model, {name: low.delta() for name, low in weights.modules.items()}):
+    with merged(backbone.model, {f"{name}.weight": low.delta() for name, low in weights.modules.items()}):
         features = encode(backbone.model, backbone.normalize(images)).features
     predicted = (features @ weights.head_weight.T + weights.head_bias).argmax(dim=1)
     assert weights.accuracy == (predicted == labels).double().mean().item()

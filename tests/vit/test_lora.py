@@ -187,7 +187,7 @@ def test_merged_equals_attached(make_backbone, images):
     config = LoRAConfig(targets=("q", "v", "proj", "fc1", "fc2"), rank=3, rank_pattern={"1.v": 2}, alpha_pattern={"q": 9})
     randomise(attach_lora(backbone.model, config, generator=seeded()))
     attached = encode(backbone.model, images).features.detach()
-    deltas = {name: low.delta() for name, low in extract_lora(backbone.model).items()}
+    deltas = {f"{name}.weight": low.delta() for name, low in extract_lora(backbone.model).items()}
     detach_lora(backbone.model)
     plain = backbone.model(images)
     with merged(backbone.model, deltas):
@@ -206,7 +206,7 @@ def test_merged_puts_the_same_weights_back(make_backbone, fails):
     try:
         with merged(backbone.model, deltas):
             weight = backbone.model.blocks[0].attn.qkv.weight
-            assert torch.equal(weight, copies["blocks.0.attn.qkv.weight"] + deltas["blocks.0.attn.qkv"])
+            assert torch.equal(weight, copies["blocks.0.attn.qkv.weight"] + deltas["blocks.0.attn.qkv.weight"])
             assert not weight.requires_grad
             if fails:
                 raise KeyboardInterrupt
@@ -221,7 +221,7 @@ def test_merged_puts_the_same_weights_back(make_backbone, fails):
 def test_merged_restores_when_one_update_does_not_fit(make_backbone):
     backbone = make_backbone()
     before = dict(backbone.model.named_parameters())
-    wrong = {"blocks.0.attn.qkv": torch.ones(72, 24), "blocks.1.attn.qkv": torch.ones(5, 7)}
+    wrong = {"blocks.0.attn.qkv.weight": torch.ones(72, 24), "blocks.1.attn.qkv.weight": torch.ones(5, 7)}
     with pytest.raises(RuntimeError), merged(backbone.model, wrong):
         pass
     assert all(value is before[name] for name, value in backbone.model.named_parameters())
@@ -262,9 +262,10 @@ def test_the_average_is_of_products_and_not_of_factors(make_backbone):
     backbone = make_backbone()
     adapters = [random_adapter(backbone, rank=rank, scale=scale, seed=rank) for rank, scale in ((1, 2.0), (3, 0.5), (5, 1.0))]
     average = average_updates(iter(adapters))
-    assert average.keys() == adapters[0].modules.keys()
+    assert average.keys() == {f"{name}.weight" for name in adapters[0].modules}
     for name, value in average.items():
-        products = [adapter.modules[name].scale * adapter.modules[name].b @ adapter.modules[name].a for adapter in adapters]
+        lows = [adapter.modules[name.removesuffix(".weight")] for adapter in adapters]
+        products = [low.scale * low.b @ low.a for low in lows]
         torch.testing.assert_close(value, torch.stack(products).mean(dim=0), rtol=0, atol=1e-5)
 
 
@@ -272,7 +273,7 @@ def test_an_adapter_without_a_module_counts_as_a_zero_update_in_the_average(make
     backbone = make_backbone()
     both, one = random_adapter(backbone, seed=1), random_adapter(backbone, seed=2, modules=("attn.qkv",))
     average = average_updates([one, both])
-    torch.testing.assert_close(average["blocks.0.mlp.fc2"], both.modules["blocks.0.mlp.fc2"].delta() / 2)
+    torch.testing.assert_close(average["blocks.0.mlp.fc2.weight"], both.modules["blocks.0.mlp.fc2"].delta() / 2)
 
 
 def test_averaging_leaves_the_adapters_alone(make_backbone):

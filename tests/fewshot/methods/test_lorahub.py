@@ -35,7 +35,7 @@ def test_module_that_only_some_adapters_have(make_adapter: Callable[..., Adapter
     stacks, count = stack_loras([second, first], CPU)
     deltas = compose(stacks, torch.tensor([1.0, 3.0]))
     assert count == 2
-    torch.testing.assert_close(deltas["blocks.1.attn.qkv"], 3 * first.updates()["blocks.1.attn.qkv"])
+    torch.testing.assert_close(deltas["blocks.1.attn.qkv.weight"], 3 * first.updates()["blocks.1.attn.qkv.weight"])
 
 
 def test_cut_is_the_best_of_its_rank(make_adapter: Callable[..., Adapter]) -> None:
