@@ -1,6 +1,5 @@
 """Real labelled images, whatever they come from."""
 
-import fnmatch
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -8,11 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
-from pydantic import field_validator
 from torch import Tensor
 
 from lr_ray.errors import DataError
-from lr_ray.section import Section
+from lr_ray.section import ClassPatterns, Section, match_classes
 
 MAX_PIXELS = 50_000_000
 
@@ -25,14 +23,8 @@ class DataConfig(Section):
     Hugging Face Image convention, hf://datasets/OWNER/NAME with such files, or a folder of class folders."""
     root: str | None = None
     """Folder (or hf:// address of Parquet) of the dataset that `source` names; default its place in $LR_RAY_DATA."""
-    classes: tuple[str, ...] | None = None
+    classes: ClassPatterns | None = None
     """Class names, patterns (`latin/*`) or ranges of positions (`0:30`); default all."""
-
-    @field_validator("classes", mode="before")
-    @classmethod
-    def _split(cls, value: object) -> object:
-        parts = value.split(",") if isinstance(value, str) else value
-        return tuple(str(part) for part in parts) if isinstance(parts, list) else parts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,7 +67,15 @@ class LabelledImages:
         """
         if patterns is None:
             return self
-        chosen = sorted({index for pattern in patterns for index in self._match(pattern)})
+        matched: set[int] = set()
+        for pattern in patterns:
+            matched |= (found := match_classes(self.class_names, pattern))
+            if not found:
+                some = ", ".join(self.class_names[:8])
+                raise DataError(
+                    f"classes: {pattern!r} matches none of the {len(self.class_names)} classes of {self.name} ({some}, …)"
+                )
+        chosen = sorted(matched)
         positions = np.flatnonzero(np.isin(self.labels, chosen))
         return LabelledImages(
             name=f"{self.name}[{','.join(patterns)}]",
@@ -85,21 +85,6 @@ class LabelledImages:
             open_image=lambda index: self.open_image(int(positions[index])),
             digest=lambda: f"{self.digest()}[{','.join(map(str, chosen))}]",
         )
-
-    def _match(self, pattern: str) -> list[int]:
-        if pattern in self.class_names:
-            return [self.class_names.index(pattern)]
-        start, colon, stop = pattern.partition(":")
-        if colon and all(part.isdigit() for part in (start, stop) if part):
-            found = list(range(len(self.class_names))[int(start or 0) : int(stop) if stop else None])
-        else:
-            found = [i for i, name in enumerate(self.class_names) if fnmatch.fnmatchcase(name, pattern)]
-        if not found:
-            some = ", ".join(self.class_names[:8])
-            raise DataError(
-                f"classes: {pattern!r} matches none of the {len(self.class_names)} classes of {self.name} ({some}, …)"
-            )
-        return found
 
 
 def read_pixels(

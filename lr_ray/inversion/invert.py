@@ -14,7 +14,7 @@ from lr_ray.errors import AdapterError, InversionError
 from lr_ray.inversion.canvas import CANVASES, CanvasName
 from lr_ray.inversion.objective import cross_entropy, squared_norm, total_variation
 from lr_ray.inversion.priors import BatchNormPrior
-from lr_ray.section import Section
+from lr_ray.section import ClassPatterns, Section
 from lr_ray.vit.augment import AugmentationConfig, random_views
 from lr_ray.vit.backbone import Backbone, Precision, autocast
 from lr_ray.vit.lora import Adapter, as_tuned, merged
@@ -33,6 +33,8 @@ class InversionConfig(Section):
     """Images optimised together; each batch holds its classes in equal parts as far as they go."""
     classes_per_item: int = Field(default=10, gt=0)
     """Classes of one adapter that are at most one piece of work, and one file."""
+    classes: ClassPatterns | None = None
+    """Classes to invert of every adapter: names, patterns (`bird*`) or ranges of positions (`0:20`); default all."""
     num_steps: int = Field(default=2000, gt=0)
     """Optimiser steps of every batch (the paper: 2000)."""
     learning_rate: float = Field(default=0.25, gt=0)

@@ -186,6 +186,9 @@ def invert_library(config: ExperimentConfig, reporter: Reporter, *, strict: bool
     plan = plan_inversion(config, strict=strict)
     for why in plan.rejected.values():
         reporter.say(f"skipped: {why}")
+    if plan.left_out:
+        without = "without a head" if config.inversion.classes is None else "without a head, or without the classes asked for"
+        reporter.say(f"left out: {plan.left_out} adapters {without}")
     done = len(plan.items) - len(plan.todo)
     reporter.say(f"invert: {_counted(plan.items)} into {config.synthetic_root}, {done} done already")
     failures = list(plan.rejected.values())

@@ -1,6 +1,6 @@
 """What an inversion has to do: its pieces of work, and their names."""
 
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -8,6 +8,7 @@ from typing import Any
 
 from lr_ray.config import ExperimentConfig
 from lr_ray.errors import AdapterError, StorageError
+from lr_ray.section import match_classes
 from lr_ray.storage.adapters import list_adapters, read_adapter
 from lr_ray.storage.filesystem import delete, join, list_uris, read_many
 from lr_ray.storage.manifest import claim_folder, digest_of
@@ -43,33 +44,37 @@ class InversionPlan:
         items: of all adapters that can be inverted.
         todo: those whose images are not there yet, the largest first.
         rejected: {adapter's folder: why it cannot be inverted}.
+        left_out: how many adapters are sound but have no head, or none of the classes that were asked for.
     """
 
     items: tuple[InversionItem, ...]
     todo: tuple[InversionItem, ...]
     rejected: dict[str, str]
+    left_out: int
 
 
 def plan_inversion(config: ExperimentConfig, *, strict: bool = True) -> InversionPlan:
     """The work items; an item's name derives from adapter, classes, backbone, config and seed.
 
     Raises:
-        AdapterError: no adapters; two of the same id; with `strict`, one that cannot be inverted, else if none can.
+        AdapterError: no adapters; two of the same id; with `strict`, one that is unusable, else if none can be inverted.
         StorageError: the folder holds images made with another config, backbone or seed, or from another version of an
             adapter.
     """
     backbone = load_backbone(config.backbone)
     inversion = config.inversion.model_dump(mode="json")
-    classes_per_item = inversion.pop("classes_per_item")
+    classes_per_item, asked = inversion.pop("classes_per_item"), inversion.pop("classes")
     shared = {"step": "invert", "seed": config.seed, "backbone": backbone.identity, "inversion": inversion}
     folders = list_adapters(config.adapters_root)
     inspected = read_many(partial(_inspect, backbone=backbone), folders)
     rejected = {folder: str(found) for folder, found in zip(folders, inspected, strict=True) if isinstance(found, AdapterError)}
     if rejected and (strict or len(rejected) == len(folders)):
         raise AdapterError(next(iter(rejected.values())))
-    claim_folder(config.synthetic_root, shared | {"classes_per_item": classes_per_item}, config=config.resolved())
+    claim = shared | {"classes_per_item": classes_per_item} | ({"classes": asked} if asked is not None else {})
+    claim_folder(config.synthetic_root, claim, config=config.resolved())
     items: list[InversionItem] = []
     seen: dict[str, str] = {}
+    left_out = 0
     for folder, spec in zip(folders, inspected, strict=True):
         if isinstance(spec, AdapterError):
             continue
@@ -78,14 +83,19 @@ def plan_inversion(config: ExperimentConfig, *, strict: bool = True) -> Inversio
                 f"adapters {folder} and {seen[spec.adapter_id]} have the same id {spec.adapter_id!r}; rename or remove one"
             )
         seen[spec.adapter_id] = folder
-        items += _items_of(folder, spec, shared, config, classes_per_item)
+        chosen = _chosen(spec, asked)
+        left_out += not chosen
+        items += _items_of(folder, spec, chosen, shared, config)
+    if not items:
+        of_what = "has a head with classes" if asked is None else f"has a class that inversion.classes {', '.join(asked)} means"
+        raise AdapterError(f"adapters {config.adapters_root}: none of {len(folders)} {of_what}; there is nothing to invert")
     there = committed(config)
     _refuse_other_versions(there - {item.uri for item in items}, seen)
     for left_over in list_uris(config.synthetic_root, suffix=PARTIAL):
         if left_over.removesuffix(PARTIAL) in there:
             delete(left_over)  # its worker was lost between the commit and this
     todo = sorted((item for item in items if item.uri not in there), key=lambda item: -len(item.classes))
-    return InversionPlan(items=tuple(items), todo=tuple(todo), rejected=rejected)
+    return InversionPlan(items=tuple(items), todo=tuple(todo), rejected=rejected, left_out=left_out)
 
 
 def _refuse_other_versions(others: set[str], known: Container[str]) -> None:
@@ -109,25 +119,31 @@ def _inspect(folder: str, *, backbone: Backbone) -> AdapterSpec | AdapterError:
         check_adapter(adapter, backbone)
     except AdapterError as error:
         return error
-    if adapter.head_weight is None:
-        return AdapterError(f"adapter {folder} has no head, so it has no classes to invert; remove it")
     return adapter.spec
 
 
+def _chosen(spec: AdapterSpec, asked: Sequence[str] | None) -> list[int]:
+    """Which of the adapter's classes to invert."""
+    if asked is None:
+        return list(range(len(spec.class_names)))
+    return sorted({index for pattern in asked for index in match_classes(spec.class_names, pattern)})
+
+
 def _items_of(
-    folder: str, spec: AdapterSpec, shared: dict[str, Any], config: ExperimentConfig, classes_per_item: int
+    folder: str, spec: AdapterSpec, chosen: Sequence[int], shared: dict[str, Any], config: ExperimentConfig
 ) -> Iterator[InversionItem]:
-    """The adapter in as few parts as `classes_per_item` allows, of about the same size."""
-    num_classes = len(spec.class_names)
-    num_parts = -(-num_classes // classes_per_item)
-    bounds = [num_classes * part // num_parts for part in range(num_parts + 1)]
+    """The chosen classes in as few parts as `classes_per_item` allows, of about the same size."""
+    num_parts = -(-len(chosen) // config.inversion.classes_per_item)
+    bounds = [len(chosen) * part // num_parts for part in range(num_parts + 1)] if chosen else []
     for first, last in pairwise(bounds):
-        inputs = {**shared, "adapter": spec.digest} | ({"classes": [first, last]} if num_parts > 1 else {})
-        digest = digest_of(inputs)
+        part: dict[str, Any] = {"classes": [first, last]} if num_parts > 1 else {}
+        if len(chosen) < len(spec.class_names):
+            part = {"classes": list(chosen[first:last]), "of": len(spec.class_names)}
+        digest = digest_of({**shared, "adapter": spec.digest} | part)
         yield InversionItem(
             adapter_folder=folder,
             adapter_id=spec.adapter_id,
-            classes=tuple(range(first, last)),
+            classes=tuple(chosen[first:last]),
             uri=join(config.synthetic_root, synthetic_name(spec.adapter_id, digest)),
             seed=int(digest[:12], 16),
         )

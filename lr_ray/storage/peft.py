@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lr_ray.errors import AdapterError
 from lr_ray.vit.lora import LowRank
-from lr_ray.vit.naming import Family, Site, find_site
+from lr_ray.vit.naming import Family, Site, Version, find_site, foreign_names
 from lr_ray.vit.tokens import Pool
 
 Find = Callable[[str], tuple[Family, Site] | None]
@@ -281,6 +281,32 @@ def _scale_of(config: Mapping[str, Any], module: str, num_rows: int, where: str)
             "belong together: get both again from their source or remove them"
         )
     return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+
+
+def foreign_modules(
+    modules: Mapping[str, LowRank], family: Family, *, num_blocks: int, version: Version = 4, prefix: str = ""
+) -> dict[str, LowRank]:
+    """The same updates under the names of another library's modules; the fused qkv is split into those of its parts.
+
+    Args:
+        family, version, prefix: as of `foreign_names`.
+
+    Raises:
+        AdapterError: the family has no such module.
+    """
+    names: dict[str, list[tuple[str, Site]]] = {}
+    for name, site in foreign_names(family, num_blocks=num_blocks, version=version, prefix=prefix).items():
+        names.setdefault(site.module, []).append((name, site))
+    found: dict[str, LowRank] = {}
+    for module, low_rank in modules.items():
+        if module not in names:
+            raise AdapterError(f"{module}: models of the family {family!r} have no such module")
+        for name, site in names[module]:
+            rows = low_rank.b[rows_of(site, len(low_rank.b))]
+            used = torch.ones_like(rows[0], dtype=torch.bool) if site.part is None else rows.any(dim=0)
+            if used.any():
+                found[name] = LowRank(a=low_rank.a[used], b=rows[:, used], scale=low_rank.scale)
+    return found
 
 
 def peft_config(modules: Mapping[str, LowRank], *, base_model: str, modules_to_save: Iterable[str] = ()) -> dict[str, Any]:

@@ -1,0 +1,163 @@
+"""Adapters from anywhere into a library, and a look at those that are there."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from lr_ray.library.sources import RawAdapter, read_sources
+from torch import Tensor
+
+from lr_ray.errors import AdapterError, StorageError
+from lr_ray.library.catalog import Entry, claim_group, facts_of, list_entries, read_group, read_sketches
+from lr_ray.library.checks import Check, check, duplicate_of, failure_of, sketch_of
+from lr_ray.library.formats import base_model_of, convert
+from lr_ray.storage.adapters import CONFIG_NAME, read_adapter, with_digest, write_adapter
+from lr_ray.storage.filesystem import exists, join
+from lr_ray.storage.manifest import read_manifest
+from lr_ray.vit.backbone import Backbone, BackboneConfig, load_backbone
+
+
+@dataclass(kw_only=True, slots=True)
+class Added:
+    """What came of it.
+
+    Attributes:
+        root: of the group: the `adapters` of a run.
+        taken: names of adapters that are new.
+        present: names of those that were there.
+        refused: a line for each that was not taken.
+    """
+
+    root: str = ""
+    taken: list[str] = field(default_factory=list)
+    present: list[str] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
+
+
+def add_sources(
+    library: str, sources: Sequence[str], config: BackboneConfig, *, say: Callable[[str], None] = lambda _line: None
+) -> Added:
+    """Take the adapters of these sources that are sound and of this backbone; those that are there stay as they are.
+
+    Args:
+        library: folder or URI.
+        sources: as of `read_sources`.
+        config: of the backbone.
+        say: is told of every adapter.
+
+    Raises:
+        AdapterError: a source that cannot be read at all.
+        BackboneError: the backbone cannot be had.
+        StorageError: the library is not readable or writable.
+    """
+    backbone = load_backbone(config)
+    added = Added(root=claim_group(library, backbone, config))
+    sketches = dict(read_sketches(library, added.root.rsplit("/", 1)[-1]))
+    for source in sources:
+        for raw in read_sources(source):
+            try:
+                if isinstance(raw, AdapterError):
+                    raise raw
+                _take(raw, backbone, added, sketches, say)
+            except AdapterError as error:
+                added.refused.append(str(error))
+                say(f"refused: {error}")
+    return added
+
+
+def _take(
+    raw: RawAdapter, backbone: Backbone, added: Added, sketches: dict[str, list[float]], say: Callable[[str], None]
+) -> None:
+    """Commit one adapter under a name of its content.
+
+    Raises:
+        AdapterError: it is not taken.
+    """
+    converted = convert(raw, backbone)
+    adapter, base_model = converted.adapter, base_model_of(raw)
+    checks = check(adapter, backbone, base_model=base_model)
+    if why := failure_of(checks):
+        raise AdapterError(f"adapter {raw.source}: {why}")
+    spec = replace(adapter.spec, backbone=backbone.name, backbone_digest=backbone.digest)
+    adapter = with_digest(replace(adapter, spec=spec))
+    adapter_id = f"{spec.adapter_id}-{adapter.spec.digest[:8]}"
+    adapter = replace(adapter, spec=replace(adapter.spec, adapter_id=adapter_id))
+    folder = join(added.root, adapter_id)
+    if exists(join(folder, CONFIG_NAME)):
+        added.present.append(adapter_id)
+        say(f"{adapter_id}: there already")
+        return
+    sketch = sketch_of(adapter)
+    others = {other: value for other, value in sketches.items() if other != folder}
+    checks.append(duplicate_of(adapter, sketch, _stacked(list(others.values())), lambda row: read_adapter(list(others)[row])))
+    source_digest = hashlib.sha256(raw.weights).hexdigest()
+    facts = facts_of(
+        adapter,
+        checks,
+        notes=converted.notes,
+        sketch=sketch.tolist(),
+        source=raw.source,
+        source_digest=source_digest,
+        format=converted.format,
+        base_model=base_model,
+    )
+    inputs = {"step": "library", "source_digest": source_digest, "adapter": adapter.spec.digest, "backbone": backbone.identity}
+    write_adapter(folder, adapter, inputs=inputs, facts=facts | {"num_bytes": len(raw.weights)})
+    sketches[folder] = facts["sketch"]
+    added.taken.append(adapter_id)
+    noted = [f"{found.name}: {found.says}" for found in checks if found.verdict == "noted"]
+    say("; ".join([f"{adapter_id}: taken", *noted, *converted.notes]))
+
+
+def _stacked(sketches: Sequence[Sequence[float]]) -> Tensor:
+    return torch.tensor(sketches, dtype=torch.float32).reshape(len(sketches), -1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checked:
+    """An adapter of a library, looked at again."""
+
+    entry: Entry
+    checks: tuple[Check, ...]
+
+
+def check_library(library: str, *, only: Sequence[Entry] | None = None) -> Iterator[Checked]:
+    """Read and check the adapters of a library anew, group by group.
+
+    Args:
+        only: these; default all.
+
+    Raises:
+        BackboneError: a group's backbone cannot be had.
+        StorageError: the library is not readable.
+    """
+    entries = list_entries(library) if only is None else only
+    for group in dict.fromkeys(entry.group for entry in entries):
+        backbone = load_backbone(read_group(library, group))
+        sketches = dict(read_sketches(library, group))
+        for entry in (entry for entry in entries if entry.group == group):
+            yield Checked(entry=entry, checks=tuple(_check_again(library, entry, backbone, sketches)))
+
+
+def _check_again(library: str, entry: Entry, backbone: Backbone, sketches: dict[str, list[float]]) -> list[Check]:
+    folder = join(library, entry.name)
+    try:
+        adapter = read_adapter(folder)
+        stated = (read_manifest(folder) or {}).get("tensors_digest")
+    except (AdapterError, StorageError) as error:
+        return [Check(name="readable", verdict="failed", says=str(error))]
+    if stated != adapter.spec.digest:
+        says = (
+            f"its weights changed since it was added (digest {adapter.spec.digest[:12]}, was {str(stated)[:12]}); add it again"
+        )
+        return [Check(name="digest", verdict="failed", says=says)]
+    found = [Check(name="digest", verdict="passed"), *check(adapter, backbone, base_model=entry.base_model)]
+    others = {other: value for other, value in sketches.items() if other != folder}
+    if not failure_of(found):
+        found.append(
+            duplicate_of(
+                adapter, sketch_of(adapter), _stacked(list(others.values())), lambda row: read_adapter(list(others)[row])
+            )
+        )
+    return found
