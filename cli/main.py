@@ -11,6 +11,7 @@ from lr_ray.cli.evaluate import evaluate
 from lr_ray.cli.export import export
 from lr_ray.cli.fetch import fetch
 from lr_ray.cli.invert import invert
+from lr_ray.cli.library import library
 from lr_ray.cli.plan import plan
 from lr_ray.cli.report import report
 from lr_ray.cli.run import run
@@ -36,6 +37,7 @@ app.command()(report)
 app.command()(ablate)
 app.command()(plan)
 app.command()(fetch)
+app.add_typer(library)
 app.add_typer(bench)
 app.add_typer(cluster)
 

@@ -16,9 +16,9 @@ from lr_ray.data.images import read_pixels
 from lr_ray.errors import AdapterError, ConfigError, DataError
 from lr_ray.fewshot.protonet import class_centres, prototype_logits
 from lr_ray.section import Section
-from lr_ray.storage.adapters import CONFIG_NAME, read_adapter
+from lr_ray.storage.adapters import read_adapter
 from lr_ray.storage.filesystem import exists, join
-from lr_ray.storage.manifest import MANIFEST_NAME, read_manifest
+from lr_ray.storage.manifest import CONFIG_NAME, MANIFEST_NAME, read_manifest
 from lr_ray.vit.backbone import Backbone, BackboneConfig, Precision, load_backbone
 from lr_ray.vit.lora import check_adapter, merge
 from lr_ray.vit.tokens import encode_pixels

@@ -4,17 +4,17 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-import torch
-from lr_ray.library.sources import RawAdapter, read_sources
 from torch import Tensor
 
 from lr_ray.errors import AdapterError, StorageError
-from lr_ray.library.catalog import Entry, claim_group, facts_of, list_entries, read_group, read_sketches
 from lr_ray.library.checks import Check, check, duplicate_of, failure_of, sketch_of
 from lr_ray.library.formats import base_model_of, convert
-from lr_ray.storage.adapters import CONFIG_NAME, read_adapter, with_digest, write_adapter
+from lr_ray.library.groups import claim_group, facts_of, read_group, read_sketches
+from lr_ray.library.index import Entry, list_entries
+from lr_ray.library.sources import RawAdapter, read_sources
+from lr_ray.storage.adapters import read_adapter, with_digest, write_adapter
 from lr_ray.storage.filesystem import exists, join
-from lr_ray.storage.manifest import read_manifest
+from lr_ray.storage.manifest import CONFIG_NAME, read_manifest
 from lr_ray.vit.backbone import Backbone, BackboneConfig, load_backbone
 
 
@@ -53,7 +53,7 @@ def add_sources(
     """
     backbone = load_backbone(config)
     added = Added(root=claim_group(library, backbone, config))
-    sketches = dict(read_sketches(library, added.root.rsplit("/", 1)[-1]))
+    sketches = read_sketches(library, added.root.rsplit("/", 1)[-1])
     for source in sources:
         for raw in read_sources(source):
             try:
@@ -66,9 +66,7 @@ def add_sources(
     return added
 
 
-def _take(
-    raw: RawAdapter, backbone: Backbone, added: Added, sketches: dict[str, list[float]], say: Callable[[str], None]
-) -> None:
+def _take(raw: RawAdapter, backbone: Backbone, added: Added, sketches: dict[str, Tensor], say: Callable[[str], None]) -> None:
     """Commit one adapter under a name of its content.
 
     Raises:
@@ -89,8 +87,7 @@ def _take(
         say(f"{adapter_id}: there already")
         return
     sketch = sketch_of(adapter)
-    others = {other: value for other, value in sketches.items() if other != folder}
-    checks.append(duplicate_of(adapter, sketch, _stacked(list(others.values())), lambda row: read_adapter(list(others)[row])))
+    checks.append(duplicate_of(adapter, folder, sketch, sketches))
     source_digest = hashlib.sha256(raw.weights).hexdigest()
     facts = facts_of(
         adapter,
@@ -104,14 +101,10 @@ def _take(
     )
     inputs = {"step": "library", "source_digest": source_digest, "adapter": adapter.spec.digest, "backbone": backbone.identity}
     write_adapter(folder, adapter, inputs=inputs, facts=facts | {"num_bytes": len(raw.weights)})
-    sketches[folder] = facts["sketch"]
+    sketches[folder] = sketch
     added.taken.append(adapter_id)
     noted = [f"{found.name}: {found.says}" for found in checks if found.verdict == "noted"]
     say("; ".join([f"{adapter_id}: taken", *noted, *converted.notes]))
-
-
-def _stacked(sketches: Sequence[Sequence[float]]) -> Tensor:
-    return torch.tensor(sketches, dtype=torch.float32).reshape(len(sketches), -1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,12 +128,12 @@ def check_library(library: str, *, only: Sequence[Entry] | None = None) -> Itera
     entries = list_entries(library) if only is None else only
     for group in dict.fromkeys(entry.group for entry in entries):
         backbone = load_backbone(read_group(library, group))
-        sketches = dict(read_sketches(library, group))
+        sketches = read_sketches(library, group)
         for entry in (entry for entry in entries if entry.group == group):
             yield Checked(entry=entry, checks=tuple(_check_again(library, entry, backbone, sketches)))
 
 
-def _check_again(library: str, entry: Entry, backbone: Backbone, sketches: dict[str, list[float]]) -> list[Check]:
+def _check_again(library: str, entry: Entry, backbone: Backbone, sketches: dict[str, Tensor]) -> list[Check]:
     folder = join(library, entry.name)
     try:
         adapter = read_adapter(folder)
@@ -153,11 +146,6 @@ def _check_again(library: str, entry: Entry, backbone: Backbone, sketches: dict[
         )
         return [Check(name="digest", verdict="failed", says=says)]
     found = [Check(name="digest", verdict="passed"), *check(adapter, backbone, base_model=entry.base_model)]
-    others = {other: value for other, value in sketches.items() if other != folder}
     if not failure_of(found):
-        found.append(
-            duplicate_of(
-                adapter, sketch_of(adapter), _stacked(list(others.values())), lambda row: read_adapter(list(others)[row])
-            )
-        )
+        found.append(duplicate_of(adapter, folder, sketch_of(adapter), sketches))
     return found

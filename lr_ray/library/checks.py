@@ -1,6 +1,7 @@
 """What is looked at before an adapter is taken into a library, and again by `lr-ray library check`."""
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from lr_ray.errors import AdapterError
 from lr_ray.library.names import backbone_of
+from lr_ray.storage.adapters import read_adapter
 from lr_ray.vit.backbone import Backbone
 from lr_ray.vit.lora import Adapter, as_tuned, check_adapter, merged
 from lr_ray.vit.tokens import encode
@@ -146,18 +148,9 @@ def _probe(name: str, size: int) -> Tensor:
     return torch.randn(_SKETCH, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def nearest(sketch: Tensor, others: Tensor) -> list[int]:
-    """Rows of (A, 128) sketches of which the adapters may be near-duplicates, the most alike first."""
-    if not len(others) or not sketch.any():
-        return []
-    cosines = torch.nn.functional.cosine_similarity(others.float(), sketch.float()[None], dim=1)
-    order = cosines.argsort(descending=True)
-    return [int(index) for index in order if cosines[index] > _CANDIDATE]
-
-
 def cosine_of(one: Adapter, other: Adapter) -> float:
     """⟨ΔW, ΔW′⟩ / ‖ΔW‖·‖ΔW′‖ over all parameters, with no product formed."""
-    return _inner(one, other) / max((_inner(one, one) * _inner(other, other)) ** 0.5, 1e-30)
+    return _inner(one, other) / max(math.sqrt(_inner(one, one) * _inner(other, other)), 1e-30)
 
 
 def _inner(one: Adapter, other: Adapter) -> float:
@@ -170,16 +163,21 @@ def _inner(one: Adapter, other: Adapter) -> float:
     return total
 
 
-def duplicate_of(adapter: Adapter, sketch: Tensor, others: Tensor, read: Callable[[int], Adapter]) -> Check:
-    """Whether another adapter's update is the same but for its size.
+def duplicate_of(adapter: Adapter, folder: str, sketch: Tensor, sketches: Mapping[str, Tensor]) -> Check:
+    """Whether the update of another adapter is the same but for its size.
 
     Args:
-        others: (A, 128) sketches.
-        read: the adapter of such a row.
+        folder: of the adapter, which is not compared with itself.
+        sketch: of the adapter.
+        sketches: {folder: sketch} of a library.
     """
+    folders = [other for other in sketches if other != folder]
+    cosines = torch.cosine_similarity(torch.stack([sketches[other] for other in folders]), sketch[None]) if folders else None
     closest = 0.0
-    for index in nearest(sketch, others):
-        other = read(index)
+    for index in [] if cosines is None else cosines.argsort(descending=True).tolist():
+        if cosines is None or cosines[index] < _CANDIDATE:
+            break
+        other = read_adapter(folders[index])
         closest = max(closest, cosine := cosine_of(adapter, other))
         if cosine > _ALIKE:
             return Check(name="duplicate", verdict="noted", says=f"its update is that of {other.spec.adapter_id}", value=cosine)
@@ -194,8 +192,3 @@ def as_rows(checks: Sequence[Check]) -> list[dict[str, Any]]:
         | ({} if check.value is None else {"value": round(check.value, 6)})
         for check in checks
     ]
-
-
-def from_rows(rows: Sequence[Mapping[str, Any]]) -> list[Check]:
-    """The checks of a manifest."""
-    return [Check(name=row["name"], verdict=row["verdict"], says=row.get("says", ""), value=row.get("value")) for row in rows]

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
-from lr_ray.library.sources import RawAdapter
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from lr_ray.errors import AdapterError
 from lr_ray.library.merging import KINDS, read_any
+from lr_ray.library.sources import RawAdapter
 from lr_ray.storage.adapters import adapter_of
 from lr_ray.storage.peft import parse_lora
 from lr_ray.vit.backbone import Backbone
@@ -77,7 +77,7 @@ def convert(raw: RawAdapter, backbone: Backbone) -> Converted:
     config, notes = raw.config or _config_within(raw.metadata), []
     if any(_DOWN_UP.fullmatch(name) for name in tensors):
         kind, (config, tensors) = "kohya", _as_peft(config, tensors)
-        dotted = any("." in name.partition(".lora_")[0] for name in tensors)
+        dotted = any("." in name.rpartition(".lora_")[0] for name in tensors)
         parsed = parse_lora(config, tensors, where, base=base, find=find_site if dotted else find_underscored)
     else:
         if not config:

@@ -7,9 +7,8 @@ from typing import Any
 import yaml
 
 from lr_ray.report.tables import shape_of
-from lr_ray.storage.adapters import CARD_NAME
 from lr_ray.storage.filesystem import join, read_if_there, write_bytes
-from lr_ray.storage.manifest import read_manifest
+from lr_ray.storage.manifest import CARD_NAME, read_manifest
 from lr_ray.vit.embedded import EMBEDDED_BACKBONE
 
 _METHODS = {"meta_lora": "recycle", "joint": "joint", "oracle": "oracle"}

@@ -26,8 +26,9 @@ from lr_ray.runtime.cost import begin_peak_memory, count_flops, peak_memory_mib
 from lr_ray.runtime.evaluation_plan import EpisodesTask, EvaluationPlan, FeaturesTask, FitTask, test_data_of
 from lr_ray.runtime.evaluation_rows import known_rows, merge_rows, rows_of
 from lr_ray.runtime.session import work_through, worker_device
-from lr_ray.storage.adapters import CONFIG_NAME, read_adapter, read_adapters
+from lr_ray.storage.adapters import read_adapter, read_adapters
 from lr_ray.storage.filesystem import exists, join, list_uris, write_bytes
+from lr_ray.storage.manifest import CONFIG_NAME
 from lr_ray.storage.measurements import read_tensors, write_episodes, write_predictions, write_tensors
 from lr_ray.vit.backbone import Backbone, load_backbone
 

@@ -13,9 +13,9 @@ from lr_ray.fewshot.episodes import EpisodeShape
 from lr_ray.fewshot.methods import ChosenMethod, FeatureMethod, Ingredient, TunedMethod, expand, find_method
 from lr_ray.fewshot.methods.features import RAW_PIXELS, needs_of
 from lr_ray.fewshot.protocol import VaryingShape, draw_episodes
-from lr_ray.storage.adapters import CONFIG_NAME, list_adapters, read_adapter
+from lr_ray.storage.adapters import list_adapters, read_adapter
 from lr_ray.storage.filesystem import exists, join, read_many
-from lr_ray.storage.manifest import digest_of
+from lr_ray.storage.manifest import CONFIG_NAME, digest_of
 from lr_ray.storage.measurements import file_name
 from lr_ray.vit.backbone import load_backbone
 from lr_ray.vit.lora import check_adapter

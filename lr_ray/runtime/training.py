@@ -18,9 +18,9 @@ from lr_ray.runtime.relations import see_with_every_adapter
 from lr_ray.runtime.session import ray_session, this_node, user_error
 from lr_ray.runtime.train_loop import checkpoints_of, read_checkpoint, train_loop_per_worker
 from lr_ray.runtime.training_job import TrainingJob, joint_job, meta_lora_job, oracle_job
-from lr_ray.storage.adapters import CONFIG_NAME, with_digest, write_adapter
+from lr_ray.storage.adapters import with_digest, write_adapter
 from lr_ray.storage.filesystem import arrow_filesystem, exists, join, storage_errors
-from lr_ray.storage.manifest import claim_folder, digest_of, read_manifest
+from lr_ray.storage.manifest import CONFIG_NAME, claim_folder, digest_of, read_manifest
 from lr_ray.storage.synthetic import by_adapter
 from lr_ray.vit.backbone import Backbone, load_backbone
 from lr_ray.vit.lora import Adapter, AdapterSpec

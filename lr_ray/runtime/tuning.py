@@ -12,9 +12,9 @@ from lr_ray.data.load import load_data
 from lr_ray.errors import ConfigError, DataError
 from lr_ray.report.progress import Reporter
 from lr_ray.runtime.session import work_through, worker_device
-from lr_ray.storage.adapters import CONFIG_NAME, with_digest, write_adapter
+from lr_ray.storage.adapters import with_digest, write_adapter
 from lr_ray.storage.filesystem import join, list_uris
-from lr_ray.storage.manifest import claim_folder, digest_of, read_manifests
+from lr_ray.storage.manifest import CONFIG_NAME, claim_folder, digest_of, read_manifests
 from lr_ray.tuning.tune import tune
 from lr_ray.vit.backbone import load_backbone
 from lr_ray.vit.lora import Adapter, AdapterSpec

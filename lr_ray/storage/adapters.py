@@ -13,14 +13,10 @@ from torch import Tensor
 
 from lr_ray.errors import AdapterError, StorageError
 from lr_ray.storage.filesystem import join, list_files, read_bytes, read_many, write_bytes
-from lr_ray.storage.manifest import read_manifest, write_manifest
+from lr_ray.storage.manifest import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, read_manifest, write_manifest
 from lr_ray.storage.peft import PREFIX, SHIFT, Parsed, parse_lora, peft_config, peft_tensors
 from lr_ray.vit.embedded import digest_tensors
 from lr_ray.vit.lora import Adapter, AdapterSpec
-
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
-CARD_NAME = "README.md"
 
 
 def write_adapter(

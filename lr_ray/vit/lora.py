@@ -277,8 +277,11 @@ def _put(model: nn.Module, name: str, value: nn.Parameter) -> None:
 
 def as_tuned(adapter: Adapter, backbone: Backbone) -> Backbone:
     """The backbone with the normalisation of images that the adapter was tuned with."""
-    given = {name: value for name, value in (("mean", adapter.mean), ("std", adapter.std)) if value is not None}
-    return replace(backbone, **{name: torch.tensor(value, device=backbone.device) for name, value in given.items()})
+
+    def tensor(value: tuple[float, ...] | None, default: Tensor) -> Tensor:
+        return default if value is None else torch.tensor(value, device=backbone.device)
+
+    return replace(backbone, mean=tensor(adapter.mean, backbone.mean), std=tensor(adapter.std, backbone.std))
 
 
 def average_updates(adapters: Iterable[Adapter]) -> dict[str, Tensor]:

@@ -11,16 +11,8 @@ from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 
 from lr_ray.errors import AdapterError, StorageError
-from lr_ray.storage.adapters import (
-    CARD_NAME,
-    CONFIG_NAME,
-    WEIGHTS_NAME,
-    list_adapters,
-    read_adapter,
-    read_adapters,
-    with_digest,
-    write_adapter,
-)
+from lr_ray.storage.adapters import list_adapters, read_adapter, read_adapters, with_digest, write_adapter
+from lr_ray.storage.manifest import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
 from lr_ray.vit.lora import Adapter, AdapterSpec, LowRank, merged
 
 NUM_CLASSES = 5

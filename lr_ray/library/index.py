@@ -1,32 +1,24 @@
-"""A library of adapters: a folder or URI with a group for every backbone and image size, which is a run's `adapters`.
+"""What a library of adapters holds, read without its weights.
 
 `LIBRARY/GROUP/ADAPTER/` holds an adapter in LR-Ray's normal form, under a name that derives from its content, and its
-manifest; `LIBRARY/GROUP/group.json` the backbone. `LIBRARY/index.parquet` only spares reading 10,000 manifests: what it
-lacks is read from them, and what is gone leaves it.
+manifest. `LIBRARY/index.parquet` only spares reading 10,000 manifests: what it lacks is read from them, and what is gone
+leaves it.
 """
 
 import io
-import json
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import ValidationError
 
 from lr_ray.errors import AdapterError, StorageError
-from lr_ray.library.checks import Check, as_rows, from_rows
-from lr_ray.storage.adapters import CONFIG_NAME, WEIGHTS_NAME
-from lr_ray.storage.filesystem import delete, join, list_files, read_bytes, read_if_there, read_many, write_bytes
-from lr_ray.storage.manifest import MANIFEST_NAME, read_manifest
-from lr_ray.vit.backbone import Backbone, BackboneConfig
-from lr_ray.vit.lora import Adapter
+from lr_ray.storage.filesystem import delete, join, list_files, read_if_there, read_many, write_bytes
+from lr_ray.storage.manifest import CONFIG_NAME, MANIFEST_NAME, WEIGHTS_NAME, read_manifest
 
-GROUP_NAME = "group.json"
+SKETCH = "sketch"
 _INDEX_NAME = "index.parquet"
-_SKETCH = "sketch"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,55 +59,6 @@ class Entry:
 _COLUMNS = [field.name for field in fields(Entry)]
 
 
-def group_of(backbone: Backbone) -> str:
-    """The name of the group of adapters that are tuned on this backbone at this image size."""
-    slug = re.sub(r"[^A-Za-z0-9._-]+", "-", backbone.name)
-    return f"{slug}-{backbone.image_px}px-{backbone.digest[:6]}"
-
-
-def claim_group(library: str, backbone: Backbone, config: BackboneConfig) -> str:
-    """The root of the backbone's group, with its config in it, from which `read_group` gives the backbone again."""
-    root = join(library, group_of(backbone))
-    content = json.dumps({"backbone": config.model_dump(mode="json"), "digest": backbone.digest}, indent=2).encode()
-    if read_if_there(uri := join(root, GROUP_NAME)) != content:
-        write_bytes(uri, content)
-    return root
-
-
-def read_group(library: str, group: str) -> BackboneConfig:
-    """The backbone of a group.
-
-    Raises:
-        StorageError: unreadable or damaged.
-    """
-    uri = join(library, group, GROUP_NAME)
-    try:
-        return BackboneConfig.model_validate(json.loads(read_bytes(uri))["backbone"])
-    except (ValueError, KeyError, TypeError, ValidationError) as error:
-        raise StorageError(f"{uri} is damaged ({error!r}); delete it, and add an adapter of that backbone again") from error
-
-
-def facts_of(
-    adapter: Adapter, checks: Sequence[Check], *, notes: Sequence[str], sketch: Sequence[float], **source: str
-) -> dict[str, Any]:
-    """What a manifest holds besides what `write_adapter` knows.
-
-    Args:
-        source: fields of `Entry` that tell where it came from.
-    """
-    alphas = {name: low.scale * len(low.a) for name, low in adapter.modules.items()}
-    return {
-        **source,
-        "ranks": sorted({len(low.a) for low in adapter.modules.values()}),
-        "alphas": sorted(set(alphas.values())),
-        "targets": sorted({re.sub(r"^blocks\.\d+\.", "", name) for name in (*adapter.modules, *adapter.shifts)}),
-        "license": adapter.spec.license,
-        "checks": as_rows(checks),
-        "notes": list(notes),
-        _SKETCH: [float(f"{value:.5g}") for value in sketch],
-    }
-
-
 def list_entries(library: str) -> list[Entry]:
     """All adapters, in the order of their names.
 
@@ -124,14 +67,8 @@ def list_entries(library: str) -> list[Entry]:
     """
     return [
         Entry(**{**row, **{name: tuple(row[name]) for name in ("ranks", "targets", "notes")}})
-        for row in _rows(library, _COLUMNS)
+        for row in read_rows(library, _COLUMNS)
     ]
-
-
-def read_sketches(library: str, group: str) -> list[tuple[str, list[float]]]:
-    """(adapter's folder, its sketch) of every adapter of a group."""
-    rows = _rows(library, ["adapter_id", "group", _SKETCH])
-    return [(join(library, group, row["adapter_id"]), row[_SKETCH]) for row in rows if row["group"] == group]
 
 
 def find_entry(library: str, adapter_id: str) -> Entry:
@@ -165,19 +102,25 @@ def remove_entry(library: str, entry: Entry) -> None:
         delete(join(folder, name))
 
 
-def checks_of(library: str, entry: Entry) -> list[Check]:
-    """What was found when it was added."""
-    return from_rows((read_manifest(join(library, entry.name)) or {}).get("checks", []))
+def checks_of(library: str, entry: Entry) -> list[dict[str, Any]]:
+    """Rows of name, verdict, says and value: what was found when it was added."""
+    found: list[dict[str, Any]] = (read_manifest(join(library, entry.name)) or {}).get("checks", [])
+    return found
 
 
-def _rows(library: str, columns: Sequence[str]) -> list[dict[str, Any]]:
-    """Of the index, brought up to date."""
+def read_rows(library: str, columns: Sequence[str]) -> list[dict[str, Any]]:
+    """Of the index, brought up to date, in the order of the adapters' names.
+
+    Raises:
+        StorageError: unreadable, or a manifest is damaged.
+    """
     names = [file.removesuffix(f"/{CONFIG_NAME}") for file in list_files(library, suffix=f"/{CONFIG_NAME}")]
     names = [name for name in names if name.count("/") == 1]
     index = _read_index(library)
     known = {} if index is None else {f"{group}/{name}": row for row, (group, name) in enumerate(_keys(index))}
     if known.keys() == set(names) and index is not None:
-        return _in_order(index.select(list(columns)).to_pylist(), columns, known, names)
+        rows = index.select(list(columns)).to_pylist()
+        return [rows[known[name]] for name in names]
     kept = {} if index is None else {name: index.slice(known[name], 1).to_pylist()[0] for name in names if name in known}
     new = [name for name in names if name not in kept]
     kept |= dict(zip(new, read_many(lambda name: _row_of(library, name), new), strict=True))
@@ -187,12 +130,6 @@ def _rows(library: str, columns: Sequence[str]) -> list[dict[str, Any]]:
         pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), buffer)
         write_bytes(join(library, _INDEX_NAME), buffer.getvalue())
     return [{column: row[column] for column in columns} for row in rows]
-
-
-def _in_order(
-    rows: list[dict[str, Any]], columns: Sequence[str], known: dict[str, int], names: Sequence[str]
-) -> list[dict[str, Any]]:
-    return [rows[known[name]] for name in names]
 
 
 def _keys(index: pa.Table) -> list[tuple[str, str]]:
@@ -232,11 +169,11 @@ def _row_of(library: str, name: str) -> dict[str, Any]:
             f"{join(folder, MANIFEST_NAME)} is not of a library ({error!r}); put folders of adapters into a library by `lr-ray "
             "library add`"
         ) from error
-    return {**asdict(entry), _SKETCH: manifest[_SKETCH]}
+    return {**asdict(entry), SKETCH: manifest[SKETCH]}
 
 
 _TYPES = {"ranks": pa.list_(pa.int32()), "targets": pa.list_(pa.string()), "notes": pa.list_(pa.string())}
 _SCHEMA = pa.schema(
     [(name, _TYPES.get(name, pa.int64() if name.startswith("num_") else pa.string())) for name in _COLUMNS]
-    + [(_SKETCH, pa.list_(pa.float32()))]
+    + [(SKETCH, pa.list_(pa.float32()))]
 )

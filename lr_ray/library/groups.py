@@ -1,0 +1,77 @@
+"""Groups of a library: the adapters of one backbone at one image size, in a folder that is a run's `adapters`.
+
+`LIBRARY/GROUP/group.json` holds the backbone, beside the adapters' own folders.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from lr_ray.errors import StorageError
+from lr_ray.library.checks import Check, as_rows
+from lr_ray.library.index import SKETCH, read_rows
+from lr_ray.storage.filesystem import join, read_bytes, read_if_there, write_bytes
+from lr_ray.vit.backbone import Backbone, BackboneConfig
+from lr_ray.vit.lora import Adapter
+
+GROUP_NAME = "group.json"
+
+
+def group_of(backbone: Backbone) -> str:
+    """The name of the group of adapters that are tuned on this backbone at this image size."""
+    slug = re.sub(r"[^A-Za-z0-9._-]+", "-", backbone.name)
+    return f"{slug}-{backbone.image_px}px-{backbone.digest[:6]}"
+
+
+def claim_group(library: str, backbone: Backbone, config: BackboneConfig) -> str:
+    """The root of the backbone's group, with its config in it, from which `read_group` gives the backbone again."""
+    root = join(library, group_of(backbone))
+    content = json.dumps({"backbone": config.model_dump(mode="json"), "digest": backbone.digest}, indent=2).encode()
+    if read_if_there(uri := join(root, GROUP_NAME)) != content:
+        write_bytes(uri, content)
+    return root
+
+
+def read_group(library: str, group: str) -> BackboneConfig:
+    """The backbone of a group.
+
+    Raises:
+        StorageError: unreadable or damaged.
+    """
+    uri = join(library, group, GROUP_NAME)
+    try:
+        return BackboneConfig.model_validate(json.loads(read_bytes(uri))["backbone"])
+    except (ValueError, KeyError, TypeError, ValidationError) as error:
+        raise StorageError(f"{uri} is damaged ({error!r}); delete it, and add an adapter of that backbone again") from error
+
+
+def facts_of(
+    adapter: Adapter, checks: Sequence[Check], *, notes: Sequence[str], sketch: Sequence[float], **source: str
+) -> dict[str, Any]:
+    """What a manifest holds besides what `write_adapter` knows.
+
+    Args:
+        source: fields of `Entry` that tell where it came from.
+    """
+    alphas = {name: low.scale * len(low.a) for name, low in adapter.modules.items()}
+    return {
+        **source,
+        "ranks": sorted({len(low.a) for low in adapter.modules.values()}),
+        "alphas": sorted(set(alphas.values())),
+        "targets": sorted({re.sub(r"^blocks\.\d+\.", "", name) for name in (*adapter.modules, *adapter.shifts)}),
+        "license": adapter.spec.license,
+        "checks": as_rows(checks),
+        "notes": list(notes),
+        SKETCH: [float(f"{value:.5g}") for value in sketch],
+    }
+
+
+def read_sketches(library: str, group: str) -> dict[str, Tensor]:
+    """{adapter's folder: its sketch} of a group."""
+    rows = read_rows(library, ["adapter_id", "group", SKETCH])
+    return {join(library, group, row["adapter_id"]): torch.tensor(row[SKETCH]) for row in rows if row["group"] == group}
