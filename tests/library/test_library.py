@@ -1,0 +1,233 @@
+"""A library: what is taken in, found again, checked again and removed."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from lr_ray.errors import AdapterError, StorageError
+from lr_ray.library import index
+from lr_ray.library.add import add_sources, check_library
+from lr_ray.library.checks import failure_of
+from lr_ray.library.index import Entry, checks_of, find_entry, list_entries, remove_entry
+from lr_ray.library.market import DAMAGES, FORMATS
+from lr_ray.storage.adapters import list_adapters, read_adapter, with_digest, write_adapter
+from lr_ray.storage.filesystem import list_files, read_bytes
+from lr_ray.vit.backbone import Backbone
+from lr_ray.vit.lora import Adapter, as_tuned, merged
+from lr_ray.vit.tokens import encode
+from tests.library.conftest import TINY
+
+Share = Callable[..., str]
+Make = Callable[..., Adapter]
+
+
+@pytest.fixture
+def library(tmp_path: Path) -> str:
+    return str(tmp_path / "library")
+
+
+def logits(adapter: Adapter, backbone: Backbone) -> torch.Tensor:
+    pixels = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    seen = as_tuned(adapter, backbone)
+    with torch.no_grad(), merged(backbone.model, adapter.updates()):
+        return adapter.logits(encode(backbone.model, seen.normalize(pixels), pool=adapter.pool).features)
+
+
+@pytest.mark.parametrize("format_", FORMATS)
+def test_an_adapter_of_every_format_is_the_same_function(vit: Backbone, make: Make, share: Share, library: str, format_: str):
+    added = add_sources(library, [share(3, format_=format_)], TINY)
+    assert (len(added.taken), added.refused) == (1, [])
+    (folder,) = list_adapters(added.root)
+    found, expected = read_adapter(folder), make(3)
+    assert (logits(replace(expected, modules={}), vit) - logits(expected, vit)).abs().max() > 0.1
+    tolerance = 2e-2 if format_ == "archive" else 1e-4  # which is in half precision
+    torch.testing.assert_close(logits(found, vit), logits(expected, vit), rtol=0, atol=tolerance)
+    assert found.spec.backbone_digest == vit.digest
+    assert (found.spec.class_names[0] == "Vogel № 0") == (format_ != "kohya")
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_adapter_is_refused_and_leaves_nothing(share: Share, library: str, damage: str):
+    reasons = {
+        "cut off": "no whole safetensors file",
+        "untrained": "trained: every lora_B is zero",
+        "NaN": "fits: has NaN or infinite weights",
+        "pickle": "a pickle can run any code",
+        "another backbone": "fits: blocks.0.attn.qkv is 576×200, but (576, 192)",
+    }
+    added = add_sources(library, [share(0, damage=damage)], TINY)
+    assert added.taken == []
+    assert len(added.refused) == 1
+    assert reasons[damage] in added.refused[0]
+    assert "\n" not in added.refused[0]
+    assert list_entries(library) == []
+
+
+def test_adding_again_changes_nothing(share: Share, library: str, tmp_path: Path):
+    for seed in range(3):
+        share(seed)
+    first = add_sources(library, [str(tmp_path / "market")], TINY)
+    before = {name: read_bytes(f"{library}/{name}") for name in list_files(library, suffix="")}
+    again = add_sources(library, [str(tmp_path / "market")], TINY)
+    assert (len(first.taken), again.taken, again.present) == (3, [], first.taken)
+    after = {name: read_bytes(f"{library}/{name}") for name in list_files(library, suffix="")}
+    after.pop("index.parquet")
+    before.pop("index.parquet", None)
+    assert after == before
+
+
+def test_what_was_cut_short_is_taken_the_next_time(share: Share, library: str, monkeypatch: pytest.MonkeyPatch):
+    source = share(0)
+
+    def die(*_arguments: object, **_options: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lr_ray.storage.adapters.peft_config", die)
+        with pytest.raises(KeyboardInterrupt):
+            add_sources(library, [source], TINY)
+    assert list_entries(library) == []
+    assert len(add_sources(library, [source], TINY).taken) == 1
+    assert len(list_entries(library)) == 1
+
+
+def test_an_entry_tells_what_the_weights_are(share: Share, library: str):
+    source = share(5, rank=8, num_classes=4, format_="transformers 5, rsLoRA")
+    (taken,) = add_sources(library, [source], TINY).taken
+    (entry,) = list_entries(library)
+    assert entry == find_entry(library, taken) == find_entry(library, taken[:25]) == find_entry(library, entry.name)
+    assert (entry.adapter_id, entry.source, entry.format) == (taken, source, "lora")
+    assert (entry.ranks, entry.targets, entry.num_classes) == ((16,), ("attn.qkv",), 4)
+    assert entry.base_model == entry.backbone == TINY.name
+    assert [row["verdict"] for row in checks_of(library, entry)] == ["passed"] * 6
+
+
+def test_an_adapter_without_a_head_is_taken_and_said_to_be(vit: Backbone, without_head: Adapter, library: str, tmp_path: Path):
+    write_adapter(folder := str(tmp_path / "theirs"), with_digest(without_head), inputs={}, facts={})
+    add_sources(library, [folder], TINY)
+    (entry,) = list_entries(library)
+    assert entry.num_classes == 0
+    assert any("no head: of use for averaging and merging, not for inversion" in note for note in entry.notes)
+
+
+def test_a_near_duplicate_is_taken_and_said_to_be_one(make: Make, library: str, tmp_path: Path):
+    for name, factor in (("one", 1.0), ("louder", 2.0)):
+        adapter = make(0)
+        modules = {module: replace(low, scale=factor * low.scale) for module, low in adapter.modules.items()}
+        write_adapter(str(tmp_path / name), with_digest(replace(adapter, modules=modules)), inputs={}, facts={})
+    added = add_sources(library, [str(tmp_path / "one"), str(tmp_path / "louder")], TINY)
+    assert len(added.taken) == 2
+    assert [note for entry in list_entries(library) for note in entry.notes if note.startswith("duplicate")] == [
+        f"duplicate: its update is that of {added.taken[0]}"
+    ]
+
+
+def test_several_backbones_are_several_groups(share: Share, library: str):
+    larger = TINY.model_copy(update={"image_px": 48})
+    one, other = (add_sources(library, [share(0)], config).root for config in (TINY, larger))
+    assert one != other
+    assert [entry.group for entry in list_entries(library)] == [one.rsplit("/", 1)[-1], other.rsplit("/", 1)[-1]]
+    assert len(list_adapters(one)) == 1
+    with pytest.raises(AdapterError, match="2 adapters are called 'timm-0'"):
+        find_entry(library, "timm-0")
+    assert [failure_of(found.checks) for found in check_library(library)] == ["", ""]
+
+
+def test_removing(share: Share, library: str, tmp_path: Path):
+    for seed in range(2):
+        share(seed)
+    add_sources(library, [str(tmp_path / "market")], TINY)
+    gone, kept = list_entries(library)
+    remove_entry(library, gone)
+    assert list_entries(library) == [kept]
+    assert not [name for name in list_files(library, suffix="") if gone.adapter_id in name]
+
+
+@pytest.mark.parametrize("name", ["", "nothing"])
+def test_an_unknown_id_is_one_line(share: Share, library: str, name: str):
+    with pytest.raises(AdapterError, match=r"no adapters are called 'nothing'; it holds 0: `lr-ray library ls`"):
+        find_entry(library, "nothing")
+    add_sources(library, [share(0)], TINY)
+    if name:
+        with pytest.raises(AdapterError, match="it holds 1, such as .*timm-0"):
+            find_entry(library, name)
+
+
+# Checked again
+
+
+def test_a_stored_adapter_that_changed_is_found(share: Share, library: str, tmp_path: Path):
+    for seed in range(3):
+        share(seed)
+    root = add_sources(library, [str(tmp_path / "market")], TINY).root
+    folders = list_adapters(root)
+    Path(folders[0], "adapter_model.safetensors").write_bytes(b"cut")
+    shutil.copy(f"{folders[1]}/adapter_model.safetensors", f"{folders[2]}/adapter_model.safetensors")
+    whys = [failure_of(found.checks) for found in check_library(library)]
+    assert whys[0].startswith("readable: ")
+    assert whys[1] == ""
+    assert whys[2].startswith("digest: its weights changed since it was added")
+
+
+# The index
+
+
+def test_the_index_follows_what_is_there(share: Share, library: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for seed in range(3):
+        share(seed)
+    add_sources(library, [str(tmp_path / "market")], TINY)
+    entries = list_entries(library)
+    read = []
+    row_of = index._row_of
+    monkeypatch.setattr(index, "_row_of", lambda where, name: read.append(name) or row_of(where, name))
+    assert list_entries(library) == entries
+    assert read == []
+    shutil.rmtree(f"{library}/{entries[0].name}")
+    add_sources(library, [share(8, folder="more")], TINY)
+    found = list_entries(library)
+    assert len(found) == 3
+    assert entries[0] not in found
+    assert len(read) == 1
+
+
+@pytest.mark.parametrize("damage", ["cut", "older"])
+def test_an_index_that_is_damaged_or_of_another_version_is_made_again(share: Share, library: str, damage: str):
+    add_sources(library, [share(0)], TINY)
+    entries, path = list_entries(library), Path(library, "index.parquet")
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:20])
+    else:
+        pq.write_table(pq.read_table(path).drop_columns(["license"]), path)
+    assert list_entries(library) == entries
+    assert pq.read_table(path).num_rows == 1
+
+
+def test_a_folder_that_is_no_librarys_is_said_to_be(make: Make, library: str):
+    write_adapter(f"{library}/group/adapter", with_digest(make()), inputs={}, facts={})
+    with pytest.raises(StorageError, match="is not of a library"):
+        list_entries(library)
+    Path(library, "group/adapter/lr_ray.json").unlink()
+    with pytest.raises(StorageError, match=r"has no lr_ray\.json; delete the folder"):
+        list_entries(library)
+
+
+def test_a_group_without_its_backbone_is_said_to_be(share: Share, library: str):
+    root = add_sources(library, [share(0)], TINY).root
+    Path(root, "group.json").write_text(json.dumps({"backbone": {"nam": "x"}}))
+    with pytest.raises(StorageError, match=r"group\.json is damaged"):
+        list(check_library(library))
+
+
+def test_on_s3(share: Share, bucket: str):
+    added = add_sources(f"{bucket}/library", [share(0), share(1, format_="kohya")], TINY)
+    assert [entry.adapter_id for entry in list_entries(f"{bucket}/library")] == sorted(added.taken)
+    assert [failure_of(found.checks) for found in check_library(f"{bucket}/library")] == ["", ""]
+    entry: Entry = find_entry(f"{bucket}/library", "kohya")
+    remove_entry(f"{bucket}/library", entry)
+    assert len(list_entries(f"{bucket}/library")) == 1
