@@ -77,7 +77,7 @@ def convert(raw: RawAdapter, backbone: Backbone) -> Converted:
     config, notes = raw.config or _config_within(raw.metadata), []
     if any(_DOWN_UP.fullmatch(name) for name in tensors):
         kind, (config, tensors) = "kohya", _as_peft(config, tensors)
-        dotted = any("." in name.rpartition(".lora_")[0] for name in tensors)
+        dotted = any("." in name.partition(".lora_")[0] for name in tensors if ".lora_" in name)
         parsed = parse_lora(config, tensors, where, base=base, find=find_site if dotted else find_underscored)
     else:
         if not config:
@@ -85,7 +85,8 @@ def convert(raw: RawAdapter, backbone: Backbone) -> Converted:
             notes.append("no adapter_config.json: lora_alpha is taken to be the rank, which makes the scale 1")
         kind = "dora" if config.get("use_dora") else str(config.get("peft_type")).lower()
         parsed = read_any(config, tensors, where, backbone)
-    known = {**_as_seen(raw.preprocessor, backbone), "class_names": raw.class_names or None, "license": _license_of(raw)}
+    class_names = None if parsed.head_weight is None else raw.class_names
+    known = {**_as_seen(raw.preprocessor, backbone, where), "class_names": class_names, "license": _license_of(raw)}
     facts = known | _stated(raw.manifest, where)
     adapter = adapter_of(parsed, config, facts, adapter_id=adapter_id_of(raw.source), where=where)
     return Converted(adapter=adapter, format=kind, notes=(*notes, *parsed.notes))
@@ -159,7 +160,7 @@ def _as_peft(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[
     return {**config, **as_peft}, renamed
 
 
-def _as_seen(preprocessor: Mapping[str, Any], backbone: Backbone) -> dict[str, Any]:
+def _as_seen(preprocessor: Mapping[str, Any], backbone: Backbone, where: str) -> dict[str, Any]:
     """Image size and normalisation of a `preprocessor_config.json`, the latter where it is not the backbone's."""
     seen: dict[str, Any] = {}
     size = preprocessor.get("crop_size") if preprocessor.get("do_center_crop", True) else None
@@ -168,12 +169,27 @@ def _as_seen(preprocessor: Mapping[str, Any], backbone: Backbone) -> dict[str, A
         size = size.get("height") or size.get("shortest_edge")
     if isinstance(size, int) and not isinstance(size, bool):
         seen["image_px"] = size
+    for name, value in _normalisation(preprocessor, where).items():
+        own: Tensor = getattr(backbone, name).cpu()
+        if not torch.allclose(torch.tensor(value, dtype=torch.float32), own, atol=1e-4):
+            seen[name] = value
+    return seen
+
+
+def _normalisation(preprocessor: Mapping[str, Any], where: str) -> dict[str, list[float]]:
+    """mean and std of [0, 1] pixels, as far as they are there; the file's are of pixels that it may scale in another way."""
     given = {"mean": preprocessor.get("image_mean"), "std": preprocessor.get("image_std")}
     if preprocessor.get("do_normalize") is False:
         given = {"mean": [0.0] * 3, "std": [1.0] * 3}
-    for name, value in given.items():
-        own: Tensor = getattr(backbone, name).cpu()
-        numbers = isinstance(value, list) and len(value) == 3 and all(isinstance(part, int | float) for part in value)
-        if numbers and not torch.allclose(torch.tensor(value, dtype=torch.float32), own, atol=1e-4):
-            seen[name] = value
-    return seen
+    factor = preprocessor.get("rescale_factor", 1 / 255) if preprocessor.get("do_rescale", True) else 1
+    checked = {"rescale_factor": [factor]} | {f"image_{name}": value for name, value in given.items() if value is not None}
+    for name, value in checked.items():
+        least = -1e3 if name == "image_mean" else 1e-6
+        numbers = value if isinstance(value, list) and len(value) in (1, 3) else [None]
+        if not all(isinstance(number, int | float) and least <= number <= 1e3 for number in numbers):
+            raise AdapterError(
+                f"{where}: preprocessor_config.json: {name} {value!r} is no number for each of three channels, {least:g} to "
+                "1000; correct or remove that file"
+            )
+    largest = 255 * factor
+    return {name: [number / largest for number in value] for name, value in given.items() if value is not None}

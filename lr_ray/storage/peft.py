@@ -19,19 +19,20 @@ PREFIX = "base_model.model."
 SHIFT = "lr_ray.shift."
 """Begins the name of a tensor that is added to a parameter of timm's."""
 _REMEDY = "`lr-ray library add` converts it"
-_TEXT_TOWER = re.compile(r"(?:^|\.)(?:text_model|text_projection|visual_projection|logit_scale)(?:\.|$)")
+UNUSED = re.compile(r"(?:^|[._])(?:text_model|text_projection|visual_projection|logit_scale|pooler)(?:[._]|$)")
+"""In the names of modules that no feature of an image passes through."""
 _LORA = re.compile(r"(?P<module>.+)\.lora_(?P<factor>A|B)(?:\.default)?\.(?P<kind>weight|bias)")
 _SAVED = re.compile(r"(?P<module>.+?)(?:\.modules_to_save(?:\.default)?|\.base_layer|\.original_module)?\.(?P<kind>[a-z_0-9]+)")
-
-
-_SLOW_PATTERN = re.compile(r"\)[*+?{]|(?:[*+?}].*){4}", re.DOTALL)
+SLOW_PATTERN = re.compile(r"\)[*+?{]|(?:[*+?}].*){4}", re.DOTALL)
 """What may keep a regular expression busy for ever."""
-_OTHER_BASE = ("pissa", "olora", "corda", "loftq")
+_OTHER_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initialisations that take something away from the base model's weights, which a file of LoRA does not tell."""
 _OTHER_FUNCTION = (
     "alora_invocation_tokens",
     "arrow_config",
+    "kasa_config",
     "layer_replication",
+    "monteclora_config",
     "target_parameters",
     "trainable_token_indices",
     "use_bdlora",
@@ -93,28 +94,34 @@ def parse_lora(
     found = Parsed()
     factors: dict[str, dict[str, Tensor]] = {}
     values: dict[str, Tensor] = {}
-    num_text = 0
+    num_unused = 0
     for key, tensor in sorted(tensors.items()):
         name = key.removeprefix(PREFIX)
         if name.startswith(SHIFT):
             found.shifts[name.removeprefix(SHIFT)] = tensor
-        elif _TEXT_TOWER.search(name):
-            num_text += 1
+        elif UNUSED.search(name):
+            num_unused += 1
         elif (lora := _LORA.fullmatch(name)) is not None:
             factors.setdefault(lora["module"], {})[f"{lora['factor']}.{lora['kind']}"] = tensor
         else:
             values[name] = tensor
-    if num_text:
-        found.notes.append(f"{num_text} weights of the text tower are left out")
+    note_unused(found, num_unused)
     heads = take_values(found, values, where, base)
     families = _take_factors(found, factors, config, heads, where, find)
-    take_head(found, heads, families, where)
+    take_head(found, heads, families, where, base)
     if not found.modules and not found.shifts:
         raise AdapterError(
             f"{where}: no lora_A weights are of a Vision Transformer of timm or of Hugging Face (ViT, DeiT, CLIP, DINOv2); "
             "only those are read"
         )
     return found
+
+
+def note_unused(found: Parsed, num_weights: int) -> None:
+    if num_weights:
+        found.notes.append(
+            f"{num_weights} weights of a text tower, projection or pooler are left out: no feature depends on them"
+        )
 
 
 def take_values(
@@ -127,6 +134,8 @@ def take_values(
     """
     heads: dict[str, Tensor] = {}
     for name, tensor in values.items():
+        if ".original_module." in name:  # bias="all" saves the base model's own beside the new one
+            continue
         saved = _SAVED.fullmatch(name)
         known = find_site(saved["module"]) if saved is not None else None
         if saved is None or known is None:
@@ -145,7 +154,7 @@ def take_values(
 
 
 def _shift(found: Parsed, site: Site, kind: str, value: Tensor, where: str, base: Mapping[str, Tensor]) -> None:
-    """Add the difference of a parameter's new value from its old one."""
+    """Note the difference of a parameter's new value from its old one; bias="all" may save the same value twice."""
     parameter = f"{site.module}.{kind}"
     old = base.get(parameter)
     rows = slice(None) if old is None else rows_of(site, len(old))
@@ -154,7 +163,7 @@ def _shift(found: Parsed, site: Site, kind: str, value: Tensor, where: str, base
             f"{where}: it saves a {parameter} of shape {tuple(value.shape)}, which the backbone lacks; it was made for another"
         )
     shift = found.shifts.setdefault(parameter, torch.zeros_like(old, dtype=torch.float32))
-    shift[rows] += value.float() - old[rows].float()
+    shift[rows] = value.float() - old[rows].float()
 
 
 def rows_of(site: Site, num_rows: int) -> slice:
@@ -184,7 +193,7 @@ def _take_factors(
         families.add(known[0])
         site, low_rank = known[1], _low_rank(name, given, config, where)
         if site.module == "head":
-            _add_to_head(found, heads, low_rank, given.get("B.bias"))
+            _add_to_head(found, heads, low_rank, given.get("B.bias"), where)
         else:
             parts.setdefault(site.module, []).append((site, low_rank))
             if (bias := given.get("B.bias")) is not None:
@@ -202,7 +211,7 @@ def _low_rank(name: str, given: Mapping[str, Tensor], config: Mapping[str, Any],
         raise AdapterError(f"{where}: {name} lacks a {absent}; it is damaged: get it again from its source or remove it")
     if a.ndim == 4 and b.ndim == 4 and b.shape[2:] == (1, 1):  # on the convolution that cuts the patches
         a, b = a.flatten(1), b.flatten(1)
-    if a.ndim != 2 or b.ndim != 2 or b.shape[1] != a.shape[0]:
+    if a.ndim != 2 or b.ndim != 2 or b.shape[1] != a.shape[0] or not a.numel() or not b.numel():
         raise AdapterError(
             f"{where}: {name} lacks a lora_B that fits its lora_A ({tuple(b.shape)} and {tuple(a.shape)}); it is damaged: get "
             "it again from its source or remove it"
@@ -225,39 +234,55 @@ def _fused(parts: Sequence[tuple[Site, LowRank]]) -> LowRank:
     return LowRank(a=torch.cat([low_rank.a for _, low_rank in parts]), b=torch.cat(columns, dim=1), scale=scale)
 
 
-def _add_to_head(found: Parsed, heads: dict[str, Tensor], low_rank: LowRank, bias: Tensor | None) -> None:
+def _add_to_head(found: Parsed, heads: dict[str, Tensor], low_rank: LowRank, bias: Tensor | None, where: str) -> None:
     weight = heads.get("weight")
-    if weight is None or weight.shape != (low_rank.b.shape[0], low_rank.a.shape[1]):
+    if weight is None:
         found.notes.append("its LoRA on the head is left out: the head's own weights are not in the file")
         return
+    if weight.shape != (shape := (low_rank.b.shape[0], low_rank.a.shape[1])):
+        raise AdapterError(
+            f"{where}: its LoRA on the head is of shape {shape}, but the head of shape {tuple(weight.shape)}; it is damaged: "
+            "get it again from its source or remove it"
+        )
     heads["weight"] = weight + low_rank.delta().to(weight)
     if bias is not None:
         heads["bias"] = heads.get("bias", torch.zeros_like(bias)) + low_rank.scale * bias
 
 
-def take_head(found: Parsed, heads: Mapping[str, Tensor], families: set[Family], where: str) -> None:
+def take_head(
+    found: Parsed, heads: Mapping[str, Tensor], families: set[Family], where: str, base: Mapping[str, Tensor] | None
+) -> None:
     """Put weight and bias of the head, if there is one, and what it reads into `found`.
 
     Args:
         families: whose names the modules bear.
+        base: as of `parse_lora`.
 
     Raises:
         AdapterError: it is not linear.
     """
     weight, bias = heads.get("weight"), heads.get("bias")
     if weight is None:
+        if bias is not None:
+            found.notes.append("its bias of the head is left out: the head's own weights are not in the file")
         return
     if weight.ndim != 2 or (bias is not None and bias.shape != weight.shape[:1]):
         shapes = {kind: tuple(value.shape) for kind, value in heads.items()}
         raise AdapterError(f"{where}: its head has shapes {shapes}, not (classes, features) and (classes,)")
     found.head_weight, found.head_bias = weight, bias
-    widths = {low.a.shape[1] for name, low in found.modules.items() if name.endswith(("attn.qkv", "attn.proj", "mlp.fc1"))}
-    widths |= {low.b.shape[0] for name, low in found.modules.items() if name.endswith("mlp.fc2")}
-    if weight.shape[1] in {2 * width for width in widths}:
+    if weight.shape[1] in {2 * width for width in _widths(found, base)}:
         found.pool = "cls+patches"
     elif "clip" in families:
         found.pool = "patches"
         found.notes.append("its head is taken to read the mean of the patch tokens, as CLIPForImageClassification's does")
+
+
+def _widths(found: Parsed, base: Mapping[str, Tensor] | None) -> set[int]:
+    """That of the backbone, or what the updated modules say of it; one unless they do not fit together."""
+    if base is not None:
+        return {base["cls_token"].shape[-1]}
+    widths = {low.a.shape[1] for name, low in found.modules.items() if name.endswith(("attn.qkv", "attn.proj", "mlp.fc1"))}
+    return widths | {low.b.shape[0] for name, low in found.modules.items() if name.endswith(("mlp.fc2", "patch_embed.proj"))}
 
 
 def _scale_of(config: Mapping[str, Any], module: str, num_rows: int, where: str) -> float:
@@ -265,7 +290,7 @@ def _scale_of(config: Mapping[str, Any], module: str, num_rows: int, where: str)
 
     def value(key: str, patterns: str) -> float:
         for pattern, special in (config.get(patterns) or {}).items():
-            if _SLOW_PATTERN.search(pattern):
+            if SLOW_PATTERN.search(pattern):
                 raise ValueError(f"{patterns} {pattern!r} repeats a group")
             if re.fullmatch(rf"(.*\.)?({pattern})", module):
                 return float(special)
