@@ -12,18 +12,22 @@ def export(
     ],
     kind: Annotated[
         str,
-        typer.Option("--format", help="timm (safetensors), onnx, or torch (a torch.export program, .pt2).", show_default=False),
+        typer.Option(
+            "--format",
+            help="A file: timm (safetensors), onnx, or torch (a torch.export program, .pt2). A folder: peft (for timm's model) "
+            "or peft-hf (for that of transformers).",
+            show_default=False,
+        ),
     ],
-    to: Annotated[str, typer.Option("--to", help="File or URI to write.", show_default=False)],
+    to: Annotated[str, typer.Option("--to", help="File, or folder, or URI to write.", show_default=False)],
     json: Json = False,
 ) -> None:
-    """Write backbone + meta-LoRA as one file that is used without LR-Ray, once it gives the same features."""
+    """Write backbone + meta-LoRA as one file, or the meta-LoRA as a PEFT folder, once it gives the same features."""
     from dataclasses import asdict
 
-    from lr_ray.export import export_model
-    from lr_ray.model import load
+    from lr_ray.export.write import export_model
 
-    written = export_model(load(meta_lora), kind, to)
+    written = export_model(meta_lora, kind, to)
     if json:
         print_json(asdict(written))
     else:

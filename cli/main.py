@@ -13,6 +13,7 @@ from lr_ray.cli.fetch import fetch
 from lr_ray.cli.invert import invert
 from lr_ray.cli.library import library
 from lr_ray.cli.plan import plan
+from lr_ray.cli.push import push
 from lr_ray.cli.report import report
 from lr_ray.cli.run import run
 from lr_ray.cli.train import train
@@ -33,6 +34,7 @@ app.command()(invert)
 app.command()(train)
 app.command(name="eval")(evaluate)
 app.command()(export)
+app.command()(push)
 app.command()(report)
 app.command()(ablate)
 app.command()(plan)

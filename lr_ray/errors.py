@@ -11,7 +11,7 @@
     ├── InversionError   an inversion that failed
     ├── EpisodeError     an episode that cannot be drawn from the images at hand
     ├── ClusterError     Ray and its clusters: starting, joining, reaching, losing workers
-    └── ExportError      a model that cannot be exported, or whose export gives other features
+    └── ExportError      a model that cannot be exported or pushed, or whose export gives other features
 
 A message is one line: what failed, the value received, what is allowed, the remedy. The command line prints it and
 exits with 1; every other exception is a fault of ours and keeps its traceback.
@@ -58,4 +58,4 @@ class ClusterError(LrRayError):
 
 
 class ExportError(LrRayError):
-    """A model that cannot be exported, or whose export gives other features."""
+    """A model that cannot be exported or pushed, or whose export gives other features."""

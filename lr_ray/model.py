@@ -20,7 +20,7 @@ from lr_ray.storage.adapters import read_adapter
 from lr_ray.storage.filesystem import exists, join
 from lr_ray.storage.manifest import CONFIG_NAME, MANIFEST_NAME, read_manifest
 from lr_ray.vit.backbone import Backbone, BackboneConfig, Precision, load_backbone
-from lr_ray.vit.lora import check_adapter, merge
+from lr_ray.vit.lora import Adapter, check_adapter, merge
 from lr_ray.vit.tokens import encode_pixels
 
 Images: TypeAlias = Sequence[Image.Image | str | os.PathLike[str]] | Tensor
@@ -126,6 +126,23 @@ def _check_labels(labels: Labels, num_images: int) -> list[Any]:
     return names
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Parts:
+    """What `load` makes a model of.
+
+    Attributes:
+        backbone: as it was before training.
+        adapter: the meta-LoRA, checked against the backbone.
+        manifest: `lr_ray.json`.
+        evaluation: of the run.
+    """
+
+    backbone: Backbone
+    adapter: Adapter
+    manifest: dict[str, Any]
+    evaluation: EvaluationConfig
+
+
 def load(path: str | os.PathLike[str], device: str = "cpu") -> Model:
     """The backbone that a meta-LoRA was trained on, with the meta-LoRA merged into it.
 
@@ -139,6 +156,13 @@ def load(path: str | os.PathLike[str], device: str = "cpu") -> Model:
         ConfigError: no such device.
         StorageError: not readable.
     """
+    parts = load_parts(path, device)
+    merge(parts.backbone.model, parts.adapter.updates())
+    return Model(backbone=parts.backbone, precision=parts.evaluation.precision, batch_size=parts.evaluation.batch_size)
+
+
+def load_parts(path: str | os.PathLike[str], device: str = "cpu") -> Parts:
+    """Backbone and meta-LoRA apart; arguments and errors are those of `load`."""
     folder = str(path)
     manifest = _read_meta_lora_manifest(folder)
     backbone_config = _section(manifest, "backbone", BackboneConfig, folder)
@@ -152,8 +176,7 @@ def load(path: str | os.PathLike[str], device: str = "cpu") -> Model:
             f"its backbone ({backbone.source}) now has {backbone.digest[:12]}; put the former weights back or train again"
         )
     check_adapter(adapter, backbone)
-    merge(backbone.model, adapter.updates())
-    return Model(backbone=backbone, precision=evaluation.precision, batch_size=evaluation.batch_size)
+    return Parts(backbone=backbone, adapter=adapter, manifest=manifest, evaluation=evaluation)
 
 
 def _read_meta_lora_manifest(folder: str) -> dict[str, Any]:

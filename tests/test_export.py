@@ -1,9 +1,11 @@
 """`lr-ray export`: every format, loaded by its own library, gives the model's features; else nothing is written."""
 
+import copy
 import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
@@ -19,16 +21,12 @@ from typer.testing import CliRunner
 
 import lr_ray
 from lr_ray.errors import ExportError, StorageError
-from lr_ray.export import TOLERANCE, export_model
-from lr_ray.model import Model
+from lr_ray.export import write
+from lr_ray.export.write import TOLERANCE, export_model
+from lr_ray.model import Parts
 from lr_ray.vit.backbone import BackboneConfig, load_backbone
 
 FORMATS = ["timm", "onnx", "torch"]
-
-
-@pytest.fixture
-def model(meta_lora: str) -> Model:
-    return lr_ray.load(meta_lora)
 
 
 def run_timm(file: Path) -> Callable[[Tensor], Tensor]:
@@ -75,7 +73,7 @@ def test_the_file_gives_the_features_of_the_model(meta_lora: str, tmp_path: Path
 
 def test_onnx_has_the_opset_that_is_documented(meta_lora: str, tmp_path: Path):
     file = tmp_path / "m.onnx"
-    export_model(lr_ray.load(meta_lora), "onnx", str(file))
+    export_model(meta_lora, "onnx", str(file))
     assert [(entry.domain, entry.version) for entry in onnx.load(file).opset_import] == [("", 20)]
 
 
@@ -97,49 +95,53 @@ def test_the_command_writes_json_alone_to_stdout(meta_lora: str, tmp_path: Path)
 
 @pytest.mark.parametrize(("kind", "fault"), [("timm", 2e-3), ("onnx", 2e-3), ("torch", 2e-3), ("timm", float("nan"))])
 def test_other_features_are_not_committed(
-    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, fault: float
+    meta_lora: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, fault: float
 ):
     """The weights that go into the file are not those of the model."""
-    from lr_ray import export
+    form = write.KINDS[kind]
+    largest = float(lr_ray.load(meta_lora).embed(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).abs().max())
 
-    make, read = export._KINDS[kind]
-    spoilt = load_backbone(BackboneConfig(name="vit_tiny_patch16_224", image_px=32, pretrained=False))
-    spoilt.model.load_state_dict(model.backbone.model.state_dict())
-    spoilt.model.norm.bias.data += fault * float(model.embed(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).abs().max())
-    monkeypatch.setitem(export._KINDS, kind, (lambda _backbone: make(spoilt), read))
+    def make_spoilt(parts: Parts) -> dict[str, bytes]:
+        spoilt = copy.deepcopy(parts.backbone.model)
+        spoilt.norm.bias.data += fault * largest
+        return form.make(replace(parts, backbone=replace(parts.backbone, model=spoilt)))
+
+    monkeypatch.setitem(write.KINDS, kind, replace(form, make=make_spoilt))
     file = tmp_path / "model"
     file.write_text("what was there")
     with pytest.raises(ExportError, match=rf"--format {kind}: the exported features differ .*above 1e-04; nothing was written"):
-        export_model(model, kind, str(file))
+        export_model(meta_lora, kind, str(file))
     assert file.read_text() == "what was there"
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("model")] == ["model"]
 
 
 @pytest.mark.parametrize("package", ["onnxruntime", "onnxscript"])
 def test_a_missing_package_is_named_with_the_remedy(
-    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
+    meta_lora: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
 ):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ExportError) as caught:
-        export_model(model, "onnx", str(tmp_path / "m.onnx"))
+        export_model(meta_lora, "onnx", str(tmp_path / "m.onnx"))
     assert str(caught.value).startswith(f"--format onnx: {package} cannot be imported")
     assert str(caught.value).endswith("; pip install 'lr-ray[export]'")
     assert not (tmp_path / "m.onnx").exists()
 
 
-def test_onnx_holds_less_than_two_gib(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("lr_ray.export._ONNX_BYTES", 1000)
+def test_onnx_holds_less_than_two_gib(meta_lora: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("lr_ray.export.files._ONNX_BYTES", 1000)
     with pytest.raises(
         ExportError, match="the weights have [0-9]+ bytes, but an ONNX file holds at most 1000; give torch or timm"
     ):
-        export_model(model, "onnx", str(tmp_path / "m.onnx"))
+        export_model(meta_lora, "onnx", str(tmp_path / "m.onnx"))
 
 
-def test_an_unknown_format(model: Model, tmp_path: Path):
-    with pytest.raises(ExportError, match="--format 'tflite': there is no such format; give one of timm, onnx, torch"):
-        export_model(model, "tflite", str(tmp_path / "m"))
+def test_an_unknown_format(meta_lora: str, tmp_path: Path):
+    with pytest.raises(
+        ExportError, match="--format 'tflite': there is no such format; give one of timm, onnx, torch, peft, peft-hf"
+    ):
+        export_model(meta_lora, "tflite", str(tmp_path / "m"))
 
 
-def test_a_folder_cannot_be_written_over(model: Model, tmp_path: Path):
+def test_a_folder_cannot_be_written_over(meta_lora: str, tmp_path: Path):
     with pytest.raises(StorageError, match="cannot write"):
-        export_model(model, "timm", str(tmp_path))
+        export_model(meta_lora, "timm", str(tmp_path))

@@ -5,6 +5,7 @@ developed.
 """
 
 import re
+from itertools import product
 
 _TEMPLATES = (
     (r"google/vit-base-patch(16|32)-224-in21k", r"vit_base_patch\1_224.orig_in21k"),
@@ -28,9 +29,29 @@ _TEMPLATES = (
 )
 
 
+_SHOWN = ("google/", "facebook/", "openai/", "WinKawaks/")
+"""Owners whose ids `hugging_face_id` gives; of the others there are several models to a name."""
+
+
 def backbone_of(base_model: str) -> str | None:
     """timm's name of the model that an adapter says it was tuned from; None where it is not known here."""
     for pattern, name in _TEMPLATES:
         if (match := re.fullmatch(pattern, base_model)) is not None:
             return match.expand(name)
     return None
+
+
+def hugging_face_id(backbone: str) -> str | None:
+    """The model of transformers with the weights of timm's `backbone`; None where it is not known here."""
+    for pattern, _ in _TEMPLATES:
+        if pattern.startswith(_SHOWN):
+            for base_model in _spelt_out(pattern):
+                if backbone_of(base_model) == backbone:
+                    return base_model
+    return None
+
+
+def _spelt_out(pattern: str) -> list[str]:
+    """Every text that a pattern of plain text and alternatives `(a|b)` matches."""
+    parts = [part.split("|") for part in re.split(r"[()]", pattern)]
+    return ["".join(choice) for choice in product(*parts)]

@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from lr_ray.errors import StorageError
 from lr_ray.report.tables import shape_of
 from lr_ray.storage.filesystem import join, read_if_there, write_bytes
 from lr_ray.storage.manifest import CARD_NAME, read_manifest
@@ -13,6 +14,7 @@ from lr_ray.vit.embedded import EMBEDDED_BACKBONE
 
 _METHODS = {"meta_lora": "recycle", "joint": "joint", "oracle": "oracle"}
 """{kind of the manifest: method that measures it}."""
+_USE = "## How to use it"
 _ADAPTERS_SHOWN = 20
 _UNKNOWN = "unknown: ask their authors"
 _MARK = "<!-- Written by LR-Ray. `lr-ray eval` writes it again, unless this line is gone. -->"
@@ -101,6 +103,48 @@ def complete_card(folder: str, rows: Sequence[dict[str, Any]]) -> None:
     card = model_card(manifest, rows).encode()
     if card != content:
         write_bytes(join(folder, CARD_NAME), card)
+
+
+def fitted_card(content: str | None, *, usage: str, library: str, base_model: str | None, title: str) -> str:
+    """The card of a meta-LoRA's folder for another form of it: how to use it, and what its metadata say of that.
+
+    Args:
+        content: of the folder's card; None where there is none.
+        usage: takes the place of the section "How to use it", or is put at the end of a card without it.
+        library, base_model: `library_name` and `base_model` of the metadata; None leaves the latter out.
+        title: of a card where there was none.
+
+    Raises:
+        StorageError: its metadata are not YAML.
+    """
+    metadata, body = _taken_apart(content if content is not None else f"# {title}\n")
+    metadata = {key: value for key, value in metadata.items() if key != "base_model"} | {"library_name": library}
+    if base_model is not None:
+        metadata["base_model"] = base_model
+    section = f"{_USE}\n\n{usage}\n"
+    before, found, after = body.replace(f"{_MARK}\n\n", "").partition(f"{_USE}\n")
+    _, following, rest = after.partition("\n## ")
+    body = before + section + following + rest if found else f"{before.rstrip()}\n\n{section}"
+    return f"---\n{yaml.safe_dump(metadata, allow_unicode=True, sort_keys=False)}---\n{body}"
+
+
+def _taken_apart(content: str) -> tuple[dict[str, Any], str]:
+    """Metadata and the rest."""
+    if not content.startswith("---\n"):
+        return {}, content
+    front, _, body = content.removeprefix("---\n").partition("\n---\n")
+    try:
+        metadata = yaml.safe_load(front) or {}
+    except yaml.YAMLError as error:
+        raise StorageError(f"{CARD_NAME}: its metadata are not YAML ({error}); correct or delete it") from error
+    if not isinstance(metadata, dict):
+        raise StorageError(f"{CARD_NAME}: its metadata are no YAML mapping; correct or delete it")
+    return metadata, body
+
+
+def hub_backbone(config: dict[str, Any]) -> str | None:
+    """Of a resolved config's `backbone`: the model of the hub that has its weights, or None where none is known to."""
+    return _backbone(config)[0]
 
 
 def _metadata(manifest: dict[str, Any], measured: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -1,13 +1,12 @@
-"""A meta-LoRA merged into its backbone, as a file that is used without LR-Ray.
+"""Backbone + meta-LoRA merged, as the content of one file that is used without LR-Ray.
 
 `timm`: safetensors in timm's own names. `onnx` and `torch` (a `torch.export` program): float32 images (N, 3, H, W) in
-[0, 1] → (N, D) features, normalisation inside. A file is loaded again and compared with the model before it is committed.
+[0, 1] → (N, D) features, normalisation inside.
 """
 
 import io
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
@@ -18,13 +17,9 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
 from lr_ray.errors import ExportError
-from lr_ray.model import Model
-from lr_ray.storage.filesystem import write_bytes
 from lr_ray.vit.backbone import Backbone, architecture_of
-from lr_ray.vit.tokens import encode, encode_pixels
+from lr_ray.vit.tokens import encode
 
-TOLERANCE = 1e-4
-"""Largest difference from the model's features, relative to the largest of them."""
 OPSET = 20
 """Of ONNX; onnxruntime has it since 1.17."""
 _ONNX_BYTES = 2**31 - 2**20
@@ -32,56 +27,6 @@ _ONNX_BYTES = 2**31 - 2**20
 
 Features = Callable[[Tensor], Tensor]
 """(N, 3, H, W) float32 images in [0, 1] → (N, D) features."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Exported:
-    """A file that was committed.
-
-    Attributes:
-        num_bytes: its size.
-        difference: the largest from the model's features, relative to the largest of them.
-    """
-
-    uri: str
-    num_bytes: int
-    difference: float
-
-
-def export_model(model: Model, kind: str, uri: str) -> Exported:
-    """Write the model, once what is to be written gives its features.
-
-    Args:
-        model: on the CPU.
-        kind: `timm`, `onnx` or `torch`.
-        uri: of the file; what was there is replaced.
-
-    Raises:
-        ExportError: an unknown kind, a missing package, a model too large for the kind, or other features.
-        StorageError: not writable.
-    """
-    if kind not in _KINDS:
-        raise ExportError(f"--format {kind!r}: there is no such format; give one of {', '.join(_KINDS)}")
-    make, read = _KINDS[kind]
-    content = make(model.backbone)
-    difference = _compare(model.backbone, read(content))
-    if not difference <= TOLERANCE:
-        raise ExportError(
-            f"--format {kind}: the exported features differ from the model's by {difference:.1e} of the largest, above "
-            f"{TOLERANCE:.0e}; nothing was written: try another of {', '.join(_KINDS)}, or other versions of torch and onnx"
-        )
-    write_bytes(uri, content)
-    return Exported(uri=uri, num_bytes=len(content), difference=difference)
-
-
-def _compare(backbone: Backbone, exported: Features) -> float:
-    """The largest relative difference on random images, in batches of one and three."""
-    side = backbone.image_px
-    images = torch.randint(0, 256, (4, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
-        expected = encode_pixels(backbone, images, precision="fp32")
-        found = torch.cat([exported(part.float() / 255) for part in images.split([1, 3])])
-    return float((found - expected).abs().max() / expected.abs().max())
 
 
 class _FromPixels(nn.Module):
@@ -105,7 +50,8 @@ def _example(backbone: Backbone) -> dict[str, Any]:
     return {"args": (images,), "dynamic_shapes": ({0: torch.export.Dim("batch")},)}
 
 
-def _make_timm(backbone: Backbone) -> bytes:
+def make_timm(backbone: Backbone) -> bytes:
+    """Safetensors; what makes the architecture, mean and std are in the metadata."""
     architecture, arguments = architecture_of(backbone.name)
     metadata = {
         "format": "pt",
@@ -119,7 +65,8 @@ def _make_timm(backbone: Backbone) -> bytes:
     return content
 
 
-def _read_timm(content: bytes) -> Features:
+def read_timm(content: bytes) -> Features:
+    """What such a file computes."""
     header_bytes = int.from_bytes(content[:8], "little")
     metadata = json.loads(content[8 : 8 + header_bytes])["__metadata__"]
     model = timm.create_model(metadata["architecture"], **json.loads(metadata["architecture_args"])).eval()
@@ -133,18 +80,25 @@ def _read_timm(content: bytes) -> Features:
     return features
 
 
-def _make_torch(backbone: Backbone) -> bytes:
+def make_torch(backbone: Backbone) -> bytes:
+    """A `torch.export` program, any batch size."""
     program = torch.export.export(_FromPixels(backbone).eval(), **_example(backbone))
     buffer = io.BytesIO()
     torch.export.save(program, buffer)
     return buffer.getvalue()
 
 
-def _read_torch(content: bytes) -> Features:
+def read_torch(content: bytes) -> Features:
+    """What such a program computes."""
     return torch.export.load(io.BytesIO(content)).module()
 
 
-def _make_onnx(backbone: Backbone) -> bytes:
+def make_onnx(backbone: Backbone) -> bytes:
+    """An ONNX model, any batch size.
+
+    Raises:
+        ExportError: a missing package, or too many weights for it.
+    """
     for package in ("onnxscript", "onnxruntime"):
         try:
             import_module(package)
@@ -169,13 +123,7 @@ def _make_onnx(backbone: Backbone) -> bytes:
     return content
 
 
-def _read_onnx(content: bytes) -> Features:
+def read_onnx(content: bytes) -> Features:
+    """What such a model computes, by onnxruntime on the CPU."""
     session = import_module("onnxruntime").InferenceSession(content, providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
-
-
-_KINDS: dict[str, tuple[Callable[[Backbone], bytes], Callable[[bytes], Features]]] = {
-    "timm": (_make_timm, _read_timm),
-    "onnx": (_make_onnx, _read_onnx),
-    "torch": (_make_torch, _read_torch),
-}

@@ -1,0 +1,71 @@
+"""How a form of a meta-LoRA is loaded: the lines of its card."""
+
+from lr_ray.export.adapter import hub_id_of
+from lr_ray.export.hugging_face import counterpart_of
+from lr_ray.model import Parts
+from lr_ray.vit.backbone import Backbone
+
+
+def usage_timm(parts: Parts, where: str) -> str:
+    """Of a repository of the hub with the merged model."""
+    lines = [
+        "import timm",
+        "",
+        f'model = timm.create_model("hf-hub:{where}", pretrained=True).eval()',
+        "features = model(images)",
+    ]
+    return _usage(parts.backbone, lines, "")
+
+
+def usage_peft(parts: Parts, where: str) -> str:
+    """Of a PEFT folder for timm's model."""
+    backbone = parts.backbone
+    hub_id = hub_id_of(parts, foreign=False)
+    name = hub_id.removeprefix("timm/") if hub_id is not None else backbone.name
+    given = f"pretrained={hub_id is not None}, num_classes=0, img_size={backbone.image_px}"
+    cut = [f"del model.blocks[{len(backbone.model.blocks)}:]"] if backbone.name == "embedded" else []
+    return _usage(
+        backbone,
+        [
+            "import timm",
+            "from peft import PeftModel",
+            "",
+            f'model = timm.create_model("{name}", {given})',
+            *cut,
+            f'model = PeftModel.from_pretrained(model, "{where}").eval()',
+            "features = model(images)",
+        ],
+        "" if hub_id is not None else f"The model needs the weights that the meta-LoRA was trained on ({backbone.source}).",
+    )
+
+
+def usage_peft_hf(parts: Parts, where: str) -> str:
+    """Of a PEFT folder for the model of transformers."""
+    backbone, counterpart = parts.backbone, counterpart_of(parts.backbone)
+    hub_id, model_class = hub_id_of(parts, foreign=True), counterpart.model_class
+    depth = ", num_hidden_layers=" + str(len(backbone.model.blocks)) if backbone.name == "embedded" else ""
+    call = "" if counterpart.family == "dinov2" else ", interpolate_pos_encoding=True"
+    note = f"The names are those of transformers {counterpart.version}.x; others load nothing or, worse, a part."
+    if hub_id is None:
+        note += f" `BASE` is a {model_class} with the weights that the meta-LoRA was trained on ({backbone.source})."
+    return _usage(
+        backbone,
+        [
+            "from peft import PeftModel",
+            f"from transformers import {model_class}",
+            "",
+            f'model = {model_class}.from_pretrained("{hub_id or "BASE"}"{depth})',
+            f'model = PeftModel.from_pretrained(model, "{where}").eval()',
+            f"features = model(pixel_values=images{call}).{counterpart.features}",
+        ],
+        note,
+    )
+
+
+def _usage(backbone: Backbone, lines: list[str], note: str) -> str:
+    mean, std = ([round(value, 6) for value in tensor.tolist()] for tensor in (backbone.mean, backbone.std))
+    code = "\n".join(lines)
+    return (
+        f"```python\n{code}\n```\n\n`images`: (N, 3, {backbone.image_px}, {backbone.image_px}), [0, 1] normalised by mean "
+        f"{mean} and standard deviation {std}. A few-shot classifier takes the nearest mean of features. {note}".rstrip()
+    )
