@@ -24,7 +24,7 @@ from lr_ray.export.hugging_face import ForeignModel, counterpart_of, make_foreig
 from lr_ray.library.names import hugging_face_id
 from lr_ray.model import Parts
 from lr_ray.report.card import hub_backbone
-from lr_ray.storage.adapters import CONFIG_NAME, WEIGHTS_NAME
+from lr_ray.storage.manifest import CONFIG_NAME, WEIGHTS_NAME
 from lr_ray.storage.peft import foreign_modules, parse_lora, peft_config, peft_tensors
 from lr_ray.vit.lora import LowRank, merge
 from lr_ray.vit.tokens import encode

@@ -15,7 +15,7 @@ from timm.data import resolve_model_data_config
 from lr_ray.errors import ExportError
 from lr_ray.export.write import ALONE, card_of, check_kind, make_files
 from lr_ray.model import Parts, load_parts
-from lr_ray.storage.adapters import CARD_NAME
+from lr_ray.storage.manifest import CARD_NAME
 from lr_ray.vit.backbone import architecture_of
 
 KINDS = ["peft", "peft-hf", "timm"]
@@ -67,9 +67,9 @@ def push_meta_lora(meta_lora: str, repo_id: str, kind: str = "peft", *, private:
     """
     check_kind(kind, KINDS)
     _check_repo_id(repo_id)
+    parts = load_parts(meta_lora)
     if not dry_run and get_token() is None:
         raise ExportError(f"push {repo_id}: there is no token; {_TOKEN}")
-    parts = load_parts(meta_lora)
     files, difference = make_files(parts, kind)
     if kind == "timm":
         files = {"config.json": _timm_config(parts), "model.safetensors": files[ALONE]}

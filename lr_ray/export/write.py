@@ -15,8 +15,8 @@ from lr_ray.export.files import Features, make_onnx, make_timm, make_torch, read
 from lr_ray.export.usage import usage_peft, usage_peft_hf, usage_timm
 from lr_ray.model import Parts, load_parts
 from lr_ray.report.card import fitted_card
-from lr_ray.storage.adapters import CARD_NAME
 from lr_ray.storage.filesystem import join, read_if_there, write_bytes
+from lr_ray.storage.manifest import CARD_NAME
 from lr_ray.vit.backbone import Backbone
 from lr_ray.vit.lora import merged
 from lr_ray.vit.tokens import encode_pixels

@@ -39,6 +39,7 @@ OPTIONS = {
     "ablate": {"GRID", "--cell", "--output", "-o", "--json"},
     "plan": {"--config", "-c", "--num-adapters", "--num-classes", "--set", "--json"},
     "fetch": set(),
+    "library": set(),
     "bench": set(),
     "cluster": set(),
 }  # fmt: skip
@@ -138,6 +139,8 @@ def test_help_needs_neither_torch_nor_ray():
         (["run", DEMO, "--cluster", "ray://head:10001"], "a job is handed to the cluster's dashboard; give http://HOST:8265"),
         (["cluster", "up", "missing.yaml"], "cluster missing.yaml: "),
         (["cluster", "down", DEMO], "it lacks provider.type; allowed are aws, gcp, azure"),
+        (["library", "show", "missing", "x"], "no adapters are called 'x'; it holds 0"),
+        (["library", "rm", "missing", "x"], "no adapters are called 'x'; it holds 0"),
         (["train", "-c", DEMO, "--oracle", "--joint"], "--oracle and --joint are two trainings; give one of them"),
         (
             ["eval", "-c", DEMO, "--set", "data.test.color=1"],
