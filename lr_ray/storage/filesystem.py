@@ -6,9 +6,11 @@ throttled, refused, cut off or answered by a 5xx again, with backoff, AWS_MAX_AT
 not arrive whole is asked for again here.
 """
 
+import errno
 import io
 import os
 import random
+import stat
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -162,7 +164,7 @@ def file_size(uri: str) -> int | None:
             return _known_size(info) if info["type"] == "file" else None
         return None
 
-    return _run("look up", uri, size, lambda path: os.path.getsize(path) if os.path.isfile(path) else None)
+    return _run("look up", uri, size, _local_size)
 
 
 def _known_size(info: dict[str, Any]) -> int:
@@ -209,7 +211,8 @@ def list_sizes(uri: str) -> dict[str, int]:
 
 def _local_sizes(root: str) -> dict[str, int]:
     def refuse(error: OSError) -> None:
-        raise error
+        if not isinstance(error, FileNotFoundError):  # removed meanwhile
+            raise error
 
     sizes: dict[str, int] = {}
     seen: set[str] = set()
@@ -218,9 +221,21 @@ def _local_sizes(root: str) -> dict[str, int]:
             folders.clear()
             continue
         seen.add(real)
-        files = [path for name in names if os.path.isfile(path := os.path.join(folder, name))]
-        sizes |= {os.path.relpath(file, root): os.path.getsize(file) for file in files}
+        for path in (os.path.join(folder, name) for name in names):
+            if (size := _local_size(path)) is not None:
+                sizes[os.path.relpath(path, root)] = size
     return dict(sorted(sizes.items()))
+
+
+def _local_size(path: str) -> int | None:
+    """Asked for once, since what a writer renames is gone between two questions."""
+    try:
+        info = os.stat(path)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            return None
+        raise
+    return info.st_size if stat.S_ISREG(info.st_mode) else None
 
 
 def list_uris(root: str, *, suffix: str) -> set[str]:
