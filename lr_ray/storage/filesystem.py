@@ -6,15 +6,18 @@ throttled, refused, cut off or answered by a 5xx again, with backoff, AWS_MAX_AT
 not arrive whole is asked for again here.
 """
 
+import errno
+import io
 import os
 import random
+import stat
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import pyarrow as pa
 from aiohttp import ClientError, ClientPayloadError
@@ -145,31 +148,94 @@ def delete(uri: str) -> None:
 
 def exists(uri: str) -> bool:
     """Whether a file of that name has been committed. To look up many, `list_uris` once."""
+    return file_size(uri) is not None
 
-    def is_file(store: AbstractFileSystem, path: str) -> bool:
+
+def file_size(uri: str) -> int | None:
+    """In bytes, or None if no file has that name; a folder, a pipe and a device are no files.
+
+    Raises:
+        StorageError: it cannot be looked up.
+    """
+
+    def size(store: AbstractFileSystem, path: str) -> int | None:
         with _absent_is_fine():
-            return bool(store.info(path)["type"] == "file")
-        return False
+            info = store.info(path)
+            return _known_size(info) if info["type"] == "file" else None
+        return None
 
-    return _run("look up", uri, is_file, os.path.isfile)
+    return _run("look up", uri, size, _local_size)
+
+
+def _known_size(info: dict[str, Any]) -> int:
+    if info["size"] is None:
+        raise OSError(f"its server does not say how large {info['name']} is; download it and give the local path")
+    return int(info["size"])
+
+
+def open_file(uri: str) -> BinaryIO:
+    """The content, to be read at any place: a local file itself, others in memory; to be closed.
+
+    Raises:
+        StorageError: absent or unreadable.
+    """
+    with storage_errors("read", uri):
+        path = _local_path(uri)
+        return io.BytesIO(read_bytes(uri)) if path is None else open(path, "rb")
 
 
 def list_files(uri: str, *, suffix: str) -> list[str]:
     """Names, relative to the folder and sorted, of all files below it that end in `suffix`; none if it is absent."""
+    return [name for name in list_sizes(uri) if name.endswith(suffix)]
 
-    def names(store: AbstractFileSystem, path: str) -> list[str]:
+
+def list_sizes(uri: str) -> dict[str, int]:
+    """Bytes of each file below the folder, by its name relative to it, in the order of names; none if it is absent.
+
+    A folder that links lead to twice, such as one above itself, is listed once.
+
+    Raises:
+        StorageError: it, or a folder below it, cannot be listed.
+    """
+
+    def sizes(store: AbstractFileSystem, path: str) -> dict[str, int]:
         root = path.rstrip("/") + "/"
         with _absent_is_fine():
-            found = [file for file in store.find(root) if file.startswith(root) and not file.endswith("/")]
-            return sorted(file.removeprefix(root) for file in found if file.endswith(suffix))
-        return []
+            found = store.find(root, detail=True)
+            files = sorted(file for file in found if file.startswith(root) and not file.endswith("/"))
+            return {file.removeprefix(root): _known_size(found[file]) for file in files}
+        return {}
 
-    def local_names(path: str) -> list[str]:
-        selector = fs.FileSelector(path, recursive=True, allow_not_found=True)
-        found = [info.path for info in fs.LocalFileSystem().get_file_info(selector) if info.type == fs.FileType.File]
-        return sorted(os.path.relpath(file, path) for file in found if file.endswith(suffix))
+    return _run("list", uri, sizes, _local_sizes)
 
-    return _run("list", uri, names, local_names)
+
+def _local_sizes(root: str) -> dict[str, int]:
+    def refuse(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):  # removed meanwhile
+            raise error
+
+    sizes: dict[str, int] = {}
+    seen: set[str] = set()
+    for folder, folders, names in os.walk(root, followlinks=True, onerror=refuse) if os.path.lexists(root) else ():
+        if (real := os.path.realpath(folder)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        for path in (os.path.join(folder, name) for name in names):
+            if (size := _local_size(path)) is not None:
+                sizes[os.path.relpath(path, root)] = size
+    return dict(sorted(sizes.items()))
+
+
+def _local_size(path: str) -> int | None:
+    """Asked for once, since what a writer renames is gone between two questions."""
+    try:
+        info = os.stat(path)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            return None
+        raise
+    return info.st_size if stat.S_ISREG(info.st_mode) else None
 
 
 def list_uris(root: str, *, suffix: str) -> set[str]:

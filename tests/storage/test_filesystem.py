@@ -11,9 +11,12 @@ from lr_ray.errors import StorageError
 from lr_ray.storage.filesystem import (
     delete,
     exists,
+    file_size,
     join,
     list_files,
+    list_sizes,
     list_uris,
+    open_file,
     read_bytes,
     read_if_there,
     read_many,
@@ -167,6 +170,39 @@ def test_list_files_is_recursive_sorted_and_relative(tmp_path: Path, scheme: str
     assert list_files(uri, suffix=".json") == ["a/b/c.json", "a/z.json", "b.json"]
     assert list_files(f"{uri}/", suffix=".txt") == ["a/x.txt"]
     assert list_files(uri, suffix=".png") == []
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_sizes(tmp_path: Path, scheme: str):
+    root = f"{scheme}{tmp_path}"
+    write_bytes(f"{root}/b/c.bin", b"four")
+    write_bytes(f"{root}/a", b"")
+    (tmp_path / "b" / "up").symlink_to(tmp_path)
+    (tmp_path / "b" / "self").symlink_to("self")
+    (tmp_path / "link").symlink_to("b/c.bin")
+    os.mkfifo(tmp_path / "pipe")
+    assert list_sizes(root) == {"a": 0, "b/c.bin": 4, "link": 4}
+    assert [file_size(f"{root}/{name}") for name in ("a", "b/c.bin", "link")] == [0, 4, 4]
+    assert [file_size(f"{root}/{name}") for name in ("b", "pipe", "absent", "a/below", "b/self")] == [None] * 5
+    with open_file(f"{root}/b/c.bin") as file:
+        assert file.seek(2) == 2
+        assert file.read() == b"ur"
+    with pytest.raises(StorageError, match="cannot read .*/absent: No such file"):
+        open_file(f"{root}/absent")
+
+
+def test_a_file_that_is_renamed_while_its_folder_is_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As every write does that goes on at the same time."""
+    write_bytes(f"{tmp_path}/deep/a", b"x")
+    walk = os.walk
+
+    def late_walk(*args: Any, **options: Any) -> Any:
+        for folder, folders, names in walk(*args, **options):
+            folders.append("gone")
+            yield folder, folders, [*names, "a.tmp"]
+
+    monkeypatch.setattr(os, "walk", late_walk)
+    assert list_sizes(str(tmp_path)) == {"deep/a": 1}
 
 
 def test_list_files_of_an_absent_folder(tmp_path: Path):

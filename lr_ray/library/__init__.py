@@ -1,0 +1,1 @@
+"""The library of adapters: where they come from and what becomes of them."""
