@@ -193,7 +193,7 @@ def _zip_files(source: str, file: BinaryIO) -> Files:
 
     def read(name: str) -> bytes:
         with unpacked.open(members[name]) as content:
-            return b"".join(_chunks(content.read, index.sizes[name] + 1))  # the last byte that is not there checks the CRC
+            return b"".join(_chunks(content.read, index.sizes[name]))  # with the last of them it checks the CRC
 
     return _archive_files(source, index.sizes, read)
 
