@@ -126,7 +126,16 @@ def front_matter(content: bytes, what: str) -> dict[str, Any]:
         raise AdapterError(f"{what}: its front matter is no YAML mapping ({say(error)}); correct or remove it") from error
 
 
-# ---------------------------------------------------------------------------------------------------------- safetensors
+def class_names_of(id2label: Any, what: str) -> tuple[str, ...]:
+    """Of {"0": "cat", "1": "dog"}, as Transformers writes it, or ["cat", "dog"]; AdapterError for anything else."""
+    if not id2label:
+        return ()
+    if isinstance(id2label, list):
+        id2label = {str(index): name for index, name in enumerate(id2label)}
+    keys = [str(index) for index in range(len(id2label))] if isinstance(id2label, dict) else []
+    if not keys or set(id2label) != set(keys) or not all(isinstance(name, str) for name in id2label.values()):
+        raise AdapterError(f"{what} does not number its class names 0, 1, 2, … ({id2label!r:.60}); correct or remove it")
+    return tuple(id2label[key] for key in keys)
 
 
 def check_safetensors(content: bytes, what: str) -> dict[str, str]:

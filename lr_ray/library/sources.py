@@ -24,7 +24,7 @@ from lr_ray.library.files import (
     Files,
     check_size,
 )
-from lr_ray.library.headers import MAX_WEIGHTS_BYTES, check_safetensors, front_matter, json_object
+from lr_ray.library.headers import MAX_WEIGHTS_BYTES, check_safetensors, class_names_of, front_matter, json_object
 from lr_ray.library.hub import HUB, hub_files
 from lr_ray.storage.filesystem import file_size, join, list_sizes, open_file, read_bytes
 from lr_ray.storage.manifest import CARD_NAME, CONFIG_NAME, MANIFEST_NAME, WEIGHTS_NAME
@@ -240,7 +240,7 @@ def _read_adapter(files: Files, folder: str, names: list[str]) -> RawAdapter:
         manifest=objects[MANIFEST_NAME],
         metadata=check_safetensors(contents[weights_name], f"adapter {label}: {weights_name!r}"),
         card=front_matter(contents.get(CARD_NAME, b""), f"adapter {label}: {CARD_NAME}"),
-        class_names=_class_names(objects[labelled].get("id2label"), f"adapter {label}: id2label of {labelled}"),
+        class_names=class_names_of(objects[labelled].get("id2label"), f"adapter {label}: id2label of {labelled}"),
     )
 
 
@@ -258,15 +258,3 @@ def _read_all(files: Files, paths: dict[str, str], label: str) -> dict[str, byte
                 "announced; it is damaged or was being written: get it again"
             )
     return contents
-
-
-def _class_names(id2label: Any, what: str) -> tuple[str, ...]:
-    """Of {"0": "cat", "1": "dog"}, as Transformers writes it, or ["cat", "dog"]."""
-    if not id2label:
-        return ()
-    if isinstance(id2label, list):
-        id2label = {str(index): name for index, name in enumerate(id2label)}
-    keys = [str(index) for index in range(len(id2label))] if isinstance(id2label, dict) else []
-    if not keys or set(id2label) != set(keys) or not all(isinstance(name, str) for name in id2label.values()):
-        raise AdapterError(f"{what} does not number its class names 0, 1, 2, … ({id2label!r:.60}); correct or remove it")
-    return tuple(id2label[key] for key in keys)
