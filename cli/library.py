@@ -170,7 +170,7 @@ def _table(entries: "Sequence[Entry]", title: str) -> Any:
     for column in ("id", "format", "rank", "targets", "classes", "licence", "notes"):
         table.add_column(column, justify="right" if column == "classes" else "left", overflow="fold")
     for entry in entries:
-        ranks, targets = ", ".join(map(str, entry.ranks)), ", ".join(target.rpartition(".")[2] for target in entry.targets)
+        ranks, targets = ", ".join(map(str, entry.ranks)), ", ".join(entry.targets)
         texts = (entry.adapter_id, entry.format, ranks, targets, str(entry.num_classes), entry.license, "; ".join(entry.notes))
         table.add_row(*map(escape, texts))
     return table

@@ -98,6 +98,7 @@ def _take(raw: RawAdapter, backbone: Backbone, added: Added, sketches: dict[str,
         source_digest=source_digest,
         format=converted.format,
         base_model=base_model,
+        revision=str(raw.config.get("revision") or ""),
     )
     inputs = {"step": "library", "source_digest": source_digest, "adapter": adapter.spec.digest, "backbone": backbone.identity}
     write_adapter(folder, adapter, inputs=inputs, facts=facts | {"num_bytes": len(raw.weights)})

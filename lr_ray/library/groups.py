@@ -17,7 +17,7 @@ from lr_ray.library.checks import Check, as_rows
 from lr_ray.library.index import SKETCH, read_rows
 from lr_ray.storage.filesystem import join, read_bytes, read_if_there, write_bytes
 from lr_ray.vit.backbone import Backbone, BackboneConfig
-from lr_ray.vit.lora import Adapter
+from lr_ray.vit.lora import Adapter, LowRank
 
 GROUP_NAME = "group.json"
 
@@ -58,17 +58,28 @@ def facts_of(
     Args:
         source: fields of `Entry` that tell where it came from.
     """
-    alphas = {name: low.scale * len(low.a) for name, low in adapter.modules.items()}
+    parts = [part for name, low_rank in adapter.modules.items() for part in _parts(name, low_rank)]
+    shifted = {re.sub(r"^blocks\.\d+\.", "", name) for name in adapter.shifts}
     return {
         **source,
-        "ranks": sorted({len(low.a) for low in adapter.modules.values()}),
-        "alphas": sorted(set(alphas.values())),
-        "targets": sorted({re.sub(r"^blocks\.\d+\.", "", name) for name in (*adapter.modules, *adapter.shifts)}),
+        "ranks": sorted({rank for _, rank, _ in parts}),
+        "alphas": sorted({alpha for _, _, alpha in parts}),
+        "targets": sorted({target for target, _, _ in parts} | shifted),
         "license": adapter.spec.license,
         "checks": as_rows(checks),
         "notes": list(notes),
         SKETCH: [float(f"{value:.5g}") for value in sketch],
     }
+
+
+def _parts(name: str, low_rank: LowRank) -> list[tuple[str, int, float]]:
+    """(target, rank, alpha) of a module's update; query, key and value apart."""
+    if not name.endswith("attn.qkv"):
+        return [
+            (name.rpartition(".")[2] if name.startswith("blocks.") else name, len(low_rank.a), low_rank.scale * len(low_rank.a))
+        ]
+    ranks = [int(rows.any(dim=0).sum()) for rows in low_rank.b.chunk(3)]
+    return [(target, rank, low_rank.scale * rank) for target, rank in zip("qkv", ranks, strict=True) if rank]
 
 
 def read_sketches(library: str, group: str) -> dict[str, Tensor]:

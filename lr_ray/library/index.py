@@ -30,7 +30,7 @@ class Entry:
         source, source_digest: where it came from, and SHA-256 of the weights' file that was there.
         format: how it was saved there.
         ranks: of its low-rank products, each once.
-        targets: kinds of timm modules that it changes.
+        targets: what it changes in the blocks (q, k, v, proj, fc1, fc2, a parameter's name), and other modules' names.
         num_classes: 0 of one without a head.
         notes: checks that found something to say, and what was left out or assumed.
     """

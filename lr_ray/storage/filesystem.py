@@ -215,16 +215,27 @@ def _local_sizes(root: str) -> dict[str, int]:
             raise error
 
     sizes: dict[str, int] = {}
-    seen: set[str] = set()
+    seen: set[tuple[int, int]] = set()
+    start = root.rstrip("/") + "/"
     for folder, folders, names in os.walk(root, followlinks=True, onerror=refuse) if os.path.lexists(root) else ():
-        if (real := os.path.realpath(folder)) in seen:
+        if (identity := _identity(folder)) in seen or identity is None:
             folders.clear()
             continue
-        seen.add(real)
-        for path in (os.path.join(folder, name) for name in names):
-            if (size := _local_size(path)) is not None:
-                sizes[os.path.relpath(path, root)] = size
+        seen.add(identity)
+        below = folder.rstrip("/") + "/"
+        for name in names:
+            if (size := _local_size(below + name)) is not None:
+                sizes[(below + name).removeprefix(start)] = size
     return dict(sorted(sizes.items()))
+
+
+def _identity(folder: str) -> tuple[int, int] | None:
+    """The same for every link to a folder; None if it is gone."""
+    try:
+        info = os.stat(folder)
+    except FileNotFoundError:
+        return None
+    return info.st_dev, info.st_ino
 
 
 def _local_size(path: str) -> int | None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from lr_ray.errors import BackboneError
 from lr_ray.section import Section
 from lr_ray.vit.embedded import EMBEDDED_BACKBONE, digest_tensors, load_embedded
+from lr_ray.vit.naming import to_timm
 
 Precision = Literal["auto", "fp32", "bf16"]
 _FULL_ATTENTION_TOKENS = 257
@@ -33,7 +34,7 @@ class BackboneConfig(Section):
     image_px: int | None = Field(default=None, gt=0)
     """Side of the square images; any multiple of the patch size. Default: the model's own."""
     weights: str | None = None
-    """A safetensors file in timm's names, instead of the weights that belong to `name`."""
+    """A safetensors file in timm's names or Hugging Face's, instead of the weights that belong to `name`."""
     pretrained: bool = True
     """False: random weights, the same on every machine. For tests and speed measurements only."""
 
@@ -178,6 +179,8 @@ def _load_pretrained(architecture: str, arguments: dict[str, Any], config: Backb
             tensors, source = load_file(path), str(path)
         except (OSError, SafetensorError) as error:
             raise BackboneError(f"backbone weights {path}: {error}") from error
+        if tensors and not any(name.startswith("blocks.") for name in tensors):
+            tensors = to_timm(tensors)
     elif config.name == "embedded":
         tensors, source = load_embedded(EMBEDDED_BACKBONE), EMBEDDED_BACKBONE.source
     else:

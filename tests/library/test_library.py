@@ -103,7 +103,7 @@ def test_an_entry_tells_what_the_weights_are(share: Share, library: str):
     (entry,) = list_entries(library)
     assert entry == find_entry(library, taken) == find_entry(library, taken[:25]) == find_entry(library, entry.name)
     assert (entry.adapter_id, entry.source, entry.format) == (taken, source, "lora")
-    assert (entry.ranks, entry.targets, entry.num_classes) == ((16,), ("attn.qkv",), 4)
+    assert (entry.ranks, entry.targets, entry.num_classes) == ((8,), ("q", "v"), 4)
     assert entry.base_model == entry.backbone == TINY.name
     assert [row["verdict"] for row in checks_of(library, entry)] == ["passed"] * 6
 

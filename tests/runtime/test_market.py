@@ -47,7 +47,7 @@ def test_thirty_strangers_adapters_in_one_go(tmp_path: Path):
     reasons = ("no whole safetensors file", "every lora_B is zero: it was never trained", "has NaN or infinite weights")
     assert [sum(reason in why for why in added["refused"]) for reason in reasons] == [1, 1, 1]
     entries = answer("ls", where)
-    assert {rank for entry in entries for rank in entry["ranks"]} == {4, 8, 16, 32}  # query and value, fused
+    assert {rank for entry in entries for rank in entry["ranks"]} == {2, 4, 8, 16}
     assert {entry["format"] for entry in entries} == {"lora", "kohya"}
     assert all(check["verdict"] != "failed" for row in answer("check", where) for check in row["checks"])
 
