@@ -2,8 +2,8 @@
 
     python -m bench.library
 
-Prints a table and writes bench/results/library.json. The adapters are copies of one manifest, without weights, which nothing here
-reads.
+Prints a table and writes bench/results/library.json. The adapters are copies of one manifest, without weights:
+nothing here reads them.
 """
 
 import json

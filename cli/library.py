@@ -129,7 +129,10 @@ def check(
 
 
 @library.command()
-def rm(where: Library, adapter_ids: Annotated[list[str], typer.Argument(metavar="ID...", show_default=False)]) -> None:
+def rm(
+    where: Library,
+    adapter_ids: Annotated[list[str], typer.Argument(metavar="ID...", help="Ids, or how they begin.", show_default=False)],
+) -> None:
     """Remove adapters."""
     from lr_ray.library.index import find_entry, remove_entry
 

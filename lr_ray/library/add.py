@@ -13,8 +13,8 @@ from lr_ray.library.groups import claim_group, facts_of, read_group, read_sketch
 from lr_ray.library.index import Entry, list_entries
 from lr_ray.library.sources import RawAdapter, read_sources
 from lr_ray.storage.adapters import read_adapter, with_digest, write_adapter
-from lr_ray.storage.filesystem import exists, join
-from lr_ray.storage.manifest import CONFIG_NAME, read_manifest
+from lr_ray.storage.filesystem import join
+from lr_ray.storage.manifest import read_manifest
 from lr_ray.vit.backbone import Backbone, BackboneConfig, load_backbone
 
 
@@ -53,21 +53,33 @@ def add_sources(
     """
     backbone = load_backbone(config)
     added = Added(root=claim_group(library, backbone, config))
-    sketches = read_sketches(library, added.root.rsplit("/", 1)[-1])
+    group = added.root.rsplit("/", 1)[-1]
+    known = {entry.tensors_digest: entry.adapter_id for entry in list_entries(library) if entry.group == group}
+    sketches = read_sketches(library, group)
     for source in sources:
         for raw in read_sources(source):
             try:
                 if isinstance(raw, AdapterError):
                     raise raw
-                _take(raw, backbone, added, sketches, say)
+                _take(raw, backbone, added, known, sketches, say)
             except AdapterError as error:
                 added.refused.append(str(error))
-                say(f"refused: {error}")
     return added
 
 
-def _take(raw: RawAdapter, backbone: Backbone, added: Added, sketches: dict[str, Tensor], say: Callable[[str], None]) -> None:
+def _take(
+    raw: RawAdapter,
+    backbone: Backbone,
+    added: Added,
+    known: dict[str, str],
+    sketches: dict[str, Tensor],
+    say: Callable[[str], None],
+) -> None:
     """Commit one adapter under a name of its content.
+
+    Args:
+        known: {digest: id} of those that are there.
+        sketches: {folder: sketch} of the same.
 
     Raises:
         AdapterError: it is not taken.
@@ -81,11 +93,11 @@ def _take(raw: RawAdapter, backbone: Backbone, added: Added, sketches: dict[str,
     adapter = with_digest(replace(adapter, spec=spec))
     adapter_id = f"{spec.adapter_id}-{adapter.spec.digest[:8]}"
     adapter = replace(adapter, spec=replace(adapter.spec, adapter_id=adapter_id))
-    folder = join(added.root, adapter_id)
-    if exists(join(folder, CONFIG_NAME)):
-        added.present.append(adapter_id)
-        say(f"{adapter_id}: there already")
+    if (present := known.get(adapter.spec.digest)) is not None:
+        added.present.append(present)
+        say(f"{present}: there already")
         return
+    folder = join(added.root, adapter_id)
     sketch = sketch_of(adapter)
     checks.append(duplicate_of(adapter, folder, sketch, sketches))
     source_digest = hashlib.sha256(raw.weights).hexdigest()
@@ -102,7 +114,7 @@ def _take(raw: RawAdapter, backbone: Backbone, added: Added, sketches: dict[str,
     )
     inputs = {"step": "library", "source_digest": source_digest, "adapter": adapter.spec.digest, "backbone": backbone.identity}
     write_adapter(folder, adapter, inputs=inputs, facts=facts | {"num_bytes": len(raw.weights)})
-    sketches[folder] = sketch
+    known[adapter.spec.digest], sketches[folder] = adapter_id, sketch
     added.taken.append(adapter_id)
     noted = [f"{found.name}: {found.says}" for found in checks if found.verdict == "noted"]
     say("; ".join([f"{adapter_id}: taken", *noted, *converted.notes]))

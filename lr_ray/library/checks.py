@@ -1,5 +1,6 @@
 """What is looked at before an adapter is taken into a library, and again by `lr-ray library check`."""
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lr_ray.errors import AdapterError
+from lr_ray.errors import AdapterError, StorageError
 from lr_ray.library.names import backbone_of
 from lr_ray.storage.adapters import read_adapter
 from lr_ray.vit.backbone import Backbone
@@ -19,6 +20,7 @@ Verdict = Literal["passed", "noted", "failed"]
 _NUM_NOISE = 16
 _ALIKE = 0.9999
 """Cosine from which two classes of a head are one, and two updates the same."""
+_MOST_CLASSES = 10_000
 _COLLAPSED = 1e-4
 """Share of a head in which its classes differ, up to which they do not."""
 _SKETCH = 128
@@ -51,8 +53,7 @@ def check(adapter: Adapter, backbone: Backbone, *, base_model: str = "") -> list
     found = [_base_model(base_model, backbone), _fits(adapter, backbone)]
     if found[-1].verdict == "failed":
         return found
-    found += [_trained(adapter, backbone), _head(adapter)]
-    return found if adapter.head_weight is None else [*found, _function(adapter, backbone)]
+    return [*found, _trained(adapter, backbone), _head(adapter), _function(adapter, backbone)]
 
 
 def failure_of(checks: Sequence[Check]) -> str:
@@ -65,12 +66,18 @@ def _base_model(stated: str, backbone: Backbone) -> Check:
     if not stated:
         return Check(name=name, verdict="noted", says="the adapter does not say what it was tuned from")
     meant = backbone_of(stated)
-    if backbone.name in (stated, meant):
+    if backbone.name == stated or (meant is not None and _same(meant, backbone.name)):
         return Check(name=name, verdict="passed")
     if meant is None:
         return Check(name=name, verdict="noted", says=f"{stated!r} is not known here; its shapes alone say that it fits")
     says = f"it was tuned from {stated!r}, which is {meant!r}, not from {backbone.name!r}; set backbone.name to the former"
     return Check(name=name, verdict="failed", says=says)
+
+
+def _same(stated: str, own: str) -> bool:
+    """Whether two of timm's names may mean the same weights; one without a tag means some tag or other."""
+    (architecture, _, tag), (other, _, other_tag) = stated.partition("."), own.partition(".")
+    return architecture == other and (not tag or not other_tag or tag == other_tag)
 
 
 def _fits(adapter: Adapter, backbone: Backbone) -> Check:
@@ -91,6 +98,8 @@ def _trained(adapter: Adapter, backbone: Backbone) -> Check:
         name: float(update.norm() / parameters[name].norm().clamp_min(1e-12)) for name, update in adapter.updates().items()
     }
     largest = max(sizes.values(), default=0.0)
+    if not all(map(math.isfinite, sizes.values())):
+        return Check(name="trained", verdict="failed", says="its products are NaN or infinite; it is damaged: get it again")
     if largest == 0:
         return Check(name="trained", verdict="failed", says="every lora_B is zero: it was never trained", value=0.0)
     return Check(name="trained", verdict="passed", value=largest)
@@ -103,8 +112,9 @@ def _head(adapter: Adapter) -> Check:
     rows = adapter.head_weight.double()
     if adapter.head_bias is not None:
         rows = torch.cat([rows, adapter.head_bias.double()[:, None]], dim=1)
-    if len(rows) < 2:
-        return Check(name="head", verdict="failed", says=f"it has {len(rows)} class; an adapter has two or more")
+    if not 2 <= len(rows) <= _MOST_CLASSES:
+        says = f"it has {len(rows):,} classes; an adapter has 2 to {_MOST_CLASSES:,}"
+        return Check(name="head", verdict="failed", says=says)
     if (rows - rows.mean(dim=0)).norm() <= _COLLAPSED * rows.norm():
         return Check(name="head", verdict="failed", says="its classes collapse: the head gives all the same logit")
     units = torch.nn.functional.normalize(rows, dim=1)
@@ -116,14 +126,17 @@ def _head(adapter: Adapter) -> Check:
 
 @torch.no_grad()
 def _function(adapter: Adapter, backbone: Backbone) -> Check:
-    """The mean entropy of its predictions on noise, as a share of log C."""
+    """The mean entropy of its predictions on noise, as a share of log C; without a head, whether its features are finite."""
     side = backbone.image_px
     noise = torch.rand(_NUM_NOISE, 3, side, side, generator=torch.Generator().manual_seed(0))
     seen = as_tuned(adapter, backbone)
     with merged(backbone.model, adapter.updates()):
-        logits = adapter.logits(encode(backbone.model, seen.normalize(noise), pool=adapter.pool).features.float())
+        features = encode(backbone.model, seen.normalize(noise), pool=adapter.pool).features.float()
+    logits = features if adapter.head_weight is None else adapter.logits(features)
     if not torch.isfinite(logits).all():
-        return Check(name="function", verdict="failed", says="its logits on noise are NaN or infinite")
+        return Check(name="function", verdict="failed", says="what it gives on noise is NaN or infinite")
+    if adapter.head_weight is None:
+        return Check(name="function", verdict="passed")
     shares = logits.double().softmax(dim=1)
     entropy = float(torch.special.entr(shares).sum(dim=1).mean() / torch.tensor(float(shares.shape[1])).log())
     return Check(name="function", verdict="passed", value=entropy)
@@ -144,7 +157,7 @@ def sketch_of(adapter: Adapter) -> Tensor:
 
 
 def _probe(name: str, size: int) -> Tensor:
-    seed = int.from_bytes(name.encode()[-7:], "little") ^ len(name)
+    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little")
     return torch.randn(_SKETCH, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
@@ -177,7 +190,10 @@ def duplicate_of(adapter: Adapter, folder: str, sketch: Tensor, sketches: Mappin
     for index in [] if cosines is None else cosines.argsort(descending=True).tolist():
         if cosines is None or cosines[index] < _CANDIDATE:
             break
-        other = read_adapter(folders[index])
+        try:
+            other = read_adapter(folders[index])
+        except (AdapterError, StorageError):  # its own check says so
+            continue
         closest = max(closest, cosine := cosine_of(adapter, other))
         if cosine > _ALIKE:
             return Check(name="duplicate", verdict="noted", says=f"its update is that of {other.spec.adapter_id}", value=cosine)

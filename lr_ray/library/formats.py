@@ -1,13 +1,13 @@
 """Raw files of an adapter, whatever tool saved them, to an adapter in timm's names."""
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Annotated, Any
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
@@ -16,28 +16,14 @@ from lr_ray.errors import AdapterError
 from lr_ray.library.merging import KINDS, read_any
 from lr_ray.library.sources import RawAdapter
 from lr_ray.storage.adapters import adapter_of
-from lr_ray.storage.peft import parse_lora
+from lr_ray.storage.peft import Parsed, parse_lora
 from lr_ray.vit.backbone import Backbone
 from lr_ray.vit.lora import Adapter
 from lr_ray.vit.naming import find_site, find_underscored
-from lr_ray.vit.tokens import Pool
 
 _DOWN_UP = re.compile(r"(?P<module>.+?)[._]lora[._](?P<factor>down|up)\.weight")
 _ALPHA = re.compile(r"(?P<module>.+?)(?:[._]lora)?\.alpha")
 _FACTORS = {"down": "lora_A", "up": "lora_B"}
-
-
-class _Stated(BaseModel):
-    """What of another's `lr_ray.json` is taken over; the rest is ignored."""
-
-    model_config = ConfigDict(extra="ignore")
-
-    class_names: tuple[str, ...] | None = None
-    backbone_digest: str = ""
-    image_px: Annotated[int, Field(gt=0, le=4096)] | None = None
-    mean: tuple[float, float, float] | None = None
-    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
-    pool: Pool | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,27 +71,31 @@ def convert(raw: RawAdapter, backbone: Backbone) -> Converted:
             notes.append("no adapter_config.json: lora_alpha is taken to be the rank, which makes the scale 1")
         kind = "dora" if config.get("use_dora") else str(config.get("peft_type")).lower()
         parsed = read_any(config, tensors, where, backbone)
-    class_names = None if parsed.head_weight is None else raw.class_names
-    known = {**_as_seen(raw.preprocessor, backbone, where), "class_names": class_names, "license": _license_of(raw)}
-    facts = known | _stated(raw.manifest, where)
-    adapter = adapter_of(parsed, config, facts, adapter_id=adapter_id_of(raw.source), where=where)
+    known = {**_as_seen(raw.preprocessor, backbone, where), "license": _license_of(raw)}
+    known["class_names"] = _class_names_of(raw, parsed, notes)
+    known |= {name: value for name, value in raw.manifest.items() if name != "adapter_id" and value not in (None, "")}
+    content = hashlib.sha256(raw.weights + json.dumps(raw.config, sort_keys=True).encode()).hexdigest()
+    adapter_id = adapter_id_of(raw.source)
+    adapter = adapter_of(parsed, config, known, adapter_id=f"{adapter_id}-{content[:8]}", where=where)
+    adapter = replace(adapter, spec=replace(adapter.spec, adapter_id=adapter_id))
     return Converted(adapter=adapter, format=kind, notes=(*notes, *parsed.notes))
 
 
-def _stated(manifest: Mapping[str, Any], where: str) -> dict[str, Any]:
-    try:
-        return _Stated.model_validate(manifest).model_dump(exclude_none=True)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise AdapterError(
-            f"{where}: lr_ray.json: {'.'.join(map(str, first['loc']))}: {first['msg']}; correct or remove that file"
-        ) from error
-
-
 def adapter_id_of(source: str) -> str:
-    """The last part of a source's name, in letters, digits, dots, dashes and underscores."""
-    last = [part for part in re.split(r"[/!@]", source) if part.strip(".")][-1]
+    """The last part of a source's name but a revision, in letters, digits, dots, dashes and underscores."""
+    names = [part.partition("@")[0].strip(".") for part in re.split(r"[/!]", source)]
+    last = next((name for name in reversed(names) if name), "")
     return re.sub(r"[^A-Za-z0-9._-]+", "-", last.removesuffix(".safetensors")).strip("-.")[:60] or "adapter"
+
+
+def _class_names_of(raw: RawAdapter, parsed: Parsed, notes: list[str]) -> tuple[str, ...] | None:
+    """Those that the adapter's author gave, not the LABEL_0, … that transformers fills in; None: none that fit."""
+    if parsed.head_weight is None or all(re.fullmatch(r"LABEL_\d+", name) for name in raw.class_names):
+        return None
+    if len(raw.class_names) != len(parsed.head_weight):
+        notes.append(f"id2label names {len(raw.class_names)} classes and is left out: its head has {len(parsed.head_weight)}")
+        return None
+    return raw.class_names
 
 
 def base_model_of(raw: RawAdapter) -> str:
@@ -192,4 +182,5 @@ def _normalisation(preprocessor: Mapping[str, Any], where: str) -> dict[str, lis
                 "1000; correct or remove that file"
             )
     largest = 255 * factor
-    return {name: [number / largest for number in value] for name, value in given.items() if value is not None}
+    scaled = {name: [number / largest for number in value] for name, value in given.items() if value is not None}
+    return {name: value * (3 // len(value)) for name, value in scaled.items()}

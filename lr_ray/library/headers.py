@@ -6,6 +6,7 @@ Nothing that is read here decides what runs, and no length that a file claims is
 import json
 import math
 import re
+from collections import Counter
 from typing import Any, TypeGuard
 
 import yaml
@@ -23,8 +24,10 @@ _MAX_CARD_BYTES = 2**16
 _MAX_HEADER_BYTES = 100_000_000
 """Of the header of a safetensors file; the limit of the safetensors library itself."""
 _MAX_DIMS = 8
+_MAX_NAME = 300
+"""Characters of a tensor's name; the longest that peft writes for these models have some 120."""
 _ITEM_BYTES = {
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0"), 1),
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3"), 1),
     **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
     **dict.fromkeys(("U32", "I32", "F32"), 4),
     **dict.fromkeys(("U64", "I64", "F64", "C64"), 8),
@@ -73,8 +76,8 @@ def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Readers differ in which of two entries of one name counts."""
     value = dict(pairs)
     if len(value) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in value if names.count(name) > 1)!r:.80} stands in it twice")
+        (twin, _), *_ = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"{twin!r:.80} stands in it twice")
     return value
 
 
@@ -169,6 +172,8 @@ def check_safetensors(content: bytes, what: str) -> dict[str, str]:
 
 def _extent(name: str, entry: Any) -> tuple[str, int, int]:
     """Where a tensor says to begin and end; ValueError where its type and shape do not fill that."""
+    if len(name) > _MAX_NAME:
+        raise ValueError(f"a tensor's name of {len(name):,} characters, but at most {_MAX_NAME} are read")
     if not isinstance(entry, dict):
         raise ValueError(f"tensor {name!r:.80} is a {type(entry).__name__}")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")

@@ -27,6 +27,7 @@ class Entry:
 
     Attributes:
         group: of its backbone and image size.
+        tensors_digest: of its weights, classes and how it sees images.
         source, source_digest: where it came from, and SHA-256 of the weights' file that was there.
         format: how it was saved there.
         ranks: of its low-rank products, each once.
@@ -37,6 +38,7 @@ class Entry:
 
     adapter_id: str
     group: str
+    tensors_digest: str
     source: str
     source_digest: str
     format: str
@@ -143,7 +145,7 @@ def _read_index(library: str) -> pa.Table | None:
         return None
     try:
         table = pq.read_table(io.BytesIO(content))
-    except pa.ArrowException:
+    except (pa.ArrowException, OSError):
         return None
     return table if table.schema.equals(_SCHEMA) else None
 

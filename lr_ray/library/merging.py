@@ -173,7 +173,7 @@ def _options(config: Mapping[str, Any], tensors: Mapping[str, Tensor], skeleton:
     """Of peft's config, checked: what is declared must be there, so that nothing larger is allocated."""
     kind = config["peft_type"]
     options = {name: config[name] for name in _OPTIONS[kind] if config.get(name) is not None}
-    largest = max([1, *(size for tensor in tensors.values() for size in tensor.shape)])
+    largest = max([1, *(size for tensor in tensors.values() if tensor.numel() for size in tensor.shape)])
     for name, value in options.items():
         if isinstance(value, dict) and (slow := [pattern for pattern in value if SLOW_PATTERN.search(pattern)]):
             raise AdapterError(

@@ -7,6 +7,8 @@ developed.
 import re
 from itertools import product
 
+import timm
+
 _TEMPLATES = (
     (r"google/vit-base-patch(16|32)-224-in21k", r"vit_base_patch\1_224.orig_in21k"),
     (r"google/vit-large-patch(16|32)-224-in21k", r"vit_large_patch\1_224.orig_in21k"),
@@ -38,7 +40,7 @@ def backbone_of(base_model: str) -> str | None:
     for pattern, name in _TEMPLATES:
         if (match := re.fullmatch(pattern, base_model)) is not None:
             return match.expand(name)
-    return None
+    return base_model if "/" not in base_model and timm.is_model(base_model.partition(".")[0]) else None
 
 
 def hugging_face_id(backbone: str) -> str | None:

@@ -70,8 +70,6 @@ def plan_inversion(config: ExperimentConfig, *, strict: bool = True) -> Inversio
     rejected = {folder: str(found) for folder, found in zip(folders, inspected, strict=True) if isinstance(found, AdapterError)}
     if rejected and (strict or len(rejected) == len(folders)):
         raise AdapterError(next(iter(rejected.values())))
-    claim = shared | {"classes_per_item": classes_per_item} | ({"classes": asked} if asked is not None else {})
-    claim_folder(config.synthetic_root, claim, config=config.resolved())
     items: list[InversionItem] = []
     seen: dict[str, str] = {}
     left_out = 0
@@ -89,6 +87,8 @@ def plan_inversion(config: ExperimentConfig, *, strict: bool = True) -> Inversio
     if not items:
         of_what = "has a head with classes" if asked is None else f"has a class that inversion.classes {', '.join(asked)} means"
         raise AdapterError(f"adapters {config.adapters_root}: none of {len(folders)} {of_what}; there is nothing to invert")
+    claim = shared | {"classes_per_item": classes_per_item} | ({"classes": asked} if asked is not None else {})
+    claim_folder(config.synthetic_root, claim, config=config.resolved())
     there = committed(config)
     _refuse_other_versions(there - {item.uri for item in items}, seen)
     for left_over in list_uris(config.synthetic_root, suffix=PARTIAL):

@@ -3,9 +3,10 @@
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, PositiveFloat, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
@@ -13,10 +14,26 @@ from torch import Tensor
 
 from lr_ray.errors import AdapterError, StorageError
 from lr_ray.storage.filesystem import join, list_files, read_bytes, read_many, write_bytes
-from lr_ray.storage.manifest import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, read_manifest, write_manifest
+from lr_ray.storage.manifest import CARD_NAME, CONFIG_NAME, MANIFEST_NAME, WEIGHTS_NAME, read_manifest, write_manifest
 from lr_ray.storage.peft import PREFIX, SHIFT, Parsed, parse_lora, peft_config, peft_tensors
 from lr_ray.vit.embedded import digest_tensors
 from lr_ray.vit.lora import Adapter, AdapterSpec
+from lr_ray.vit.tokens import Pool
+
+
+class _Known(BaseModel):
+    """What of `lr_ray.json` an adapter is made of; the rest is for people."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    adapter_id: str | None = None
+    class_names: tuple[str, ...] | None = None
+    backbone_digest: str = ""
+    license: str = ""
+    image_px: Annotated[int, Field(gt=0, le=4096)] | None = None
+    mean: tuple[FiniteFloat, FiniteFloat, FiniteFloat] | None = None
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
+    pool: Pool | None = None
 
 
 def write_adapter(
@@ -99,30 +116,39 @@ def adapter_of(
         where: how messages call the adapter.
 
     Raises:
-        AdapterError: the manifest does not fit the weights.
+        AdapterError: the manifest is not one, or does not fit the weights.
     """
+    try:
+        known = _Known.model_validate(manifest)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise AdapterError(
+            f"{where}: {'.'.join(map(str, (MANIFEST_NAME, *first['loc'])))}: {first['msg']}; correct or remove that file"
+        ) from error
+    adapter_id = known.adapter_id or adapter_id
     num_classes = 0 if parsed.head_weight is None else parsed.head_weight.shape[0]
-    class_names = manifest.get("class_names") or [f"{adapter_id}/{index}" for index in range(num_classes)]
+    class_names = known.class_names or tuple(f"{adapter_id}/{index}" for index in range(num_classes))
     if len(class_names) != num_classes:
-        raise AdapterError(f"{where}: {len(class_names)} class names for a head of {num_classes} classes")
-    mean, std = manifest.get("mean"), manifest.get("std")
+        raise AdapterError(
+            f"{where}: {len(class_names)} class names for a head of {num_classes} classes; correct {MANIFEST_NAME}"
+        )
     adapter = Adapter(
         spec=AdapterSpec(
-            adapter_id=manifest.get("adapter_id", adapter_id),
+            adapter_id=adapter_id,
             digest="",
             backbone=str(config.get("base_model_name_or_path") or ""),
-            backbone_digest=manifest.get("backbone_digest", ""),
-            class_names=tuple(class_names),
-            license=str(config.get("license") or manifest.get("license") or ""),
-            image_px=manifest.get("image_px"),
+            backbone_digest=known.backbone_digest,
+            class_names=class_names,
+            license=str(config.get("license") or known.license),
+            image_px=known.image_px,
         ),
         modules=parsed.modules,
         head_weight=parsed.head_weight,
         head_bias=parsed.head_bias,
         shifts=parsed.shifts,
-        pool=manifest.get("pool", parsed.pool),
-        mean=None if mean is None else tuple(mean),
-        std=None if std is None else tuple(std),
+        pool=known.pool or parsed.pool,
+        mean=known.mean,
+        std=known.std,
     )
     return with_digest(adapter)
 

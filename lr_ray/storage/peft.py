@@ -23,7 +23,10 @@ UNUSED = re.compile(r"(?:^|[._])(?:text_model|text_projection|visual_projection|
 """In the names of modules that no feature of an image passes through."""
 _LORA = re.compile(r"(?P<module>.+)\.lora_(?P<factor>A|B)(?:\.default)?\.(?P<kind>weight|bias)")
 _SAVED = re.compile(r"(?P<module>.+?)(?:\.modules_to_save(?:\.default)?|\.base_layer|\.original_module)?\.(?P<kind>[a-z_0-9]+)")
-SLOW_PATTERN = re.compile(r"\)[*+?{]|(?:[*+?}].*){4}", re.DOTALL)
+_DAMAGED = "it is damaged: get it again from its source or remove it"
+_MOST_PATTERNS = 1000
+"""Of a config: those of six modules in each of 40 blocks are a quarter of it."""
+SLOW_PATTERN = re.compile(r"\)[*+?{]|(?:[*+?}].*){3}", re.DOTALL)
 """What may keep a regular expression busy for ever."""
 _OTHER_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initialisations that take something away from the base model's weights, which a file of LoRA does not tell."""
@@ -192,15 +195,24 @@ def _take_factors(
             )
         families.add(known[0])
         site, low_rank = known[1], _low_rank(name, given, config, where)
+        bias = given.get("B.bias")
+        if bias is not None and bias.shape != low_rank.b.shape[:1]:
+            raise AdapterError(
+                f"{where}: {name} has a lora_B of {len(low_rank.b)} rows, but a bias of {tuple(bias.shape)}; {_DAMAGED}"
+            )
         if site.module == "head":
-            _add_to_head(found, heads, low_rank, given.get("B.bias"), where)
-        else:
-            parts.setdefault(site.module, []).append((site, low_rank))
-            if (bias := given.get("B.bias")) is not None:
-                size = len(bias) * (1 if site.part is None else 3)
-                shift = found.shifts.setdefault(f"{site.module}.bias", torch.zeros(size))
-                shift[rows_of(site, size)] += low_rank.scale * bias.float()
-    found.modules |= {module: _fused(given) for module, given in parts.items()}
+            _add_to_head(found, heads, low_rank, bias, where)
+            continue
+        if any(site.part in (None, other.part) or other.part is None for other, _ in parts.get(site.module, [])):
+            raise AdapterError(
+                f"{where}: two of its modules are timm's {site.module}, {name} the second; it is of no one model"
+            )
+        parts.setdefault(site.module, []).append((site, low_rank))
+        if bias is not None:
+            size = len(bias) * (1 if site.part is None else 3)
+            shift = found.shifts.setdefault(f"{site.module}.bias", torch.zeros(size))
+            shift[rows_of(site, size)] += low_rank.scale * bias.float()
+    found.modules |= {module: _fused(module, given, where) for module, given in parts.items()}
     return families
 
 
@@ -208,29 +220,30 @@ def _low_rank(name: str, given: Mapping[str, Tensor], config: Mapping[str, Any],
     a, b = given.get("A.weight"), given.get("B.weight")
     if a is None or b is None:
         absent = "lora_B that fits its lora_A" if b is None else "lora_A"
-        raise AdapterError(f"{where}: {name} lacks a {absent}; it is damaged: get it again from its source or remove it")
+        raise AdapterError(f"{where}: {name} lacks a {absent}; {_DAMAGED}")
     if a.ndim == 4 and b.ndim == 4 and b.shape[2:] == (1, 1):  # on the convolution that cuts the patches
         a, b = a.flatten(1), b.flatten(1)
     if a.ndim != 2 or b.ndim != 2 or b.shape[1] != a.shape[0] or not a.numel() or not b.numel():
         raise AdapterError(
-            f"{where}: {name} lacks a lora_B that fits its lora_A ({tuple(b.shape)} and {tuple(a.shape)}); it is damaged: get "
-            "it again from its source or remove it"
+            f"{where}: {name} lacks a lora_B that fits its lora_A ({tuple(b.shape)} and {tuple(a.shape)}); {_DAMAGED}"
         )
     return LowRank(a=a, b=b, scale=_scale_of(config, name, a.shape[0], where))
 
 
-def _fused(parts: Sequence[tuple[Site, LowRank]]) -> LowRank:
+def _fused(module: str, parts: Sequence[tuple[Site, LowRank]], where: str) -> LowRank:
     """One update of timm's module from those of its parts."""
-    if len(parts) == 1 and parts[0][0].part is None:
+    if parts[0][0].part is None:
         return parts[0][1]
+    if len(sizes := {(len(low_rank.b), low_rank.a.shape[1]) for _, low_rank in parts}) > 1:
+        raise AdapterError(f"{where}: query, key and value of {module} are of sizes {sorted(sizes)}, not of one; {_DAMAGED}")
     scales = {low_rank.scale for _, low_rank in parts}
-    scale = scales.pop() if len(scales) == 1 else 1.0
     columns = []
     for site, low_rank in parts:
-        size = low_rank.b.shape[0] * (1 if site.part is None else 3)
+        size = 3 * len(low_rank.b)
         column = low_rank.b.new_zeros(size, low_rank.b.shape[1])
-        column[rows_of(site, size)] = low_rank.b * (low_rank.scale / scale)
+        column[rows_of(site, size)] = low_rank.b if len(scales) == 1 else low_rank.scale * low_rank.b
         columns.append(column)
+    scale = scales.pop() if len(scales) == 1 else 1.0
     return LowRank(a=torch.cat([low_rank.a for _, low_rank in parts]), b=torch.cat(columns, dim=1), scale=scale)
 
 
@@ -241,8 +254,7 @@ def _add_to_head(found: Parsed, heads: dict[str, Tensor], low_rank: LowRank, bia
         return
     if weight.shape != (shape := (low_rank.b.shape[0], low_rank.a.shape[1])):
         raise AdapterError(
-            f"{where}: its LoRA on the head is of shape {shape}, but the head of shape {tuple(weight.shape)}; it is damaged: "
-            "get it again from its source or remove it"
+            f"{where}: its LoRA on the head is of shape {shape}, but the head of shape {tuple(weight.shape)}; {_DAMAGED}"
         )
     heads["weight"] = weight + low_rank.delta().to(weight)
     if bias is not None:
@@ -289,6 +301,8 @@ def _scale_of(config: Mapping[str, Any], module: str, num_rows: int, where: str)
     """alpha / rank, or alpha / √rank for rsLoRA, by PEFT's own rules for patterns; lora_A has `num_rows`."""
 
     def value(key: str, patterns: str) -> float:
+        if len(config.get(patterns) or {}) > _MOST_PATTERNS:
+            raise ValueError(f"more than {_MOST_PATTERNS:,} {patterns}")
         for pattern, special in (config.get(patterns) or {}).items():
             if SLOW_PATTERN.search(pattern):
                 raise ValueError(f"{patterns} {pattern!r} repeats a group")

@@ -101,10 +101,11 @@ class Adapter:
     std: tuple[float, ...] | None = None
 
     def updates(self) -> dict[str, Tensor]:
-        """{parameter name: all that is added to it}; a convolution's is (D_out, D_in), as its kernels flattened."""
+        """{parameter name: all that is added to it}; what has more than two dimensions is flattened to (D_out, D_in)."""
         found = {f"{name}.weight": low_rank.delta() for name, low_rank in self.modules.items()}
         for name, shift in self.shifts.items():
-            found[name] = found[name] + shift.reshape(found[name].shape) if name in found else shift
+            flat = shift.flatten(1) if shift.ndim > 2 else shift
+            found[name] = found[name] + flat if name in found else flat
         return found
 
     def logits(self, features: Tensor) -> Tensor:

@@ -65,11 +65,11 @@ BAD = {
         lambda a: replace(
             a, head_weight=a.head_weight[:1], head_bias=a.head_bias[:1], spec=replace(a.spec, class_names=("one",))
         ),
-        "head: it has 1 class",
+        "head: it has 1 classes; an adapter has 2 to 10,000",
     ),
     "logits that overflow": (
         lambda a: replace(a, head_weight=torch.full_like(a.head_weight, 3e38) * torch.tensor([[1.0], [-1.0], [0.5]])),
-        "function: its logits on noise are NaN or infinite",
+        "function: what it gives on noise is NaN or infinite",
     ),
 }
 
@@ -89,8 +89,12 @@ def test_two_classes_that_are_one_are_noted(vit: Backbone, make: Make):
 
 def test_no_head_is_noted_and_not_looked_at(vit: Backbone, without_head: Adapter):
     found = verdicts(without_head, vit)
-    assert found["head"] == "noted"
-    assert "function" not in found
+    assert (found["head"], found["function"]) == ("noted", "passed")
+
+
+def test_products_that_overflow_fail_without_a_head_too(vit: Backbone, without_head: Adapter):
+    loud = {name: replace(low, a=1e30 * low.a, b=1e30 * low.b) for name, low in without_head.modules.items()}
+    assert failure_of(check(replace(without_head, modules=loud), vit)).startswith("trained: its products are NaN or infinite")
 
 
 @pytest.mark.parametrize(
@@ -101,6 +105,8 @@ def test_no_head_is_noted_and_not_looked_at(vit: Backbone, without_head: Adapter
         ("timm/vit_tiny_patch16_224", "passed"),
         ("somebody/a-model", "noted"),
         ("google/vit-base-patch16-224-in21k", "failed"),
+        ("vit_tiny_patch16_384.augreg_in21k_ft_in1k", "failed"),
+        ("vit_tiny_patch16_224.augreg_in21k", "passed"),  # the backbone's name has no tag
     ],
 )
 def test_the_base_model_that_is_stated(vit: Backbone, make: Make, stated: str, verdict: str):
@@ -148,6 +154,21 @@ def test_a_sketch_does_not_depend_on_the_factors(make: Make):
         sketch_of(replace(adapter, modules={n: replace(low, scale=2 * low.scale) for n, low in adapter.modules.items()})),
         2 * sketch_of(adapter),
     )
+
+
+def test_blocks_that_are_exchanged_change_the_sketch(make: Make):
+    adapter = make()
+    first, second = (adapter.modules[f"blocks.{index}.attn.qkv"] for index in (0, 1))
+    exchanged = {**adapter.modules, "blocks.0.attn.qkv": second, "blocks.1.attn.qkv": first}
+    assert not torch.allclose(sketch_of(replace(adapter, modules=exchanged)), sketch_of(adapter), atol=1e-3)
+
+
+def test_a_damaged_neighbour_is_no_duplicate(tmp_path, make: Make):
+    adapter = make(4)
+    (folder := tmp_path / "4").mkdir()
+    (folder / "adapter_config.json").write_text("{")
+    sketches = {str(folder): sketch_of(adapter), str(tmp_path / "gone"): sketch_of(adapter)}
+    assert duplicate_of(adapter, str(tmp_path / "new"), sketch_of(adapter), sketches).verdict == "passed"
 
 
 def test_a_near_duplicate_is_found_among_others_and_never_itself(tmp_path, make: Make):

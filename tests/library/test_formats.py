@@ -725,7 +725,7 @@ def test_damaged_weights_are_refused(saved):
     ids=str,
 )
 def test_lr_ray_json_of_wrong_types_is_refused(saved, manifest):
-    refused(saved, f"lr_ray.json: {next(iter(manifest))}.*correct or remove that file", manifest=manifest)
+    refused(saved, f"lr_ray.json.{next(iter(manifest))}.*correct or remove that file", manifest=manifest)
 
 
 def test_lora_that_is_more_than_lora_is_refused(saved):

@@ -14,6 +14,7 @@ from lr_ray.errors import AdapterError, StorageError
 from lr_ray.library import index
 from lr_ray.library.add import add_sources, check_library
 from lr_ray.library.checks import failure_of
+from lr_ray.library.formats import adapter_id_of
 from lr_ray.library.index import Entry, checks_of, find_entry, list_entries, remove_entry
 from lr_ray.library.market import DAMAGES, FORMATS
 from lr_ray.storage.adapters import list_adapters, read_adapter, with_digest, write_adapter
@@ -80,6 +81,52 @@ def test_adding_again_changes_nothing(share: Share, library: str, tmp_path: Path
     after.pop("index.parquet")
     before.pop("index.parquet", None)
     assert after == before
+
+
+def test_a_librarys_own_folder_is_there_already(share: Share, library: str):
+    first = add_sources(library, [share(0), share(1, format_="kohya")], TINY)
+    assert sorted(add_sources(library, [first.root], TINY).present) == sorted(first.taken)
+    assert len(list_entries(library)) == 2
+
+
+def test_classes_without_names_are_those_of_one_adapter(share: Share, library: str, tmp_path: Path):
+    for seed, folder in enumerate(("one", "other")):
+        source = Path(share(seed, folder=folder))
+        (source / "config.json").write_text(json.dumps({"id2label": {str(index): f"LABEL_{index}" for index in range(3)}}))
+        source.rename(source.parent / "checkpoint-500")
+    root = add_sources(library, [str(tmp_path / "one"), str(tmp_path / "other")], TINY).root
+    names = [name for folder in list_adapters(root) for name in read_adapter(folder).spec.class_names]
+    assert len(set(names)) == 6
+    assert all(name.startswith("checkpoint-500-") for name in names)
+
+
+def test_names_of_other_classes_are_left_out(share: Share, library: str):
+    source = Path(share(0))
+    (source / "config.json").write_text(json.dumps({"id2label": {str(index): f"n{index}" for index in range(1000)}}))
+    add_sources(library, [str(source)], TINY)
+    (entry,) = list_entries(library)
+    assert entry.num_classes == 3
+    assert "id2label names 1000 classes and is left out: its head has 3" in entry.notes
+
+
+def test_from_within_an_adapters_folder(share: Share, library: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(share(0))
+    (taken,) = add_sources(library, ["."], TINY).taken
+    assert taken.startswith("adapter-")
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("hf://owner/cats@0123abc", "cats"),
+        ("hf://owner/cats@main/sub/folder", "folder"),
+        ("a/b.tar.gz!checkpoint-5", "checkpoint-5"),
+        ("x/Größe ä.safetensors", "Gr-e"),
+        ("..", "adapter"),
+    ],
+)
+def test_the_id_begins_with_the_sources_last_part(source: str, name: str):
+    assert adapter_id_of(source) == name
 
 
 def test_what_was_cut_short_is_taken_the_next_time(share: Share, library: str, monkeypatch: pytest.MonkeyPatch):
@@ -196,12 +243,15 @@ def test_the_index_follows_what_is_there(share: Share, library: str, tmp_path: P
     assert len(read) == 1
 
 
-@pytest.mark.parametrize("damage", ["cut", "older"])
+@pytest.mark.parametrize("damage", ["cut", "flipped", "older"])
 def test_an_index_that_is_damaged_or_of_another_version_is_made_again(share: Share, library: str, damage: str):
     add_sources(library, [share(0)], TINY)
     entries, path = list_entries(library), Path(library, "index.parquet")
     if damage == "cut":
         path.write_bytes(path.read_bytes()[:20])
+    elif damage == "flipped":
+        content = path.read_bytes()
+        path.write_bytes(content[:60] + bytes(255 - byte for byte in content[60:90]) + content[90:])
     else:
         pq.write_table(pq.read_table(path).drop_columns(["license"]), path)
     assert list_entries(library) == entries

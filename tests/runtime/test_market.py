@@ -111,3 +111,4 @@ def test_classes_that_nobody_has_are_one_line(library: ExperimentConfig):
     inversion = library.inversion.model_copy(update={"classes": ("unicorn",)})
     with pytest.raises(AdapterError, match=r"none of 3 has a class that inversion\.classes unicorn means"):
         plan_inversion(library.model_copy(update={"inversion": inversion}))
+    assert len(plan_inversion(library).items) == 3  # the folder was not taken for what cannot be

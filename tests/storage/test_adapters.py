@@ -205,6 +205,15 @@ def edit_weights(folder: Path, *, add: dict[str, torch.Tensor] | None = None, re
 
 
 FIRST = "base_model.model.blocks.0.attn.qkv"
+ATTENTION = "vit.encoder.layer.0.attention.attention"
+
+
+def factors(module: str, num_rows: int) -> dict[str, torch.Tensor]:
+    """Of rank 4, all ones."""
+    name = f"base_model.model.{module}"
+    return {f"{name}.lora_A.weight": torch.ones(4, 24), f"{name}.lora_B.weight": torch.ones(num_rows, 4)}
+
+
 DAMAGES = {
     "json cut off": (lambda f: (f / CONFIG_NAME).write_text('{"peft_type": "LO'), "damaged"),
     "json not utf-8": (lambda f: (f / CONFIG_NAME).write_bytes(b'{"peft_type": "\xff\xfe"}'), "damaged"),
@@ -236,6 +245,31 @@ DAMAGES = {
         lambda f: edit_weights(f, add={"base_model.model.layers.0.norm.weight": torch.ones(24)}),
         r"layers\.0\.norm\.weight' are not LoRA",
     ),
+    "bias of another length": (
+        lambda f: edit_weights(f, add={f"{FIRST}.lora_B.bias": torch.zeros(5)}),
+        r"blocks\.0\.attn\.qkv has a lora_B of 72 rows, but a bias of \(5,\)",
+    ),
+    "one module twice": (
+        lambda f: edit_weights(f, add=factors("student.blocks.0.attn.qkv", 72)),
+        r"timm.s blocks\.0\.attn\.qkv",
+    ),
+    "query and value of different sizes": (
+        lambda f: edit_weights(
+            f,
+            add=factors(f"{ATTENTION}.query", 24) | factors(f"{ATTENTION}.value", 23),
+            remove=tuple(f"{FIRST}.lora_{x}.weight" for x in "AB"),
+        ),
+        r"query, key and value of blocks\.0\.attn\.qkv are of sizes",
+    ),
+    "too many patterns": (
+        lambda f: edit_config(f, rank_pattern={f"x{index}": 4 for index in range(1001)}),
+        "more than 1,000 rank_pattern",
+    ),
+    "manifest a list": (lambda f: (f / "lr_ray.json").write_text("[1]"), r"lr_ray\.json: .*; correct or remove that file"),
+    "unknown pool": (
+        lambda f: (f / "lr_ray.json").write_text('{"pool": "max"}'),
+        r"lr_ray\.json\.pool: .*; correct or remove that file",
+    ),
     "PiSSA": (lambda f: edit_config(f, init_lora_weights="pissa_niter_4"), "started by pissa_niter_4, which changes the base"),
     "more than LoRA": (lambda f: edit_config(f, layer_replication=[[0, 2]]), "layer_replication in .* more than plain LoRA"),
     "a pattern that hangs": (lambda f: edit_config(f, rank_pattern={"(a+)+b": 2}), "repeats a group"),
@@ -264,6 +298,16 @@ def test_an_unreadable_adapter_is_named_in_one_line(folder, damage):
         read_adapter(str(folder))
     assert f"adapter {folder}" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_an_alpha_of_zero_is_a_scale_of_zero(folder):
+    """Of query and value apart, where scales are folded."""
+    parts = factors(f"{ATTENTION}.query", 24) | factors(f"{ATTENTION}.value", 24)
+    edit_weights(folder, add=parts, remove=tuple(f"{FIRST}.lora_{x}.weight" for x in "AB"))
+    edit_config(folder, lora_alpha=0, alpha_pattern={"query": 2})
+    delta = read_adapter(str(folder)).updates()["blocks.0.attn.qkv.weight"]
+    assert delta[:24].eq(2).all()
+    assert not delta[24:].any()
 
 
 def test_an_absent_config_is_a_storage_error(folder):

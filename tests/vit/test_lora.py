@@ -276,6 +276,23 @@ def test_an_adapter_without_a_module_counts_as_a_zero_update_in_the_average(make
     torch.testing.assert_close(average["blocks.0.mlp.fc2.weight"], both.modules["blocks.0.mlp.fc2"].delta() / 2)
 
 
+def test_products_and_full_updates_of_a_convolution_have_one_average(make_backbone):
+    backbone = make_backbone()
+    one, other = random_adapter(backbone, seed=1), random_adapter(backbone, seed=2)
+    kernel = backbone.model.patch_embed.proj.weight
+    low = LowRank(a=torch.randn(2, kernel[0].numel(), generator=seeded()), b=torch.ones(len(kernel), 2), scale=1.0)
+    one = replace(one, modules={**one.modules, "patch_embed.proj": low})
+    other = replace(other, shifts={"patch_embed.proj.weight": torch.ones_like(kernel), "norm.bias": torch.ones(24)})
+    average = average_updates([one, other])
+    torch.testing.assert_close(average["patch_embed.proj.weight"], (low.delta() + 1) / 2)
+    torch.testing.assert_close(average["norm.bias"], torch.full((24,), 0.5))
+    with merged(backbone.model, average):
+        torch.testing.assert_close(
+            backbone.model.patch_embed.proj.weight, kernel + average["patch_embed.proj.weight"].reshape(kernel.shape)
+        )
+    assert backbone.model.patch_embed.proj.weight is kernel
+
+
 def test_averaging_leaves_the_adapters_alone(make_backbone):
     backbone = make_backbone()
     adapters = [random_adapter(backbone, seed=seed) for seed in (1, 2)]

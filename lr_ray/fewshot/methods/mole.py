@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from lr_ray.errors import AdapterError
 from lr_ray.fewshot.methods import Adapt, Adaptation, FewShotTask, MethodInputs, TunedMethod
 from lr_ray.fewshot.methods.episode_tuning import (
     HeadStart,
@@ -71,9 +72,21 @@ def balance_loss(logits: Tensor) -> Tensor:
 def gated(
     model: nn.Module, stacks: Mapping[str, StackedLoRAs], num_adapters: int, num_tasks: int = 1
 ) -> Iterator[list[nn.Parameter]]:
-    """The model with a gate on every module that LoRAs update; yields the gates' (E, A) logits, module by module."""
-    bases: dict[str, nn.Linear] = {name: model.get_submodule(name) for name in stacks}  # type: ignore[misc]
-    layers = {name: GatedLinear(base, stacks[name], num_adapters, num_tasks) for name, base in bases.items()}
+    """The model with a gate on every linear module that LoRAs update; yields the gates' (E, A) logits, module by module.
+
+    Raises:
+        AdapterError: they update none.
+    """
+    bases = {name: model.get_submodule(name) for name in stacks}
+    layers = {
+        name: GatedLinear(base, stacks[name], num_adapters, num_tasks)
+        for name, base in bases.items()
+        if isinstance(base, nn.Linear)
+    }
+    if not layers:
+        raise AdapterError(
+            f"none of {num_adapters} adapters updates a linear module, on which mole puts its gates; leave it out"
+        )
     with replaced(model, layers):
         yield [layer.logits for layer in layers.values()]
 

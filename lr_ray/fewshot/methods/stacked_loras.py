@@ -33,7 +33,7 @@ def stack_loras(adapters: Iterable[Adapter], device: torch.device) -> tuple[dict
     """{module name: its updates}, and how many adapters there are.
 
     Raises:
-        AdapterError: no adapters.
+        AdapterError: no adapters, or none with a low-rank product.
     """
     parts: dict[str, list[tuple[Tensor, Tensor, int]]] = {}
     count = 0
@@ -43,6 +43,8 @@ def stack_loras(adapters: Iterable[Adapter], device: torch.device) -> tuple[dict
         count += 1
     if not count:
         raise AdapterError("no adapters to combine; give a folder that holds at least one")
+    if not parts:
+        raise AdapterError(f"none of {count} adapters has a low-rank product to combine; leave lorahub and mole out")
     return {name: _stack(of_module, device) for name, of_module in parts.items()}, count
 
 
