@@ -41,7 +41,9 @@ class TaskAnswer(BaseModel):
     version: int = Field(description="Changes with every change; also the ETag.")
     created: datetime
     expires: datetime
-    threshold: float | None = Field(description="A query farther from every prototype is none of these; null at one image a class.")
+    threshold: float | None = Field(
+        description="A query farther from every prototype is none of these; null at one image a class."
+    )
     classes: list[ClassAnswer]
 
     @classmethod
@@ -100,7 +102,9 @@ class ClassifyAnswer(BaseModel):
     results: list[QueryAnswer]
 
     @classmethod
-    def of(cls, files: Sequence[str], predictions: Sequence[Prediction], threshold: float | None, *, top: int) -> "ClassifyAnswer":
+    def of(
+        cls, files: Sequence[str], predictions: Sequence[Prediction], threshold: float | None, *, top: int
+    ) -> "ClassifyAnswer":
         """In the order of the queries."""
         results = [QueryAnswer.of(file, found, top=top) for file, found in zip(files, predictions, strict=True)]
         return cls(threshold=threshold, results=results)

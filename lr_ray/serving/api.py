@@ -92,8 +92,8 @@ def make_app(service: Service) -> FastAPI:
 
 
 _ABOUT = (
-    "Few-shot classification without training: labelled images make a task, and others are classified by the nearest class. "
-    "Images are PNG, JPEG or WebP, as multipart files, base64 in JSON, or a zip. Errors are application/problem+json (RFC 9457)."
+    "Few-shot classification without training: labelled images make a task, others get its nearest class. "
+    "Images are PNG, JPEG or WebP, as multipart files, base64 in JSON, or a zip. Errors are problem+json (RFC 9457)."
 )
 
 

@@ -212,7 +212,9 @@ def _from_base64(name: str, text: str) -> Upload:
     try:
         return Upload(name=name, content=b64decode(text, validate=True))
     except (binascii.Error, ValueError) as error:
-        raise RequestError(f"image {shown(name)} is no base64; give the file's bytes so encoded, without a prefix", 422) from error
+        raise RequestError(
+            f"image {shown(name)} is no base64; give the file's bytes so encoded, without a prefix", 422
+        ) from error
 
 
 def _read_zip(content: bytes, limits: Limits, sort: Callable[[str, str], str | None]) -> Uploads:

@@ -57,7 +57,9 @@ def add_key(path: Path, name: str, **limits: int) -> str:
     if not OWNER.fullmatch(name):
         raise ConfigError(f"key name {name!r}: give 1 to 63 of a-z, 0-9, _ and -, the first a letter or digit")
     if name in [key.name for key in keys]:
-        raise ConfigError(f"key {name!r} is in {path} already; remove it first (`lr-ray serve key rm {name}`), or choose another")
+        raise ConfigError(
+            f"key {name!r} is in {path} already; remove it first (`lr-ray serve key rm {name}`), or choose another"
+        )
     secret = _PREFIX + secrets.token_urlsafe(32)
     try:
         key = Key.model_validate({"name": name, "sha256": _hash(secret), **limits})

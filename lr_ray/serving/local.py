@@ -2,9 +2,6 @@
 
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from lr_ray.data.folder import IMAGE_SUFFIXES, load_folder
 from lr_ray.errors import DataError
 from lr_ray.model import Model
@@ -36,13 +33,7 @@ def classify_folder(
     if not files:
         raise DataError(f"{query}: no images in it; give a folder of images, or one image")
     names = [labelled.class_names[label] for label in labelled.labels]
-    task = Support.of(_features(model, [Path(labelled.describe(index)) for index in range(len(labelled))]), names)
-    predictions = task.classify(_features(model, files), temperature=temperature)
+    task = Support.of(model.embed([labelled.describe(index) for index in range(len(labelled))]), names)
+    predictions = task.classify(model.embed(files), temperature=temperature)
     shown = [file.name if file == query else file.relative_to(query).as_posix() for file in files]
     return task, list(zip(shown, predictions, strict=True))
-
-
-def _features(model: Model, files: list[Path]) -> Tensor:
-    """(N, D); a batch of files is opened at a time."""
-    parts = [files[start : start + model.batch_size] for start in range(0, len(files), model.batch_size)]
-    return torch.cat([model.embed(part) for part in parts])

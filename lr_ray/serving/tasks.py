@@ -132,9 +132,7 @@ class Support:
         probabilities = (-temperature * distances).softmax(dim=1)
         threshold = self.threshold()
         order = distances.argsort(dim=1, stable=True)
-        columns = zip(
-            order.tolist(), distances.gather(1, order).tolist(), probabilities.gather(1, order).tolist(), strict=True
-        )
+        columns = zip(order.tolist(), distances.gather(1, order).tolist(), probabilities.gather(1, order).tolist(), strict=True)
         return [
             Prediction(
                 ranked=tuple(self.class_names[index] for index in indices),
