@@ -1,7 +1,9 @@
 """Where tasks are kept: any local folder or URI, shared by whoever serves from it, and there again after a restart.
 
 A version of a task is a file of its own, OWNER/ID/VERSION.safetensors, written only while that name is free: of two
-writers of the same next version one loses, wherever they run. An empty file is the version in which the task was deleted.
+writers of the same next version one loses, wherever they run. The names of the last 16 versions that were replaced stay
+taken by files of one byte; a writer so late that the version it read has no name any more has lost, too. An empty file is
+the version in which the task was deleted.
 Ids begin with the time of creation, so that a listing tells what has expired.
 """
 
@@ -10,18 +12,20 @@ import secrets
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
 from lr_ray.errors import RequestError, StorageError
 from lr_ray.serving.tasks import Support, Task
-from lr_ray.storage.filesystem import create_bytes, delete, join, list_sizes, read_if_there, read_many
+from lr_ray.storage.filesystem import create_bytes, delete, join, list_sizes, read_if_there, read_many, write_bytes
 
 OWNER = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 _ID = re.compile(r"[0-9a-f]{8}[A-Za-z0-9_-]{22}")
 _FILE = re.compile(r"(?P<version>[0-9]{8})\.safetensors")
 _ATTEMPTS = 5
+_KEPT_NAMES = 16
+_REPLACED = b"-"
 _CACHE_BYTES = 128 * 2**20
 _KEPT_DELETED = 100
 """Of an owner's deleted tasks so many stay as empty files, so that a change that began before finds its version taken."""
@@ -116,8 +120,7 @@ class TaskStore:
             content = changed.to_bytes(nonce=secrets.token_hex(8))
             others = sum(size for other, size in self._sizes(owner, bounds).items() if other != task_id)
             _check_bytes(others + len(content), bounds)
-            if create_bytes(self._uri(owner, task_id, changed.version), content):
-                self._forget(owner, task_id, before=changed.version)
+            if self._commit(owner, task_id, changed.version, content):
                 return changed
         raise RequestError("the task is being changed by others; read it and try again", 409, 1)
 
@@ -130,9 +133,7 @@ class TaskStore:
         for _ in range(_ATTEMPTS):
             if (found := self._newest(owner, task_id, bounds)) is None:
                 raise RequestError(_NO_TASK, 404)
-            version = found[0] + 1
-            if create_bytes(self._uri(owner, task_id, version), b""):
-                self._forget(owner, task_id, before=version)
+            if self._commit(owner, task_id, found[0] + 1, b""):
                 return
         raise RequestError("the task is being changed by others; try again", 409, 1)
 
@@ -173,7 +174,7 @@ class TaskStore:
         gone = [task_id for task_id in sorted(newest) if self._expired(task_id, bounds)]
         deleted = [task_id for task_id in sorted(newest) if not newest[task_id][1] and task_id not in gone]
         for task_id in gone + deleted[:-_KEPT_DELETED]:
-            self._forget(owner, task_id, before=newest[task_id][0] + 1)
+            self._remove(owner, task_id, _versions(files[task_id]))
         return {task_id: size for task_id, (_, size) in newest.items() if size and task_id not in gone}
 
     def _read_version(self, owner: str, task_id: str, version: int, size: int) -> Task | None:
@@ -183,7 +184,8 @@ class TaskStore:
             if (task := self._cache.get(uri)) is not None:
                 self._cache.move_to_end(uri)
                 return task
-        if not (content := read_if_there(uri)):
+        content = read_if_there(uri)
+        if content is None or content in (b"", _REPLACED):
             return None
         task = Task.from_bytes(content)
         if (task.owner, task.task_id, task.version) != (owner, task_id, version):
@@ -195,16 +197,38 @@ class TaskStore:
                 del self._cached_bytes[oldest]
         return task
 
-    def _forget(self, owner: str, task_id: str, *, before: int) -> None:
-        """Remove the files of versions that a newer one has replaced; what stays behind is removed by the next."""
-        for version in _versions(list_sizes(join(self.root, owner, task_id))):
-            if version < before:
-                uri = self._uri(owner, task_id, version)
+    def _commit(self, owner: str, task_id: str, version: int, content: bytes) -> bool:
+        """Write the version if it is the next one, and make less of those before it; whether it is.
+
+        Those that cannot be removed now are left to the next change.
+        """
+        if not create_bytes(self._uri(owner, task_id, version), content):
+            return False
+        versions = _versions(list_sizes(join(self.root, owner, task_id)))
+        if version - 1 not in versions:  # the name was free because this comes too late
+            self._remove(owner, task_id, [version])
+            return False
+        replaced = [older for older in versions if version - _KEPT_NAMES <= older < version]
+        for older in replaced if content else []:
+            if versions[older] > len(_REPLACED):
                 with suppress(StorageError):
-                    delete(uri)
-                with self._lock:
-                    self._cache.pop(uri, None)
-                    self._cached_bytes.pop(uri, None)
+                    write_bytes(self._uri(owner, task_id, older), _REPLACED)
+                self._uncache([self._uri(owner, task_id, older)])
+        self._remove(owner, task_id, [older for older in versions if older < version and not (content and older in replaced)])
+        return True
+
+    def _remove(self, owner: str, task_id: str, versions: Iterable[int]) -> None:
+        uris = [self._uri(owner, task_id, version) for version in versions]
+        for uri in uris:
+            with suppress(StorageError):
+                delete(uri)
+        self._uncache(uris)
+
+    def _uncache(self, uris: Iterable[str]) -> None:
+        with self._lock:
+            for uri in uris:
+                self._cache.pop(uri, None)
+                self._cached_bytes.pop(uri, None)
 
 
 def _versions(sizes: dict[str, int]) -> dict[int, int]:
