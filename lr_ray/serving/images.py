@@ -16,6 +16,8 @@ from lr_ray.errors import RequestError
 MIB = 2**20
 _MAX_ASPECT = 64
 """Longest side by shortest: the short side is enlarged to the model's, and the long one with it."""
+_MAX_CHUNKS = 20_000
+"""Of a PNG, of some kB each as encoders write them."""
 _UNLIKE = "give PNG, JPEG or WebP; a name or content type does not count"
 
 Found = TypeVar("Found")
@@ -120,13 +122,26 @@ def _format_of(content: bytes) -> str | None:
 def _check_whole(what: str, kind: str, content: bytes) -> None:
     """Raise where the end is missing, which decoders overlook if all pixels are there."""
     if kind == "PNG":
-        whole = b"IEND" in content[-64:] or b"\x00\x00\x00\x00IEND\xae\x42\x60\x82" in content
+        whole = _ends_in_chunks(content)
     elif kind == "JPEG":
         whole = content.rfind(b"\xff\xd9") > content.rfind(b"\xff\xda")
     else:
         whole = int.from_bytes(content[4:8], "little") <= len(content) - 8
     if not whole:
         raise RequestError(f"{what} is truncated; send the whole {kind} file", 422)
+
+
+def _ends_in_chunks(png: bytes) -> bool:
+    """Whether its chunks follow each other to the last."""
+    place = 8
+    for _ in range(_MAX_CHUNKS):
+        end = place + 12 + int.from_bytes(png[place : place + 4], "big")
+        if end > len(png):
+            return False
+        if png[place + 4 : place + 8] == b"IEND":
+            return True
+        place = end
+    return False
 
 
 def _pixels(upload: Upload, image: Image.Image, image_px: int) -> Tensor:
