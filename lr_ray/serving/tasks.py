@@ -101,9 +101,10 @@ class Support:
         )
 
     def threshold(self) -> float | None:
-        """The distance beyond which a query is none of these; None if no class has two images.
+        """The distance beyond which a query is none of these; None if no class has two images that differ.
 
-        Two distances are measured on the support set, each the root of a mean square, and the threshold is half-way.
+        Two distances are measured on the support set, each the root of a mean square, and the threshold is their
+        geometric mean, as many times the one as the other is of it.
         *Inside*: of each image to the prototype of its class made without it, over the classes of two images or more.
         *Outside*: of each image to the nearest prototype of another class (that which is nearest to the class on the
         whole), as if its own class were none of these; each class counts once.
@@ -121,7 +122,7 @@ class Support:
         inside = (left_out.sum() / counts[several].sum()).sqrt()
         apart = torch.cdist(means, means, compute_mode="donot_use_mm_for_euclid_dist").fill_diagonal_(math.inf)
         outside = (scatter / counts + apart.min(dim=1).values.square()).mean().sqrt()
-        return float((inside + outside) / 2)
+        return float((inside * outside).sqrt()) or None
 
     def classify(self, queries: Tensor, *, temperature: float = 1.0) -> list[Prediction]:
         """What each of (M, D) query features is taken for.

@@ -36,7 +36,7 @@ def naive_threshold(features: Tensor, labels: list[str]) -> float:
             inside.append(float((exact[i] - others).square().sum()))
         nearest = min((other for other in range(len(names)) if other != way), key=lambda k: float((means[k] - means[way]).norm()))
         outside.append(sum(float((exact[i] - means[nearest]).square().sum()) for i in members) / len(members))
-    return (math.sqrt(sum(inside) / len(inside)) + math.sqrt(sum(outside) / len(outside))) / 2
+    return math.sqrt(math.sqrt(sum(inside) / len(inside)) * math.sqrt(sum(outside) / len(outside)))
 
 
 def test_prototypes_are_the_means_in_the_order_of_names():
@@ -50,7 +50,7 @@ def test_prototypes_are_the_means_in_the_order_of_names():
 def test_the_threshold_by_hand():
     """a: −1 and 1, b: 9 and 11. Left out, each is 2 away from the other; to the other class's centre 9 or 11."""
     support = Support.of(torch.tensor([[-1.0], [1.0], [9.0], [11.0]]), ["a", "a", "b", "b"])
-    assert support.threshold() == pytest.approx((2 + math.sqrt((81 + 121) / 2)) / 2)
+    assert support.threshold() == pytest.approx(math.sqrt(2 * math.sqrt((81 + 121) / 2)))
 
 
 @pytest.mark.parametrize("shots", [(2, 2), (5, 5, 5), (1, 4), (3, 1, 7, 2), (1, 1, 1, 2)])
@@ -65,6 +65,10 @@ def test_no_threshold_at_one_shot():
     support = Support.of(features, labels)
     assert support.threshold() is None
     assert [found.rejected for found in support.classify(features)] == [None, None, None]
+
+
+def test_no_threshold_of_the_same_image_twice():
+    assert Support.of(torch.tensor([[1.0], [1.0], [5.0]]), ["a", "a", "b"]).threshold() is None
 
 
 def test_the_threshold_tells_known_classes_from_unknown():
