@@ -72,7 +72,7 @@ def serve_until_stopped(config: ServingConfig) -> Iterator[str]:
     Raises: as `served`.
     """
     stopped = threading.Event()
-    with _signals(stopped), served(config) as url:
+    with served(config) as url, _signals(stopped):  # after Ray has set its own
         yield url
         stopped.wait()
 
