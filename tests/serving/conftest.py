@@ -1,7 +1,6 @@
 """The application over a stand-in for the backbone, as a client of it."""
 
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,22 +23,18 @@ async def stand_in(pixels: Tensor) -> Tensor:
 
 @pytest.fixture
 def service(tmp_path: Path) -> Service:
-    return Service(
-        embed=stand_in, image_px=16, store=TaskStore(root=str(tmp_path / "tasks"), model="m"), limits=LIMITS
-    )
+    return Service(embed=stand_in, image_px=16, store=TaskStore(root=str(tmp_path / "tasks"), model="m"), limits=LIMITS)
 
 
 @pytest.fixture
-def connect() -> Iterator[Callable[..., TestClient]]:
+def connect() -> Callable[..., TestClient]:
     """`connect(service)`: a client on this machine; what fails is answered, not raised."""
 
     def open_client(service: Service, **headers: str) -> TestClient:
-        with warnings.catch_warnings():
-            return TestClient(
-                make_app(service), base_url="http://127.0.0.1:8000", headers=headers, raise_server_exceptions=False
-            )
+        app = make_app(service)
+        return TestClient(app, base_url="http://127.0.0.1:8000", headers=headers, raise_server_exceptions=False)
 
-    yield open_client
+    return open_client
 
 
 @pytest.fixture

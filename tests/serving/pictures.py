@@ -41,9 +41,7 @@ def chunk(kind: bytes, content: bytes) -> bytes:
 def png_of(width: int, height: int, *, rows: bytes = b"\x00") -> bytes:
     """A PNG whose header announces that size, whatever it holds."""
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-    )
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
 def jpeg_of(width: int, height: int) -> bytes:

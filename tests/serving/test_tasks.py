@@ -34,7 +34,9 @@ def naive_threshold(features: Tensor, labels: list[str]) -> float:
         for i in members if len(members) > 1 else []:
             others = exact[[j for j in members if j != i]].mean(dim=0)
             inside.append(float((exact[i] - others).square().sum()))
-        nearest = min((other for other in range(len(names)) if other != way), key=lambda k: float((means[k] - means[way]).norm()))
+        nearest = min(
+            (other for other in range(len(names)) if other != way), key=lambda k: float((means[k] - means[way]).norm())
+        )
         outside.append(sum(float((exact[i] - means[nearest]).square().sum()) for i in members) / len(members))
     return math.sqrt(math.sqrt(sum(inside) / len(inside)) * math.sqrt(sum(outside) / len(outside)))
 
