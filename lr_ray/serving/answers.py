@@ -90,9 +90,9 @@ class QueryAnswer(Candidate):
     @classmethod
     def of(cls, file: str, prediction: Prediction, *, top: int) -> "QueryAnswer":
         """With the `top` classes."""
-        columns = zip(prediction.ranked, prediction.probabilities, prediction.distances, strict=True)
+        columns = zip(prediction.ranked[:top], prediction.probabilities, prediction.distances, strict=False)
         ranked = [Candidate(class_name=name, probability=chance, distance=away) for name, chance, away in columns]
-        return cls(file=file, none_of_these=prediction.rejected, ranked=ranked[:top], **ranked[0].model_dump())
+        return cls(file=file, none_of_these=prediction.rejected, ranked=ranked, **ranked[0].model_dump())
 
 
 class ClassifyAnswer(BaseModel):

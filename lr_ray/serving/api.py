@@ -304,8 +304,7 @@ async def classify(
     """Classify images by a task."""
     task = await asyncio.to_thread(service.store.read, caller.owner, task_id, caller.bounds)
     uploads, pixels = await _uploads(request, service, caller, read_queries)
-    predictions = task.support.classify(await service.embed(pixels), temperature=temperature)
-    return ClassifyAnswer.of([upload.name for upload in uploads.query], predictions, task.support.threshold(), top=top)
+    return await _answer(task.support, uploads, await service.embed(pixels), temperature, top)
 
 
 @_v1.post("/classify", openapi_extra=_takes(EpisodeBody, "Labelled images, and queries in parts or a folder called `query`."))
@@ -319,8 +318,18 @@ async def classify_once(
         raise RequestError("no images to classify; give at least one, in a part or folder called query", 422)
     features = await service.embed(pixels)
     support = Support.of(features[: len(uploads.labels)], uploads.labels)
-    predictions = support.classify(features[len(uploads.labels) :], temperature=temperature)
-    return ClassifyAnswer.of([upload.name for upload in uploads.query], predictions, support.threshold(), top=top)
+    return await _answer(support, uploads, features[len(uploads.labels) :], temperature, top)
+
+
+async def _answer(support: Support, uploads: Uploads, queries: Tensor, temperature: float, top: int) -> ClassifyAnswer:
+    """For the (M, D) features of the queries; worked out in a thread, since there may be 500 queries and 1,000 classes."""
+    files = [upload.name for upload in uploads.query]
+
+    def work() -> ClassifyAnswer:
+        predictions = support.classify(queries, temperature=temperature)
+        return ClassifyAnswer.of(files, predictions, support.threshold(), top=top)
+
+    return await asyncio.to_thread(work)
 
 
 @_v1.post("/embeddings", openapi_extra=_takes(QueryBody, "Images of any names.", one_image=True))

@@ -11,6 +11,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -67,6 +68,8 @@ class Guard:
             return
         try:
             await self.app(scope, receive, send_with_id)
+        except ClientDisconnect:
+            return  # nobody is there to be told
         except Exception:
             logger.exception("request %s failed", request_id)
             if started:

@@ -1,6 +1,8 @@
 """`lr-ray classify` and `lr-ray serve key`, as a person calls them."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from typer.testing import CliRunner, Result
 import lr_ray
 from lr_ray.errors import DataError
 from lr_ray.serving.keys import find_key, read_keys
+
+ROOT = Path(__file__).parents[2]
 
 
 def run(*arguments: object) -> Result:
@@ -118,3 +122,13 @@ def test_a_key_is_shown_once(tmp_path: Path):
     assert [row["tasks"] for row in answer("serve", "key", "ls", "--keys", keys)] == [3, 100]
     assert run("serve", "key", "rm", "ann", "--keys", keys).stdout == "removed ann\n"
     assert find_key(read_keys(keys), secret) is None
+
+
+@pytest.mark.parametrize("package", ["fastapi", "python_multipart"])
+def test_without_the_packages_of_serving_there_is_a_line(package: str):
+    arguments = f"import sys; sys.modules[{package!r}] = None; sys.argv = ['lr-ray', 'serve', '.']"
+    code = f"{arguments}; from lr_ray.cli.main import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 1
+    assert done.stderr.startswith("lr-ray: serving needs a package that is not installed")
+    assert done.stderr.count("\n") == 1
