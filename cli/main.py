@@ -5,6 +5,7 @@ import sys
 import typer
 from lr_ray.cli.ablate import ablate
 from lr_ray.cli.bench import bench
+from lr_ray.cli.classify import classify
 from lr_ray.cli.cluster import cluster
 from lr_ray.cli.demo import demo
 from lr_ray.cli.evaluate import evaluate
@@ -16,6 +17,7 @@ from lr_ray.cli.plan import plan
 from lr_ray.cli.push import push
 from lr_ray.cli.report import report
 from lr_ray.cli.run import run
+from lr_ray.cli.serve import serve
 from lr_ray.cli.train import train
 from lr_ray.cli.tune import tune
 
@@ -33,12 +35,14 @@ app.command()(tune)
 app.command()(invert)
 app.command()(train)
 app.command(name="eval")(evaluate)
+app.command()(classify)
 app.command()(export)
 app.command()(push)
 app.command()(report)
 app.command()(ablate)
 app.command()(plan)
 app.command()(fetch)
+app.add_typer(serve)
 app.add_typer(library)
 app.add_typer(bench)
 app.add_typer(cluster)

@@ -11,7 +11,8 @@
     ├── InversionError   an inversion that failed
     ├── EpisodeError     an episode that cannot be drawn from the images at hand
     ├── ClusterError     Ray and its clusters: starting, joining, reaching, losing workers
-    └── ExportError      a model that cannot be exported or pushed, or whose export gives other features
+    ├── ExportError      a model that cannot be exported or pushed, or whose export gives other features
+    └── RequestError     a request to the service that is refused
 
 A message is one line: what failed, the value received, what is allowed, the remedy. The command line prints it and
 exits with 1; every other exception is a fault of ours and keeps its traceback.
@@ -59,3 +60,20 @@ class ClusterError(LrRayError):
 
 class ExportError(LrRayError):
     """A model that cannot be exported or pushed, or whose export gives other features."""
+
+
+class RequestError(LrRayError):
+    """A request to the service is refused; whoever sent it is told the message, so that it names no path and no secret.
+
+    Attributes:
+        status: the HTTP status that says so, 4xx, or 5xx where the service itself is at a loss.
+        retry_after_s: when to come again, or None.
+    """
+
+    def __init__(self, message: str, status: int = 400, retry_after_s: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.retry_after_s = retry_after_s
+
+    def __reduce__(self) -> tuple[type["RequestError"], tuple[str, int, int | None]]:
+        return type(self), (str(self), self.status, self.retry_after_s)

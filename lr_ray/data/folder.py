@@ -9,7 +9,7 @@ from PIL import Image
 from lr_ray.data.images import LabelledImages
 from lr_ray.errors import DataError
 
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
 def load_folder(folder: Path) -> LabelledImages:
@@ -19,7 +19,7 @@ def load_folder(folder: Path) -> LabelledImages:
         DataError: no sub-folder with images.
     """
     classes = {
-        child.name: sorted(file for file in child.iterdir() if file.suffix.lower() in _SUFFIXES)
+        child.name: sorted(file for file in child.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
         for child in sorted(folder.iterdir())
         if child.is_dir()
     }

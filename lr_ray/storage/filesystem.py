@@ -55,6 +55,8 @@ _FAILURES = (
     ResponseParserError,
     pa.ArrowException,
 )
+_TAKEN = ("PreconditionFailed", "ConditionalRequestConflict")
+"""S3's codes for a name that may be written only while it is free, and is not."""
 _CREDENTIALS = "set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
 _REMEDIES: dict[type[Exception] | tuple[type[Exception], ...], str] = {
     PermissionError: f"check the rights on it and, for S3, the credentials ({_CREDENTIALS})",
@@ -130,6 +132,43 @@ def _write_local(path: str, content: bytes) -> None:
         os.replace(temporary, path)
     finally:
         Path(temporary).unlink(missing_ok=True)
+
+
+def create_bytes(uri: str, content: bytes) -> bool:
+    """Commit the content under the name at once if the name is free; of several writers, here or elsewhere, one succeeds.
+
+    Returns:
+        Whether the name holds that content now: False if it holds another's. A write that was answered by a torn response
+        is asked for again and finds its own content, so that no two writers should write the same.
+
+    Raises:
+        StorageError: not writable, or no space left.
+    """
+
+    def create(store: AbstractFileSystem, path: str) -> bool:
+        try:
+            store.pipe_file(path, content, mode="create")
+        except OSError as error:
+            if not (isinstance(error, FileExistsError) or _code_of(error) in _TAKEN):
+                raise
+            with _absent_is_fine():
+                return bool(store.cat_file(path) == content)
+            return False
+        return True
+
+    return _run("write", uri, create, lambda path: _create_local(path, content))
+
+
+def _create_local(path: str, content: bytes) -> bool:
+    temporary = f"{path}.{uuid.uuid4().hex}.tmp"
+    try:
+        _write_local(temporary, content)
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+    return True
 
 
 def delete(uri: str) -> None:
@@ -292,8 +331,13 @@ def _explain(error: Exception, uri: str) -> str:
 
 
 def _no_bucket(error: Exception) -> bool:
+    return _code_of(error) == "NoSuchBucket"
+
+
+def _code_of(error: Exception) -> str:
+    """As S3 calls what went wrong; empty where it was not S3 that answered."""
     response: dict[str, Any] = getattr(error.__cause__, "response", {})
-    return bool(response.get("Error", {}).get("Code") == "NoSuchBucket")
+    return str(response.get("Error", {}).get("Code", ""))
 
 
 @contextmanager

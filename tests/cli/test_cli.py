@@ -33,12 +33,14 @@ OPTIONS = {
         "--config", "-c", "--set", "--data", "--classes", "--adapters", "--output", "-o", "--method",
         "--cluster", "--up", "--json",
     },
+    "classify": {"META_LORA", "--support", "--query", "--reject", "--temperature", "--json"},
     "export": {"META_LORA", "--format", "--to", "--json"},
     "push": {"META_LORA", "REPO_ID", "--format", "--private", "--dry-run", "--json"},
     "report": {"--config", "-c", "--set", "--synthetic", "--output", "-o", "--watch", "--json"},
     "ablate": {"GRID", "--cell", "--output", "-o", "--json"},
     "plan": {"--config", "-c", "--num-adapters", "--num-classes", "--set", "--json"},
     "fetch": set(),
+    "serve": set(),
     "library": set(),
     "bench": set(),
     "cluster": set(),
@@ -93,6 +95,19 @@ def test_the_options_of_a_command(command: str):
     assert [name for param in params for name in param.secondary_opts] == []
 
 
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        ("start", {"META_LORA", "--host", "--port", "--tasks", "--keys", "--replicas"}),
+        ("key", set()),
+    ],
+)
+def test_the_options_of_serve(command: str, options: set[str]):
+    params = command_of("serve").commands[command].params
+    assert {name for p in params for name in ([p.name.upper()] if is_argument(p) else p.opts)} == options
+    assert all(p.help for p in params)
+
+
 def is_argument(param: Any) -> bool:
     return param.param_type_name == "argument"
 
@@ -124,6 +139,12 @@ def test_help_needs_neither_torch_nor_ray():
         (["tune", "-c", "missing.yaml"], "config missing.yaml: "),
         (["run", "missing.yaml"], "config missing.yaml: "),
         (["export", "missing", "--format", "onnx", "--to", "m.onnx"], "missing is no adapter: it has no adapter_config.json"),
+        (["classify", "missing", "--support", ".", "--query", "."], "missing is no adapter: it has no adapter_config.json"),
+        (["serve", "missing"], "missing is no adapter: it has no adapter_config.json"),
+        (["serve", "start", "missing", "--host", "0.0.0.0"], "--host 0.0.0.0 is reached from other machines; add --keys FILE"),
+        (["serve", "missing", "--keys", "/missing.json"], "keys /missing.json: "),
+        (["serve", "key", "ls", "--keys", "missing.json"], "keys missing.json: "),
+        (["serve", "key", "add", "A/B", "--keys", "missing.json"], "key name 'A/B': give 1 to 63 of a-z"),
         (["push", "missing", "me/x"], "missing is no adapter: it has no adapter_config.json"),
         (["push", "missing", "x"], "'x' is no repository of the hub"),
         (["run", DEMO, "--set", "seed=[\n"], "the value is not YAML"),

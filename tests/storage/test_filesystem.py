@@ -2,6 +2,7 @@ import builtins
 import errno
 import io
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from lr_ray.errors import StorageError
 from lr_ray.storage.filesystem import (
+    create_bytes,
     delete,
     exists,
     file_size,
@@ -248,3 +250,12 @@ def test_items_are_read_in_order_and_the_first_error_is_raised(tmp_path: Path):
     delete(uris[7])
     with pytest.raises(StorageError, match=f"cannot read {uris[7]}: No such file"):
         read_many(read_bytes, uris)
+
+
+def test_of_many_writers_of_a_free_name_one_succeeds(tmp_path: Path):
+    uri = str(tmp_path / "a" / "b.bin")
+    with ThreadPoolExecutor(8) as pool:
+        won = list(pool.map(lambda i: create_bytes(uri, bytes([i])), range(32)))
+    assert won.count(True) == 1
+    assert read_bytes(uri) == bytes([won.index(True)])
+    assert [file.name for file in (tmp_path / "a").iterdir()] == ["b.bin"]

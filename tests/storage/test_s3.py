@@ -3,6 +3,7 @@
 import socket
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from itertools import repeat
 from typing import Any
@@ -16,6 +17,7 @@ from lr_ray.errors import StorageError
 from lr_ray.storage import filesystem
 from lr_ray.storage.filesystem import (
     arrow_filesystem,
+    create_bytes,
     delete,
     exists,
     list_files,
@@ -236,3 +238,21 @@ def test_a_uri_that_is_not_right(root: str, message: str, action: str) -> None:
     calls = {"read": read_bytes, "write": lambda uri: write_bytes(uri, b""), "look up": exists, "delete": delete}
     with pytest.raises(StorageError, match=message):
         calls[action](uri)
+
+
+def test_of_many_writers_of_a_free_name_one_succeeds(bucket: str):
+    uri = f"{bucket}/a/b.bin"
+    with ThreadPoolExecutor(4) as pool:
+        won = list(pool.map(lambda i: create_bytes(uri, bytes([i])), range(8)))
+    assert won.count(True) == 1
+    assert read_bytes(uri) == bytes([won.index(True)])
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_name_is_created_over_a_network_that_fails(s3: FaultyProxy, bucket: str, fault: Fault):
+    """Also where the answer to the first attempt is lost: the second finds its own content."""
+    s3.set_faults([fault])
+    assert create_bytes(f"{bucket}/a.bin", CONTENT)
+    s3.set_faults(())
+    assert not create_bytes(f"{bucket}/a.bin", CONTENT[1:])
+    assert read_bytes(f"{bucket}/a.bin") == CONTENT

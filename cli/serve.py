@@ -1,0 +1,112 @@
+"""`lr-ray serve`."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from lr_ray.cli.options import Json, print_json
+from typer.core import TyperGroup
+
+_START = "start"
+
+
+class _StartIsMeant(TyperGroup):
+    """`lr-ray serve META_LORA` is `lr-ray serve start META_LORA`; a folder called `key` is `./key`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """With the command that is meant."""
+        if args and args[0] not in self.commands and args[0] != "--help":
+            args = [_START, *args]
+        return super().parse_args(ctx, args)
+
+
+serve = typer.Typer(
+    name="serve", cls=_StartIsMeant, help="Few-shot classification as an HTTP service: serve META_LORA.", no_args_is_help=True
+)
+key = typer.Typer(name="key", help="API keys of the service.", no_args_is_help=True)
+serve.add_typer(key)
+
+Keys = Annotated[Path, typer.Option("--keys", help="File of the keys' hashes.")]
+Name = Annotated[str, typer.Argument(help="Whose key it is: a-z, 0-9, _ and -.", show_default=False)]
+_KEYS = Path("keys.json")
+
+
+@serve.command(name=_START)
+def start(
+    meta_lora: Annotated[
+        str, typer.Argument(help="Folder or URI of a meta-LoRA that `lr-ray train` wrote.", show_default=False)
+    ],
+    host: Annotated[
+        str, typer.Option("--host", help="Address to listen on; another than this machine's needs --keys.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Port of it.")] = 8000,
+    tasks: Annotated[str, typer.Option("--tasks", help="Folder or URI where tasks are kept.")] = "runs/serving/tasks",
+    keys: Annotated[
+        Path | None, typer.Option("--keys", help="File of API keys that `lr-ray serve key add` made.", show_default=False)
+    ] = None,
+    replicas: Annotated[int, typer.Option("--replicas", min=1, help="Processes that hold the backbone.")] = 1,
+) -> None:
+    """Serve until Ctrl-C: few-shot classification with the meta-LoRA, over HTTP, on Ray Serve."""
+    from lr_ray.errors import ConfigError
+
+    try:
+        from lr_ray.runtime.serving import ServingConfig, absolute, serve_until_stopped
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"serving needs a package that is not installed ({error}); `pip install 'lr-ray[serve]'`") from error
+    config = ServingConfig(
+        meta_lora=absolute(meta_lora),
+        tasks=absolute(tasks),
+        keys=None if keys is None else keys.absolute(),
+        host=host,
+        port=port,
+        replicas=replicas,
+    )
+    for url in serve_until_stopped(config):
+        print(f"{url}/v1, described in {url}/openapi.json; Ctrl-C ends it", flush=True)
+
+
+@key.command()
+def add(
+    name: Name,
+    keys: Keys = _KEYS,
+    requests_per_minute: Annotated[
+        int | None, typer.Option("--requests-per-minute", min=1, help="Default 600.", show_default=False)
+    ] = None,
+    bytes_per_minute: Annotated[
+        int | None, typer.Option("--bytes-per-minute", min=1, help="Of request bodies; default 256 MiB.", show_default=False)
+    ] = None,
+    tasks: Annotated[
+        int | None, typer.Option("--max-tasks", min=0, help="Kept at once; default 100.", show_default=False)
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Make a key and show it, once; the file keeps its hash."""
+    from lr_ray.serving.keys import add_key
+
+    limits = {"requests_per_minute": requests_per_minute, "bytes_per_minute": bytes_per_minute, "tasks": tasks}
+    secret = add_key(keys, name, **{limit: value for limit, value in limits.items() if value is not None})
+    if json:
+        print_json({"name": name, "key": secret})
+    else:
+        print(secret)
+
+
+@key.command(name="ls")
+def list_(keys: Keys = _KEYS, json: Json = False) -> None:
+    """The keys' names and limits."""
+    from lr_ray.serving.keys import read_keys
+
+    rows = [found.model_dump(exclude={"sha256"}) for found in read_keys(keys)]
+    if json:
+        print_json(rows)
+    for row in [] if json else rows:
+        print(", ".join(f"{name} {value}" for name, value in row.items()))
+
+
+@key.command()
+def rm(name: Name, keys: Keys = _KEYS) -> None:
+    """Remove a key; a service that runs refuses it at once. Its tasks stay, for the next key of that name."""
+    from lr_ray.serving.keys import remove_key
+
+    remove_key(keys, name)
+    print(f"removed {name}")

@@ -1,0 +1,156 @@
+"""Images that strangers upload: decoded in memory, what they are told by their content, sizes checked before pixels."""
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lr_ray.data.images import fit_square
+from lr_ray.errors import RequestError
+
+MIB = 2**20
+_MAX_ASPECT = 64
+"""Longest side by shortest: the short side is enlarged to the model's, and the long one with it."""
+_MAX_CHUNKS = 20_000
+"""Of a PNG, of some kB each as encoders write them."""
+_UNLIKE = "give PNG, JPEG or WebP; a name or content type does not count"
+
+Found = TypeVar("Found")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """What one request may bring.
+
+    Attributes:
+        body_bytes: of the whole body, as it comes and, of a zip, unpacked.
+        image_bytes: of one encoded image.
+        image_pixels: of one image.
+        pixels: of all images together.
+        images: their count.
+        classes: of a task.
+        name_length: of a class name, in characters.
+    """
+
+    body_bytes: int = 32 * MIB
+    image_bytes: int = 10 * MIB
+    image_pixels: int = 25_000_000
+    pixels: int = 400_000_000
+    images: int = 500
+    classes: int = 1000
+    name_length: int = 200
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Upload:
+    """An image as it came.
+
+    Attributes:
+        name: of the file, for messages; never opened.
+        content: encoded.
+    """
+
+    name: str
+    content: bytes
+
+
+def decode_uploads(uploads: Sequence[Upload], image_px: int, limits: Limits) -> Tensor:
+    """(N, 3, image_px, image_px) uint8, the same pixels that `lr_ray.load(…)` makes of the files.
+
+    Count, bytes, formats and the pixels that the headers announce are checked of all images before one is decoded.
+
+    Raises:
+        RequestError: 413 too many images, bytes or pixels; 415 neither PNG, JPEG nor WebP, or animated; 422 no images,
+            or one that is damaged, truncated, empty or too elongated.
+    """
+    if not uploads:
+        raise RequestError("no images; give at least one", 422)
+    if len(uploads) > limits.images:
+        raise RequestError(f"{len(uploads)} images; a request may bring {limits.images}", 413)
+    opened = [_open(upload, limits) for upload in uploads]
+    if (pixels := sum(image.width * image.height for image in opened)) > limits.pixels:
+        raise RequestError(f"{pixels} pixels in all; a request may bring {limits.pixels}", 413)
+    return torch.stack([_pixels(upload, image, image_px) for upload, image in zip(uploads, opened, strict=True)])
+
+
+def shown(name: str) -> str:
+    """A stranger's name, as a message quotes it: printable, and not long."""
+    return repr(name if len(name) <= 60 else name[:59] + "…")
+
+
+def _open(upload: Upload, limits: Limits) -> Image.Image:
+    """The image with nothing but its header read."""
+    what, content = f"image {shown(upload.name)}", upload.content
+    if len(content) > limits.image_bytes:
+        raise RequestError(f"{what} has {len(content)} bytes; at most {limits.image_bytes} are allowed", 413)
+    kind = _format_of(content)
+    if kind is None:
+        raise RequestError(f"{what} is no PNG, JPEG or WebP; {_UNLIKE}", 415)
+    _check_whole(what, kind, content)
+    try:
+        image = Image.open(io.BytesIO(content), formats=[kind])
+        animated = kind != "JPEG" and getattr(image, "n_frames", 1) > 1  # photographs of two views (MPO) show their first
+    except Image.DecompressionBombError as error:
+        raise RequestError(f"{what} announces too many pixels; at most {limits.image_pixels} are allowed", 413) from error
+    except Exception as error:
+        raise _damaged(what, error) from error
+    if image.width * image.height > limits.image_pixels:
+        size = f"{image.width}×{image.height}"
+        raise RequestError(f"{what} announces {size} pixels; at most {limits.image_pixels} are allowed", 413)
+    if animated:
+        raise RequestError(f"{what} is animated; give a still image", 415)
+    if max(image.size) > _MAX_ASPECT * min(image.size):
+        size = f"{image.width}×{image.height}"
+        raise RequestError(f"{what} has {size} pixels; a side may be {_MAX_ASPECT} times the other", 422)
+    return image
+
+
+def _format_of(content: bytes) -> str | None:
+    """As Pillow calls it, by the first bytes."""
+    if content.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "PNG"
+    if content.startswith(b"\xff\xd8\xff"):
+        return "JPEG"
+    return "WEBP" if content[:4] == b"RIFF" and content[8:12] == b"WEBP" else None
+
+
+def _check_whole(what: str, kind: str, content: bytes) -> None:
+    """Raise where the end is missing, which decoders overlook if all pixels are there."""
+    if kind == "PNG":
+        whole = _ends_in_chunks(content)
+    elif kind == "JPEG":
+        whole = content.rfind(b"\xff\xd9") > content.rfind(b"\xff\xda")
+    else:
+        whole = int.from_bytes(content[4:8], "little") <= len(content) - 8
+    if not whole:
+        raise RequestError(f"{what} is truncated; send the whole {kind} file", 422)
+
+
+def _ends_in_chunks(png: bytes) -> bool:
+    """Whether its chunks follow each other to the last."""
+    place = 8
+    for _ in range(_MAX_CHUNKS):
+        end = place + 12 + int.from_bytes(png[place : place + 4], "big")
+        if end > len(png):
+            return False
+        if png[place + 4 : place + 8] == b"IEND":
+            return True
+        place = end
+    return False
+
+
+def _pixels(upload: Upload, image: Image.Image, image_px: int) -> Tensor:
+    try:
+        return torch.from_numpy(np.array(fit_square(image.convert("RGB"), image_px))).permute(2, 0, 1)
+    except Exception as error:
+        raise _damaged(f"image {shown(upload.name)}", error) from error
+
+
+def _damaged(what: str, error: Exception) -> RequestError:
+    """Whatever Pillow raises on bytes made to break it (of a dozen kinds) means that they are no image."""
+    return RequestError(f"{what} does not decode ({type(error).__name__}); send it whole and undamaged", 422)
