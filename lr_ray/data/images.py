@@ -109,6 +109,11 @@ def read_pixels(
                     f"image {describe(index)} has {image.width}×{image.height} pixels; at most {MAX_PIXELS} are allowed, "
                     "and at least one: replace or remove it"
                 )
+            if max(image.size) / min(image.size) * image_px**2 > MAX_PIXELS:
+                raise DataError(
+                    f"image {describe(index)} is a strip of {image.width}×{image.height} pixels, too large once its short side "
+                    f"has {image_px}: replace or remove it"
+                )
             return torch.from_numpy(np.array(fit_square(image.convert("RGB"), image_px))).permute(2, 0, 1)
         except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError) as error:
             raise DataError(

@@ -9,7 +9,7 @@ from torch import Tensor
 from lr_ray.errors import AdapterError, StorageError
 from lr_ray.library.checks import Check, check, duplicate_of, failure_of, sketch_of
 from lr_ray.library.formats import base_model_of, convert
-from lr_ray.library.groups import claim_group, facts_of, read_group, read_sketches
+from lr_ray.library.groups import claim_group, facts_of, group_of, read_group, read_sketches
 from lr_ray.library.index import Entry, list_entries
 from lr_ray.library.sources import RawAdapter, read_sources
 from lr_ray.storage.adapters import read_adapter, with_digest, write_adapter
@@ -52,7 +52,7 @@ def add_sources(
         StorageError: the library is not readable or writable.
     """
     backbone = load_backbone(config)
-    added = Added(root=claim_group(library, backbone, config))
+    added = Added(root=join(library, group_of(backbone)))
     group = added.root.rsplit("/", 1)[-1]
     known = {entry.tensors_digest: entry.adapter_id for entry in list_entries(library) if entry.group == group}
     sketches = read_sketches(library, group)
@@ -62,6 +62,7 @@ def add_sources(
                 if isinstance(raw, AdapterError):
                     raise raw
                 _take(raw, backbone, added, known, sketches, say)
+                claim_group(added.root, backbone, config)
             except AdapterError as error:
                 added.refused.append(str(error))
     return added

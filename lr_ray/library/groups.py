@@ -28,13 +28,11 @@ def group_of(backbone: Backbone) -> str:
     return f"{slug}-{backbone.image_px}px-{backbone.digest[:6]}"
 
 
-def claim_group(library: str, backbone: Backbone, config: BackboneConfig) -> str:
-    """The root of the backbone's group, with its config in it, from which `read_group` gives the backbone again."""
-    root = join(library, group_of(backbone))
+def claim_group(root: str, backbone: Backbone, config: BackboneConfig) -> None:
+    """Put the backbone's config beside the adapters below `root`, from which `read_group` gives the backbone again."""
     content = json.dumps({"backbone": config.model_dump(mode="json"), "digest": backbone.digest}, indent=2).encode()
     if read_if_there(uri := join(root, GROUP_NAME)) != content:
         write_bytes(uri, content)
-    return root
 
 
 def read_group(library: str, group: str) -> BackboneConfig:

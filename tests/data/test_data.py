@@ -416,3 +416,11 @@ def test_an_image_too_large_to_be_one(tmp_path: Path):
     small[29:33] = zlib.crc32(header).to_bytes(4, "big")
     with pytest.raises(DataError, match="has 10000×5001 pixels; at most 50000000"):
         load(write_folder(tmp_path, {"a/bomb.png": bytes(small)})).pixels([0], 8)
+
+
+def test_a_strip_that_would_grow_beyond_measure(tmp_path: Path):
+    """Its short side is enlarged to the image size, and its long side with it."""
+    strip = io.BytesIO()
+    Image.new("RGB", (60_000, 1)).save(strip, "PNG")
+    with pytest.raises(DataError, match="is a strip of 60000×1 pixels, too large once its short side has 224"):
+        load(write_folder(tmp_path, {"a/strip.png": strip.getvalue()})).pixels([0], 224)
