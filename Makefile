@@ -27,6 +27,7 @@ bench: $(VENV)/.ready
 	$(BIN)/lr-ray bench inversion
 	$(BIN)/python -m bench.driver_memory
 	$(BIN)/python -m bench.storage
+	$(BIN)/python -m bench.library
 	$(BIN)/lr-ray bench training
 	$(BIN)/lr-ray bench eval
 
