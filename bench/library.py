@@ -18,6 +18,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from bench.inversion import random_adapter
 from bench.speed import write_result
 from lr_ray.library.add import add_sources
 from lr_ray.library.index import list_entries
@@ -25,24 +26,16 @@ from lr_ray.library.market import save_as_stranger
 from lr_ray.storage.adapters import list_adapters
 from lr_ray.storage.manifest import CONFIG_NAME, MANIFEST_NAME
 from lr_ray.vit.backbone import BackboneConfig, load_backbone
-from lr_ray.vit.lora import Adapter, AdapterSpec, LoRAConfig, attach_lora, extract_lora
 
 NUM_ADAPTERS = 10_000
 
 
 def make_library(folder: str) -> str:
     """A library with one adapter that was added, and the others copied from it."""
-    import torch
-
     config = BackboneConfig(name="vit_tiny_patch16_224", image_px=32, pretrained=False)
-    backbone, generator = load_backbone(config), torch.Generator().manual_seed(0)
-    for lora in attach_lora(backbone.model, LoRAConfig(), generator=generator):
-        torch.nn.init.normal_(lora.lora_b, generator=generator)
-    spec = AdapterSpec(adapter_id="birds", digest="", backbone=config.name, backbone_digest="", class_names=("a", "b"))
-    head = torch.randn(2, backbone.num_features, generator=generator)
-    adapter = Adapter(spec=spec, modules=extract_lora(backbone.model), head_weight=head, head_bias=torch.zeros(2))
+    backbone = load_backbone(config)
     library = f"{folder}/library"
-    source = save_as_stranger(folder, "birds", adapter, load_backbone(config), format_="timm")
+    source = save_as_stranger(folder, "birds", random_adapter(backbone), backbone, format_="timm")
     (first,) = list_adapters(add_sources(library, [source], config).root)
     for index in range(NUM_ADAPTERS - 1):
         copy = Path(f"{first}-{index:05d}")

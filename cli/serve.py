@@ -47,15 +47,16 @@ def start(
     replicas: Annotated[int, typer.Option("--replicas", min=1, help="Processes that hold the backbone.")] = 1,
 ) -> None:
     """Serve until Ctrl-C: few-shot classification with the meta-LoRA, over HTTP, on Ray Serve."""
+    from lr_ray.config import absolute_path
     from lr_ray.errors import ConfigError
 
     try:
-        from lr_ray.runtime.serving import ServingConfig, absolute, serve_until_stopped
+        from lr_ray.runtime.serving import ServingConfig, serve_until_stopped
     except ModuleNotFoundError as error:
         raise ConfigError(f"serving needs a package that is not installed ({error}); `pip install 'lr-ray[serve]'`") from error
     config = ServingConfig(
-        meta_lora=absolute(meta_lora),
-        tasks=absolute(tasks),
+        meta_lora=absolute_path(meta_lora),
+        tasks=absolute_path(tasks),
         keys=None if keys is None else keys.absolute(),
         host=host,
         port=port,

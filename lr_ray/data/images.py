@@ -114,7 +114,7 @@ def read_pixels(
                     f"image {describe(index)} is a strip of {image.width}×{image.height} pixels, too large once its short side "
                     f"has {image_px}: replace or remove it"
                 )
-            return torch.from_numpy(np.array(fit_square(image.convert("RGB"), image_px))).permute(2, 0, 1)
+            return square_pixels(image, image_px)
         except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError) as error:
             raise DataError(
                 f"image {describe(index)} does not decode ({type(error).__name__}: {error}); replace or remove it"
@@ -122,6 +122,11 @@ def read_pixels(
 
     with ThreadPoolExecutor(max_workers=2) as pool:
         return torch.stack(list(pool.map(load, indices)))
+
+
+def square_pixels(image: Image.Image, image_px: int) -> Tensor:
+    """(3, image_px, image_px) uint8: RGB, short side resized (bicubic), centre cropped."""
+    return torch.from_numpy(np.array(fit_square(image.convert("RGB"), image_px))).permute(2, 0, 1)
 
 
 def fit_square(image: Image.Image, side_px: int) -> Image.Image:

@@ -62,7 +62,8 @@ def add_sources(
                 if isinstance(raw, AdapterError):
                     raise raw
                 _take(raw, backbone, added, known, sketches, say)
-                claim_group(added.root, backbone, config)
+                if len(added.taken) + len(added.present) == 1:
+                    claim_group(added.root, backbone, config)
             except AdapterError as error:
                 added.refused.append(str(error))
     return added

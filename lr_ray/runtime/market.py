@@ -7,11 +7,9 @@ from lr_ray.config import ExperimentConfig
 from lr_ray.errors import ConfigError
 from lr_ray.library.market import DAMAGES, FORMATS, save_as_stranger
 from lr_ray.report.progress import Reporter
-from lr_ray.runtime.session import work_through
-from lr_ray.runtime.tuning import TuningTask, plan_tuning, tune_one
+from lr_ray.runtime.tuning import TuningTask, plan_tuning, tune_missing
 from lr_ray.storage.adapters import read_adapter
-from lr_ray.storage.filesystem import join, list_uris
-from lr_ray.storage.manifest import CONFIG_NAME
+from lr_ray.storage.filesystem import join
 from lr_ray.vit.backbone import load_backbone
 
 RANKS = (2, 4, 8, 16)
@@ -35,14 +33,7 @@ def make_market(to: str, config: ExperimentConfig, reporter: Reporter, *, num_da
         raise ConfigError(f"--num-damaged {num_damaged}: there are {config.tuning.num_adapters} adapters (tuning.num_adapters)")
     originals = config.model_copy(update={"adapters": join(config.output_root, "market")})
     tasks = [_of_rank(task, rank) for task, rank in zip(plan_tuning(originals), cycle(RANKS), strict=False)]
-    done = list_uris(originals.adapters_root, suffix=CONFIG_NAME)
-    todo = [task for task in tasks if join(task.folder, CONFIG_NAME) not in done]
-    reporter.say(f"tune: {len(tasks)} adapters into {originals.adapters_root}, {len(tasks) - len(todo)} there already")
-
-    def take(task: TuningTask, accuracy: float) -> str:
-        return f"{task.folder.rsplit('/', 1)[-1]} {100 * accuracy:.0f} % on images it did not see"
-
-    work_through("tune", tune_one, todo, config.ray, reporter, take)
+    tune_missing(tasks, originals, reporter)
     backbone, damages = load_backbone(config.backbone), cycle(DAMAGES)
     written = []
     for index, (task, format_) in enumerate(zip(tasks, cycle(FORMATS), strict=False)):

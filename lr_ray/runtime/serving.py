@@ -6,7 +6,6 @@ request by itself, in the application.
 
 import asyncio
 import logging
-import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -234,8 +233,3 @@ def _signals(stopped: threading.Event) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def absolute(where: str) -> str:
-    """A local path as replicas, which have a working folder of their own, find it; a URI as it is."""
-    return where if "://" in where else os.path.abspath(where)

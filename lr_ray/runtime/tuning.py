@@ -1,5 +1,6 @@
 """`lr-ray tune`: a library of adapters of random tasks, in parallel Ray tasks."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +43,12 @@ def tune_library(config: ExperimentConfig, reporter: Reporter) -> list[dict[str,
     tasks = plan_tuning(config)
     library = {key: value for key, value in tasks[0].inputs.items() if key not in ("index", "class_names")}
     claim_folder(config.adapters_root, library, config=config.resolved())
+    tune_missing(tasks, config, reporter)
+    return read_manifests([task.folder for task in tasks])
+
+
+def tune_missing(tasks: Sequence[TuningTask], config: ExperimentConfig, reporter: Reporter) -> None:
+    """Tune those of the tasks below `config.adapters_root` whose adapters are not there yet."""
     done = list_uris(config.adapters_root, suffix=CONFIG_NAME)
     todo = [task for task in tasks if join(task.folder, CONFIG_NAME) not in done]
     reporter.say(f"tune: {len(tasks)} adapters into {config.adapters_root}, {len(tasks) - len(todo)} there already")
@@ -50,7 +57,6 @@ def tune_library(config: ExperimentConfig, reporter: Reporter) -> list[dict[str,
         return f"{task.folder.rsplit('/', 1)[-1]} {100 * accuracy:.0f} % on images it did not see"
 
     work_through("tune", tune_one, todo, config.ray, reporter, take)
-    return read_manifests([task.folder for task in tasks])
 
 
 def plan_tuning(config: ExperimentConfig) -> list[TuningTask]:

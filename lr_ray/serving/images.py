@@ -5,12 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from lr_ray.data.images import fit_square
+from lr_ray.data.images import square_pixels
 from lr_ray.errors import RequestError
 
 MIB = 2**20
@@ -146,7 +145,7 @@ def _ends_in_chunks(png: bytes) -> bool:
 
 def _pixels(upload: Upload, image: Image.Image, image_px: int) -> Tensor:
     try:
-        return torch.from_numpy(np.array(fit_square(image.convert("RGB"), image_px))).permute(2, 0, 1)
+        return square_pixels(image, image_px)
     except Exception as error:
         raise _damaged(f"image {shown(upload.name)}", error) from error
 

@@ -24,6 +24,7 @@ from lr_ray.vit.backbone import Backbone
 from lr_ray.vit.lora import as_tuned, check_adapter, merged
 from lr_ray.vit.naming import to_timm
 from lr_ray.vit.tokens import encode
+from tests.drawn import randomised
 
 peft = pytest.importorskip("peft", minversion="0.17")
 transformers = pytest.importorskip("transformers", minversion="5.0")
@@ -58,16 +59,6 @@ class Base:
     model: nn.Module
     backbone: Backbone
     outputs: Callable
-
-
-def randomised(model):
-    """In eval mode, every parameter drawn anew and away from its initial value."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            around = 1.0 if "norm" in name and name.endswith("weight") else 0.0
-            parameter.copy_(around + 0.2 * torch.randn(parameter.shape, generator=generator))
-    return model.eval()
 
 
 def make_model(kind):

@@ -20,10 +20,11 @@ import torch
 from PIL import Image
 
 import lr_ray
+from lr_ray.config import absolute_path
 from lr_ray.data.images import DataConfig
 from lr_ray.data.load import load_data
 from lr_ray.errors import AdapterError, ClusterError, ConfigError, RequestError
-from lr_ray.runtime.serving import ServingConfig, absolute, check_exposure, embed_by, embed_groups, served
+from lr_ray.runtime.serving import ServingConfig, check_exposure, embed_by, embed_groups, served
 from lr_ray.serving.keys import add_key
 
 
@@ -146,8 +147,8 @@ def test_what_is_no_meta_lora_is_an_error_before_ray_starts(tmp_path: Path):
 
 
 def test_paths_are_absolute_and_uris_stay():
-    assert absolute("tasks") == str(Path.cwd() / "tasks")
-    assert absolute("s3://bucket/tasks") == "s3://bucket/tasks"
+    assert absolute_path("tasks") == str(Path.cwd() / "tasks")
+    assert absolute_path("s3://bucket/tasks") == "s3://bucket/tasks"
 
 
 # ---------------------------------------------------------------------------------------------- batches and lost replicas

@@ -11,6 +11,7 @@ from torch import nn
 
 from lr_ray.errors import BackboneError
 from lr_ray.vit.naming import Site, find_site, find_underscored, foreign_names, from_timm, to_timm
+from tests.drawn import randomised
 
 FAMILIES = ["vit", "deit", "clip", "dinov2"]
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -92,16 +93,6 @@ STRANGERS = [
 @pytest.fixture(scope="module")
 def transformers():
     return pytest.importorskip("transformers", minversion="5.24")
-
-
-def randomised(model):
-    """In eval mode, with every parameter random and away from its initial value."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            around = 1.0 if "norm" in name and name.endswith("weight") else 0.0
-            parameter.copy_(around + 0.2 * torch.randn(parameter.shape, generator=generator))
-    return model.eval()
 
 
 def image_sizes(family):
