@@ -14,11 +14,13 @@ from torch import Tensor
 from lr_ray.config import EvaluationConfig, explain
 from lr_ray.data.images import read_pixels
 from lr_ray.errors import AdapterError, ConfigError, DataError
+from lr_ray.fewshot.metric import Metric
 from lr_ray.fewshot.protonet import class_centres, prototype_logits
 from lr_ray.section import Section
 from lr_ray.storage.adapters import read_adapter
 from lr_ray.storage.filesystem import exists, join
 from lr_ray.storage.manifest import CONFIG_NAME, MANIFEST_NAME, read_manifest
+from lr_ray.storage.metric import read_metric
 from lr_ray.vit.backbone import Backbone, BackboneConfig, Precision, load_backbone
 from lr_ray.vit.lora import Adapter, check_adapter, merge
 from lr_ray.vit.tokens import encode_pixels
@@ -38,14 +40,16 @@ class Model:
         backbone: W + ΔW in place of W; `image_px` is the side of the images.
         precision: of forward passes, as in the run's evaluation.
         batch_size: images of one forward pass.
+        metric: that classes are told apart in; None for features as they are.
     """
 
     backbone: Backbone
     precision: Precision
     batch_size: int
+    metric: Metric | None = None
 
     def embed(self, images: Images) -> Tensor:
-        """(N, D) float32 features on the CPU.
+        """(N, D) float32 features on the CPU, in the metric if there is one.
 
         Args:
             images: N of them. Of PIL images and files the short side is resized (bicubic) to the model's `image_px` and
@@ -80,7 +84,8 @@ class Model:
     def _features(self, images: Images) -> Tensor:
         parts = [images[start : start + self.batch_size] for start in range(0, len(images), self.batch_size)]
         with torch.inference_mode():
-            return torch.cat([encode_pixels(self.backbone, self._pixels(p), precision=self.precision).cpu() for p in parts])
+            found = torch.cat([encode_pixels(self.backbone, self._pixels(p), precision=self.precision).cpu() for p in parts])
+            return found if self.metric is None else self.metric(found)
 
     def _pixels(self, images: Images) -> Tensor:
         """(N, 3, H, W) uint8."""
@@ -133,12 +138,14 @@ class Parts:
     Attributes:
         backbone: as it was before training.
         adapter: the meta-LoRA, checked against the backbone.
+        metric: of its features, if it came with one.
         manifest: `lr_ray.json`.
         evaluation: of the run.
     """
 
     backbone: Backbone
     adapter: Adapter
+    metric: Metric | None
     manifest: dict[str, Any]
     evaluation: EvaluationConfig
 
@@ -158,7 +165,8 @@ def load(path: str | os.PathLike[str], device: str = "cpu") -> Model:
     """
     parts = load_parts(path, device)
     merge(parts.backbone.model, parts.adapter.updates())
-    return Model(backbone=parts.backbone, precision=parts.evaluation.precision, batch_size=parts.evaluation.batch_size)
+    evaluation = parts.evaluation
+    return Model(backbone=parts.backbone, precision=evaluation.precision, batch_size=evaluation.batch_size, metric=parts.metric)
 
 
 def load_parts(path: str | os.PathLike[str], device: str = "cpu") -> Parts:
@@ -176,7 +184,8 @@ def load_parts(path: str | os.PathLike[str], device: str = "cpu") -> Parts:
             f"its backbone ({backbone.source}) now has {backbone.digest[:12]}; put the former weights back or train again"
         )
     check_adapter(adapter, backbone)
-    return Parts(backbone=backbone, adapter=adapter, manifest=manifest, evaluation=evaluation)
+    metric = read_metric(folder, num_features=backbone.num_features)
+    return Parts(backbone=backbone, adapter=adapter, metric=metric, manifest=manifest, evaluation=evaluation)
 
 
 def _read_meta_lora_manifest(folder: str) -> dict[str, Any]:

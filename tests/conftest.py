@@ -18,7 +18,9 @@ from timm.models.vision_transformer import VisionTransformer
 from typer.testing import CliRunner
 
 from lr_ray.config import ExperimentConfig, RayConfig, load_config
+from lr_ray.fewshot.metric import fit_metric
 from lr_ray.storage.adapters import write_adapter
+from lr_ray.storage.metric import write_metric
 from lr_ray.vit.backbone import Backbone, load_backbone
 from lr_ray.vit.lora import Adapter, AdapterSpec, LowRank
 from tests.jobs import tiny
@@ -103,7 +105,7 @@ def inverted(library: ExperimentConfig, made_before: ExperimentConfig) -> Experi
 
 @pytest.fixture
 def meta_lora(tiny_experiment: ExperimentConfig) -> str:
-    """A folder as `lr-ray train` leaves it: a meta-LoRA of drawn weights, large enough to change the features."""
+    """A folder as `lr-ray train` leaves it: a meta-LoRA of drawn weights, large enough to change the features, and a metric."""
     backbone = load_backbone(tiny_experiment.backbone)
     generator = torch.Generator().manual_seed(5)
 
@@ -118,7 +120,9 @@ def meta_lora(tiny_experiment: ExperimentConfig) -> str:
         f"blocks.{i}.attn.qkv": LowRank(a=draw(4, width), b=draw(3 * width, 4), scale=1.0)
         for i in range(len(backbone.model.blocks))
     }
-    facts = {"kind": "meta_lora", "config": tiny_experiment.resolved()}
+    metric = fit_metric(draw(40, width) + draw(width), torch.arange(8).repeat(5))
+    digest = write_metric(tiny_experiment.meta_lora_root, metric)
+    facts = {"kind": "meta_lora", "config": tiny_experiment.resolved(), "metric": digest}
     write_adapter(tiny_experiment.meta_lora_root, Adapter(spec=spec, modules=modules), inputs={}, facts=facts)
     return tiny_experiment.meta_lora_root
 

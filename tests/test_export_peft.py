@@ -241,13 +241,13 @@ def test_the_config_comes_last(meta_lora: str, tmp_path: Path, monkeypatch: pyte
 
     def commit(uri: str, content: bytes) -> None:
         committed.append(uri)
-        if len(committed) == 2:
+        if len(committed) == 3:
             raise StorageError("full")
 
     monkeypatch.setattr(write, "write_bytes", commit)
     with pytest.raises(StorageError):
         export_model(meta_lora, "peft", "out")
-    assert committed == ["out/README.md", "out/adapter_model.safetensors"]
+    assert committed == ["out/README.md", "out/metric.safetensors", "out/adapter_model.safetensors"]
 
 
 def test_to_object_storage_by_the_command(meta_lora: str, bucket: str):

@@ -22,6 +22,7 @@ from lr_ray.fewshot.methods.features import embedder
 from lr_ray.model import Model
 from lr_ray.storage.adapters import read_adapter, write_adapter
 from lr_ray.storage.filesystem import list_files, read_bytes, write_bytes
+from lr_ray.storage.metric import read_metric
 from lr_ray.vit.backbone import load_backbone
 from lr_ray.vit.lora import Adapter
 
@@ -64,8 +65,13 @@ def test_features_are_those_of_recycle_in_evaluation(model: Model, tiny_experime
     images = digits.pixels(range(40), 32)
     features = model.embed(images)
     assert features.shape == (40, 192)
-    assert torch.equal(features, evaluated(tiny_experiment, "recycle", images))
-    assert not torch.allclose(features, evaluated(tiny_experiment, "backbone", images), rtol=0.1, atol=0.1)
+    metric = read_metric(tiny_experiment.meta_lora_root, num_features=192)
+    assert metric is not None
+    assert torch.equal(features, metric(evaluated(tiny_experiment, "recycle", images)))
+    assert not torch.allclose(features, metric(evaluated(tiny_experiment, "backbone", images)), rtol=0.1, atol=0.1)
+    change_manifest(tiny_experiment.meta_lora_root, lambda manifest: manifest.pop("metric"))
+    plain = lr_ray.load(tiny_experiment.meta_lora_root).embed(images)
+    assert torch.equal(plain, evaluated(tiny_experiment, "recycle", images))
 
 
 def test_classifying_gives_the_accuracy_of_evaluation(model: Model, digits: LabelledImages):

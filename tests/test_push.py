@@ -27,7 +27,7 @@ from lr_ray.storage.adapters import read_adapter
 from lr_ray.vit.tokens import encode_pixels
 
 TOKEN = "hf_a-secret-of-the-test"
-FOLDER = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+FOLDER = {"README.md", "adapter_config.json", "adapter_model.safetensors", "metric.safetensors"}
 
 
 class Hub(ThreadingHTTPServer):
@@ -186,7 +186,7 @@ def test_what_arrives_is_loaded(hub: Hub, meta_lora: str, tmp_path: Path):
 def test_timm_loads_the_merged_model(hub: Hub, meta_lora: str, tmp_path: Path):
     """By `local-dir:`, which reads the same files as `hf-hub:`."""
     push_meta_lora(meta_lora, "me/merged", "timm")
-    assert hub.commits[0].keys() == {"README.md", "config.json", "model.safetensors"}
+    assert hub.commits[0].keys() == {"README.md", "config.json", "metric.safetensors", "model.safetensors"}
     for name, content in hub.commits[0].items():
         (tmp_path / name).write_bytes(content)
     card = hub.commits[0]["README.md"].decode()

@@ -24,7 +24,7 @@ from lr_ray.export.hugging_face import ForeignModel, counterpart_of, make_foreig
 from lr_ray.library.names import hugging_face_id
 from lr_ray.model import Parts
 from lr_ray.report.card import hub_backbone
-from lr_ray.storage.manifest import CONFIG_NAME, WEIGHTS_NAME
+from lr_ray.storage.manifest import CONFIG_NAME, METRIC_NAME, WEIGHTS_NAME
 from lr_ray.storage.peft import foreign_modules, parse_lora, peft_config, peft_tensors
 from lr_ray.vit.lora import LowRank, merge
 from lr_ray.vit.tokens import encode
@@ -40,7 +40,7 @@ def hub_id_of(parts: Parts, *, foreign: bool) -> str | None:
 
 def make_peft(parts: Parts) -> dict[str, bytes]:
     """Config and weights for timm's model."""
-    return _folder(parts.adapter.modules, hub_id_of(parts, foreign=False) or parts.backbone.name)
+    return _folder(parts, parts.adapter.modules, hub_id_of(parts, foreign=False))
 
 
 def make_peft_hf(parts: Parts) -> dict[str, bytes]:
@@ -57,15 +57,21 @@ def make_peft_hf(parts: Parts) -> dict[str, bytes]:
         version=counterpart.version,
         prefix=counterpart.prefix,
     )
-    return _folder(modules, hub_id_of(parts, foreign=True) or parts.backbone.name)
+    return _folder(parts, modules, hub_id_of(parts, foreign=True))
 
 
-def _folder(modules: Mapping[str, LowRank], base_model: str) -> dict[str, bytes]:
-    """The config comes last: it makes the folder count."""
+def metric_file(parts: Parts) -> dict[str, bytes]:
+    """The metric as a file of its own; none without one."""
+    return {} if parts.metric is None else {METRIC_NAME: save_safetensors(parts.metric.tensors())}
+
+
+def _folder(parts: Parts, modules: Mapping[str, LowRank], base_model: str | None) -> dict[str, bytes]:
+    """The metric is beside the adapter; the config comes last: it makes the folder count."""
     if not modules:
         raise ExportError("the meta-LoRA changes nothing (all its updates are zero), so there is nothing to export; train it")
     weights = save_safetensors(peft_tensors(modules), metadata={"format": "pt"})
-    return {WEIGHTS_NAME: weights, CONFIG_NAME: json.dumps(peft_config(modules, base_model=base_model), indent=2).encode()}
+    config = peft_config(modules, base_model=base_model or parts.backbone.name)
+    return {**metric_file(parts), WEIGHTS_NAME: weights, CONFIG_NAME: json.dumps(config, indent=2).encode()}
 
 
 def read_peft(parts: Parts, files: Mapping[str, bytes]) -> Features:

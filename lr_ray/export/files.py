@@ -1,7 +1,7 @@
 """Backbone + meta-LoRA merged, as the content of one file that is used without LR-Ray.
 
 `timm`: safetensors in timm's own names. `onnx` and `torch` (a `torch.export` program): float32 images (N, 3, H, W) in
-[0, 1] → (N, D) features, normalisation inside.
+[0, 1] → (N, D) features, normalisation and metric inside.
 """
 
 import io
@@ -17,6 +17,7 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
 from lr_ray.errors import ExportError
+from lr_ray.fewshot.metric import METRIC_TENSORS, Metric
 from lr_ray.vit.backbone import Backbone, architecture_of
 from lr_ray.vit.tokens import encode
 
@@ -30,10 +31,13 @@ Features = Callable[[Tensor], Tensor]
 
 
 class _FromPixels(nn.Module):
-    """Images in [0, 1] → features."""
+    """Images in [0, 1] → features, in the metric if there is one."""
 
-    def __init__(self, backbone: Backbone) -> None:
+    def __init__(self, backbone: Backbone, metric: Metric | None) -> None:
         super().__init__()
+        for name, tensor in ({} if metric is None else metric.tensors()).items():
+            self.register_buffer(f"metric_{name}", tensor)
+        self.has_metric = metric is not None
         self.model = backbone.model
         self.register_buffer("mean", backbone.mean[:, None, None])
         self.register_buffer("std", backbone.std[:, None, None])
@@ -41,7 +45,10 @@ class _FromPixels(nn.Module):
         self.std: Tensor
 
     def forward(self, images: Tensor) -> Tensor:
-        return encode(self.model, (images - self.mean) / self.std).features
+        features = encode(self.model, (images - self.mean) / self.std).features
+        if not self.has_metric:
+            return features
+        return Metric.of({name: self.get_buffer(f"metric_{name}") for name in METRIC_TENSORS})(features)
 
 
 def _example(backbone: Backbone) -> dict[str, Any]:
@@ -50,8 +57,8 @@ def _example(backbone: Backbone) -> dict[str, Any]:
     return {"args": (images,), "dynamic_shapes": ({0: torch.export.Dim("batch")},)}
 
 
-def make_timm(backbone: Backbone) -> bytes:
-    """Safetensors; what makes the architecture, mean and std are in the metadata."""
+def make_timm(backbone: Backbone, _metric: Metric | None) -> bytes:
+    """Safetensors; what makes the architecture, mean and std are in the metadata. timm's models have no place for a metric."""
     architecture, arguments = architecture_of(backbone.name)
     metadata = {
         "format": "pt",
@@ -80,9 +87,9 @@ def read_timm(content: bytes) -> Features:
     return features
 
 
-def make_torch(backbone: Backbone) -> bytes:
+def make_torch(backbone: Backbone, metric: Metric | None) -> bytes:
     """A `torch.export` program, any batch size."""
-    program = torch.export.export(_FromPixels(backbone).eval(), **_example(backbone))
+    program = torch.export.export(_FromPixels(backbone, metric).eval(), **_example(backbone))
     buffer = io.BytesIO()
     torch.export.save(program, buffer)
     return buffer.getvalue()
@@ -93,7 +100,7 @@ def read_torch(content: bytes) -> Features:
     return torch.export.load(io.BytesIO(content)).module()
 
 
-def make_onnx(backbone: Backbone) -> bytes:
+def make_onnx(backbone: Backbone, metric: Metric | None) -> bytes:
     """An ONNX model, any batch size.
 
     Raises:
@@ -110,7 +117,7 @@ def make_onnx(backbone: Backbone) -> bytes:
             f"--format onnx: the weights have {size} bytes, but an ONNX file holds at most {_ONNX_BYTES}; give torch or timm"
         )
     program = torch.onnx.export(
-        _FromPixels(backbone).eval(),
+        _FromPixels(backbone, metric).eval(),
         **_example(backbone),
         input_names=["images"],
         output_names=["features"],

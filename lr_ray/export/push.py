@@ -13,6 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from timm.data import resolve_model_data_config
 
 from lr_ray.errors import ExportError
+from lr_ray.export.adapter import metric_file
 from lr_ray.export.write import ALONE, card_of, check_kind, make_files
 from lr_ray.model import Parts, load_parts
 from lr_ray.storage.manifest import CARD_NAME
@@ -72,7 +73,7 @@ def push_meta_lora(meta_lora: str, repo_id: str, kind: str = "peft", *, private:
         raise ExportError(f"push {repo_id}: there is no token; {_TOKEN}")
     files, difference = make_files(parts, kind)
     if kind == "timm":
-        files = {"config.json": _timm_config(parts), "model.safetensors": files[ALONE]}
+        files = {"config.json": _timm_config(parts), "model.safetensors": files[ALONE], **metric_file(parts)}
     files = {CARD_NAME: card_of(parts, meta_lora, kind, where=repo_id).encode(), **files}
     return Pushed(
         repo_id=repo_id,

@@ -3,7 +3,11 @@
 from lr_ray.export.adapter import hub_id_of
 from lr_ray.export.hugging_face import counterpart_of
 from lr_ray.model import Parts
-from lr_ray.vit.backbone import Backbone
+from lr_ray.storage.manifest import METRIC_NAME
+
+_METRIC = (
+    f", after `torch.nn.functional.normalize((features - mean) @ weight, dim=-1)` with `mean` and `weight` of `{METRIC_NAME}`"
+)
 
 
 def usage_timm(parts: Parts, where: str) -> str:
@@ -14,7 +18,7 @@ def usage_timm(parts: Parts, where: str) -> str:
         f'model = timm.create_model("hf-hub:{where}", pretrained=True).eval()',
         "features = model(images)",
     ]
-    return _usage(parts.backbone, lines, "")
+    return _usage(parts, lines, "")
 
 
 def usage_peft(parts: Parts, where: str) -> str:
@@ -25,7 +29,7 @@ def usage_peft(parts: Parts, where: str) -> str:
     given = f"pretrained={hub_id is not None}, num_classes=0, img_size={backbone.image_px}"
     cut = [f"del model.blocks[{len(backbone.model.blocks)}:]"] if backbone.name == "embedded" else []
     return _usage(
-        backbone,
+        parts,
         [
             "import timm",
             "from peft import PeftModel",
@@ -49,7 +53,7 @@ def usage_peft_hf(parts: Parts, where: str) -> str:
     if hub_id is None:
         note += f" `BASE` is a {model_class} with the weights that the meta-LoRA was trained on ({backbone.source})."
     return _usage(
-        backbone,
+        parts,
         [
             "from peft import PeftModel",
             f"from transformers import {model_class}",
@@ -62,10 +66,12 @@ def usage_peft_hf(parts: Parts, where: str) -> str:
     )
 
 
-def _usage(backbone: Backbone, lines: list[str], note: str) -> str:
+def _usage(parts: Parts, lines: list[str], note: str) -> str:
+    backbone = parts.backbone
     mean, std = ([round(value, 6) for value in tensor.tolist()] for tensor in (backbone.mean, backbone.std))
     code = "\n".join(lines)
+    metric = "" if parts.metric is None else _METRIC
     return (
         f"```python\n{code}\n```\n\n`images`: (N, 3, {backbone.image_px}, {backbone.image_px}), [0, 1] normalised by mean "
-        f"{mean} and standard deviation {std}. A few-shot classifier takes the nearest mean of features. {note}".rstrip()
-    )
+        f"{mean} and standard deviation {std}. A few-shot classifier takes the nearest mean of features{metric}. {note}"
+    ).rstrip()

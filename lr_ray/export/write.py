@@ -13,6 +13,7 @@ from lr_ray.errors import ExportError
 from lr_ray.export.adapter import hub_id_of, make_peft, make_peft_hf, read_peft, read_peft_hf
 from lr_ray.export.files import Features, make_onnx, make_timm, make_torch, read_onnx, read_timm, read_torch
 from lr_ray.export.usage import usage_peft, usage_peft_hf, usage_timm
+from lr_ray.fewshot.metric import Metric
 from lr_ray.model import Parts, load_parts
 from lr_ray.report.card import fitted_card
 from lr_ray.storage.filesystem import join, read_if_there, write_bytes
@@ -39,6 +40,7 @@ class Kind:
         usage: the lines of a card that load it from the place given; None for forms that have no card.
         library: of that card.
         is_folder: a card and a PEFT config are written; else one file.
+        in_metric: what is computed is in the meta-LoRA's metric; else the metric is to be applied to it.
     """
 
     make: Callable[[Parts], dict[str, bytes]]
@@ -46,6 +48,7 @@ class Kind:
     usage: Callable[[Parts, str], str] | None = None
     library: str = ""
     is_folder: bool = False
+    in_metric: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,19 +67,25 @@ class Exported:
 
 
 def _one_file(
-    make: Callable[[Backbone], bytes], read: Callable[[bytes], Features], usage: Callable[[Parts, str], str] | None = None
+    make: Callable[[Backbone, Metric | None], bytes],
+    read: Callable[[bytes], Features],
+    usage: Callable[[Parts, str], str] | None = None,
+    *,
+    in_metric: bool = False,
 ) -> Kind:
     def make_merged(parts: Parts) -> dict[str, bytes]:
         with merged(parts.backbone.model, parts.adapter.updates()):
-            return {ALONE: make(parts.backbone)}
+            return {ALONE: make(parts.backbone, parts.metric)}
 
-    return Kind(make=make_merged, read=lambda _parts, files: read(files[ALONE]), usage=usage, library="timm")
+    return Kind(
+        make=make_merged, read=lambda _parts, files: read(files[ALONE]), usage=usage, library="timm", in_metric=in_metric
+    )
 
 
 KINDS = {
     "timm": _one_file(make_timm, read_timm, usage_timm),
-    "onnx": _one_file(make_onnx, read_onnx),
-    "torch": _one_file(make_torch, read_torch),
+    "onnx": _one_file(make_onnx, read_onnx, in_metric=True),
+    "torch": _one_file(make_torch, read_torch, in_metric=True),
     "peft": Kind(make=make_peft, read=read_peft, usage=usage_peft, library="peft", is_folder=True),
     "peft-hf": Kind(make=make_peft_hf, read=read_peft_hf, usage=usage_peft_hf, library="peft", is_folder=True),
 }
@@ -121,7 +130,7 @@ def make_files(parts: Parts, kind: str) -> tuple[dict[str, bytes], float]:
         ExportError: it is more than `TOLERANCE`, or they cannot be made.
     """
     files = KINDS[kind].make(parts)
-    difference = _compare(parts, KINDS[kind].read(parts, files))
+    difference = _compare(parts, KINDS[kind].read(parts, files), in_metric=KINDS[kind].in_metric)
     if not difference <= TOLERANCE:
         raise ExportError(
             f"--format {kind}: the exported features differ from the model's by {difference:.1e} of the largest, above "
@@ -131,7 +140,7 @@ def make_files(parts: Parts, kind: str) -> tuple[dict[str, bytes], float]:
     return files, difference
 
 
-def _compare(parts: Parts, exported: Features) -> float:
+def _compare(parts: Parts, exported: Features, *, in_metric: bool) -> float:
     """The largest relative difference on random images, in batches of one and three."""
     backbone = parts.backbone
     side = backbone.image_px
@@ -139,6 +148,8 @@ def _compare(parts: Parts, exported: Features) -> float:
     with torch.inference_mode():
         with merged(backbone.model, parts.adapter.updates()):
             expected = encode_pixels(backbone, images, precision="fp32")
+            if in_metric and parts.metric is not None:
+                expected = parts.metric(expected)
         found: Tensor = torch.cat([exported(part.float() / 255) for part in images.split([1, 3])])
     return float((found - expected).abs().max() / expected.abs().max())
 

@@ -1,7 +1,7 @@
 """Meta-training of one meta-LoRA, a step at a time; knows nothing of what runs it or where its batches come from."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -126,8 +126,7 @@ class MetaTrainer:
             self.best, self.best_step = self._result(), self.step
             return None
         images, shape = self._validation.images, self._validation.shape
-        with torch.no_grad(), self._averaged():
-            features = torch.cat([self._bare.features(part.float() / 255, None).cpu() for part in images.split(_BATCH)])
+        features = self._embed(images, self._result())
         episodes = draw_test_episodes(
             self._validation.labels, shape, num_episodes=self._config.validation_episodes, seed=self._seed
         )
@@ -138,15 +137,19 @@ class MetaTrainer:
             self.history[-1]["validation_accuracy"] = accuracy
         return accuracy
 
-    @contextmanager
-    def _averaged(self) -> Iterator[None]:
-        """The average in the place of the weights."""
-        weights = self._snapshot()
-        self._load(self._result())
+    def embed_by_best(self, images: Tensor) -> Tensor:
+        """(M, D) features of (M, 3, H, W) uint8 images with the best weights so far, on the CPU."""
+        return self._embed(images, self.best)
+
+    @torch.no_grad()
+    def _embed(self, images: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+        """With these in the place of the trained weights."""
+        kept = self._snapshot()
+        self._load(weights)
         try:
-            yield
+            return torch.cat([self._bare.features(part.float() / 255, None).float().cpu() for part in images.split(_BATCH)])
         finally:
-            self._load(weights)
+            self._load(kept)
 
     def _result(self) -> dict[str, Tensor]:
         """What training has come to: the average of the weights if there is one, else the weights."""

@@ -9,7 +9,7 @@ import yaml
 from lr_ray.errors import StorageError
 from lr_ray.report.tables import shape_of
 from lr_ray.storage.filesystem import join, read_if_there, write_bytes
-from lr_ray.storage.manifest import CARD_NAME, read_manifest
+from lr_ray.storage.manifest import CARD_NAME, METRIC_NAME, read_manifest
 from lr_ray.vit.embedded import EMBEDDED_BACKBONE
 
 _METHODS = {"meta_lora": "recycle", "joint": "joint", "oracle": "oracle"}
@@ -34,7 +34,7 @@ model = lr_ray.load("PATH")
 logits = model.classify(support, labels, query)
 ```
 
-`PATH` is this folder. PEFT loads it without LR-Ray too, onto the backbone's timm model.
+`PATH` is this folder. PEFT loads it without LR-Ray too, onto the backbone's timm model.$metric
 
 ## Accuracy
 
@@ -65,6 +65,12 @@ $versions
 """)
 
 
+_IN_METRIC = (
+    f" Classes are told apart in the metric of `{METRIC_NAME}`: "
+    "`torch.nn.functional.normalize((features - mean) @ weight, dim=-1)`, which `lr_ray.load` applies by itself."
+)
+
+
 def model_card(manifest: dict[str, Any], rows: Sequence[dict[str, Any]] = ()) -> str:
     """The card: a function of the manifest and of what was measured.
 
@@ -79,6 +85,7 @@ def model_card(manifest: dict[str, Any], rows: Sequence[dict[str, Any]] = ()) ->
         mark=_MARK,
         title=_title(manifest),
         lead=_lead(manifest),
+        metric="" if manifest.get("metric") is None else _IN_METRIC,
         accuracy=_accuracy(measured, [row for row in rows if row["method"] == "nn"]),
         ingredients=_ingredients(manifest),
         training=_training(manifest),

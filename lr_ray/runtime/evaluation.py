@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from lr_ray.data.load import load_data
 from lr_ray.errors import LrRayError
 from lr_ray.fewshot.episodes import EpisodeShape
 from lr_ray.fewshot.evaluate import is_right, predict_each
-from lr_ray.fewshot.methods import FeatureMethod, FewShotTask, MethodInputs, TunedMethod, find_method
+from lr_ray.fewshot.methods import Embed, FeatureMethod, FewShotTask, MethodInputs, TunedMethod, find_method
 from lr_ray.fewshot.methods.features import embedder
 from lr_ray.fewshot.protocol import DrawnEpisode, draw_episodes
 from lr_ray.report.card import complete_card
@@ -25,11 +26,13 @@ from lr_ray.report.progress import Reporter
 from lr_ray.runtime.cost import begin_peak_memory, count_flops, peak_memory_mib
 from lr_ray.runtime.evaluation_plan import EpisodesTask, EvaluationPlan, FeaturesTask, FitTask, test_data_of
 from lr_ray.runtime.evaluation_rows import known_rows, merge_rows, rows_of
+from lr_ray.runtime.metric import embed_classes
 from lr_ray.runtime.session import work_through, worker_device
 from lr_ray.storage.adapters import read_adapter, read_adapters
-from lr_ray.storage.filesystem import exists, join, list_uris, write_bytes
+from lr_ray.storage.filesystem import exists, join, list_uris, read_many, write_bytes
 from lr_ray.storage.manifest import CONFIG_NAME
 from lr_ray.storage.measurements import read_tensors, write_episodes, write_predictions, write_tensors
+from lr_ray.storage.synthetic import list_synthetic, read_classes, read_index
 from lr_ray.vit.backbone import Backbone, load_backbone
 
 RESULTS_NAME = "results.json"
@@ -140,46 +143,59 @@ def _inputs(config: ExperimentConfig, backbone: Backbone) -> MethodInputs:
     )
 
 
-def _embed(
-    config: ExperimentConfig, features: str, data: LabelledImages, positions: np.ndarray
-) -> tuple[Tensor, dict[str, Any]]:
-    """(n, D) features of some images, and what they cost."""
+def embed_test_images(task: FeaturesTask) -> None:
+    """Commit the features of all test images."""
+    config, data = task.config, test_data_of(task.config)
     backbone = load_backbone(config.backbone, device=worker_device(config.ray))
     begin_peak_memory(backbone.device)
     seconds = 0.0
     parts = []
-    with embedder(_inputs(config, backbone), features) as embed, torch.inference_mode():
-        for start in range(0, len(positions), config.evaluation.batch_size):
-            images = data.pixels(positions[start : start + config.evaluation.batch_size], backbone.image_px)
+    with embedder(_inputs(config, backbone), task.features) as embed, torch.inference_mode():
+        for positions in _batches(np.arange(len(data)), config):
+            images = data.pixels(positions, backbone.image_px)
             began = time.perf_counter()
             parts.append(embed(images).cpu())
             seconds += time.perf_counter() - began
         flops = count_flops(lambda: embed(images[:1]))
     cost = {"seconds": seconds, "peak_memory_mib": peak_memory_mib(backbone.device), "flops_per_image": flops}
-    return torch.cat(parts), cost
-
-
-def embed_test_images(task: FeaturesTask) -> None:
-    """Commit the features of all test images."""
-    data = test_data_of(task.config)
-    features, cost = _embed(task.config, task.features, data, np.arange(len(data)))
-    write_tensors(task.uri, {"features": features}, cost)
+    write_tensors(task.uri, {"features": torch.cat(parts)}, cost)
 
 
 def fit_method(task: FitTask) -> None:
-    """Commit what a method learns from the features of real images of other classes."""
+    """Commit what a method learns from the features of images of other classes."""
     config, chosen = task.config, find_method(task.label)
     assert isinstance(chosen.method, FeatureMethod)
     assert chosen.method.fit is not None
+    backbone = load_backbone(config.backbone, device=worker_device(config.ray))
+    material = {"tune": _real_features, "synthetic": _synthetic_features}[chosen.method.fit_on]
+    with embedder(_inputs(config, backbone), chosen.method.features(chosen.settings)) as embed, torch.inference_mode():
+        features, labels = material(config, backbone, embed)
+    start = time.perf_counter()
+    tensors = chosen.method.fit(chosen.settings, features.clone(), labels, config.seed)
+    write_tensors(task.uri, tensors, {"seconds": time.perf_counter() - start})
+
+
+def _batches(positions: np.ndarray, config: ExperimentConfig) -> list[np.ndarray]:
+    size = config.evaluation.batch_size
+    return [positions[start : start + size] for start in range(0, len(positions), size)]
+
+
+def _real_features(config: ExperimentConfig, backbone: Backbone, embed: Embed) -> tuple[Tensor, Tensor]:
+    """(M, D) features of some images of each class of `data.tune`, and the (M,) classes."""
     assert config.data.tune is not None
     data = load_data(config.data.tune)
     members = [np.flatnonzero(data.labels == c) for c in range(len(data.class_names))]
     rng = np.random.default_rng(config.seed)
     positions = np.concatenate([rng.permutation(found)[:_FIT_IMAGES_PER_CLASS] for found in members])
-    features, _ = _embed(config, chosen.method.features(chosen.settings), data, positions)
-    start = time.perf_counter()
-    tensors = chosen.method.fit(chosen.settings, features, torch.from_numpy(data.labels[positions]), config.seed)
-    write_tensors(task.uri, tensors, {"seconds": time.perf_counter() - start})
+    parts = [embed(data.pixels(some, backbone.image_px)).cpu() for some in _batches(positions, config)]
+    return torch.cat(parts), torch.from_numpy(data.labels[positions])
+
+
+def _synthetic_features(config: ExperimentConfig, backbone: Backbone, embed: Embed) -> tuple[Tensor, Tensor]:
+    """The same of the synthetic images."""
+    root = config.synthetic_root
+    refs = read_index(root, list_synthetic(root), backbone.identity)
+    return embed_classes(refs, partial(read_many, partial(read_classes, root)), embed, seed=config.seed)
 
 
 def predict_episodes(task: EpisodesTask) -> float:
@@ -205,7 +221,7 @@ def _predict_from_features(
         start = time.perf_counter()
         features = data.pixels(np.arange(len(data)), load_backbone(task.config.backbone).image_px).flatten(1)
         cost = {"seconds": time.perf_counter() - start, "peak_memory_mib": 0.0, "flops_per_image": 0}
-    fitted, _ = read_tensors(task.fitted_uri) if task.fitted_uri else ({}, {})
+    fitted = read_tensors(uri)[0] if (uri := task.fitted_uri or task.metric_uri) else {}
     head = chosen.method.head(chosen.settings, fitted)
     begin_peak_memory(device)
     start = time.perf_counter()

@@ -15,8 +15,10 @@ from lr_ray.fewshot.methods.features import RAW_PIXELS, needs_of
 from lr_ray.fewshot.protocol import VaryingShape, draw_episodes
 from lr_ray.storage.adapters import list_adapters, read_adapter
 from lr_ray.storage.filesystem import exists, join, read_many
-from lr_ray.storage.manifest import CONFIG_NAME, digest_of
+from lr_ray.storage.manifest import CONFIG_NAME, METRIC_NAME, digest_of
 from lr_ray.storage.measurements import file_name
+from lr_ray.storage.metric import metric_digest
+from lr_ray.storage.synthetic import list_synthetic
 from lr_ray.vit.backbone import load_backbone
 from lr_ray.vit.lora import check_adapter
 
@@ -36,7 +38,7 @@ class FeaturesTask:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FitTask:
-    """What a method learns from real images of other classes before the episodes, and where it goes."""
+    """What a method learns from images of other classes before the episodes, and where it goes."""
 
     config: ExperimentConfig
     label: str
@@ -50,6 +52,7 @@ class EpisodesTask:
     Attributes:
         features_uri: what a `FeatureMethod` reads; "" of one whose features are the pixels themselves.
         fitted_uri: what one with `fit` reads; else "".
+        metric_uri: of the metric of one that reads it; else "".
     """
 
     config: ExperimentConfig
@@ -60,6 +63,7 @@ class EpisodesTask:
     uri: str
     features_uri: str = ""
     fitted_uri: str = ""
+    metric_uri: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,7 +144,10 @@ class EvaluationPlan:
         where = {}
         if isinstance(method, FeatureMethod):
             where = {"features_uri": self._features_uri(method.features(chosen.settings))}
-            where |= {"fitted_uri": self._fitted_uri(chosen, made_of)} if method.fit is not None else {}
+            if method.fit is not None:
+                where["fitted_uri"] = self._fitted_uri(chosen, made_of)
+            elif method.metric(chosen.settings) and (digest := metric_digest(folder := self._folder_of(chosen))):
+                made_of["metric"], where["metric_uri"] = digest, join(folder, METRIC_NAME)
         episodes, at_once = evaluation.episodes, evaluation.episodes
         if isinstance(method, TunedMethod):
             episodes, at_once = min(episodes, evaluation.tuned_episodes), _TUNED_EPISODES_A_TASK
@@ -169,6 +176,20 @@ class EvaluationPlan:
         self.features[uri] = FeaturesTask(config=self.config, features=features, uri=uri)
         return uri
 
+    def _folder_of(self, chosen: ChosenMethod) -> str:
+        """Of the meta-LoRA that its features are of."""
+        (need,) = chosen.needs
+        return self._trained_by(need)[0]
+
+    def _trained_by(self, need: Ingredient) -> tuple[str, str]:
+        """The folder of a meta-LoRA, and the option of `lr-ray train` that makes it."""
+        config = self.config
+        return {
+            "meta_lora": (config.meta_lora_root, ""),
+            "joint": (config.joint_root, " --joint"),
+            "oracle": (config.oracle_root, " --oracle"),
+        }[need]
+
     def _fitted_uri(self, chosen: ChosenMethod, made_of: Mapping[str, Any]) -> str:
         digest = digest_of({key: value for key, value in made_of.items() if key not in ("data", "shape")})
         uri = join(self._root, file_name(f"fitted-{chosen.label}", digest, ".safetensors"))
@@ -185,12 +206,10 @@ class EvaluationPlan:
         elif need == "tune":
             assert config.data.tune is not None
             self._found[need] = load_data(config.data.tune).digest()
+        elif need == "synthetic":
+            self._found[need] = list_synthetic(config.synthetic_root)
         else:
-            root, option = {
-                "meta_lora": (config.meta_lora_root, ""),
-                "joint": (config.joint_root, " --joint"),
-                "oracle": (config.oracle_root, " --oracle"),
-            }[need]
+            root, option = self._trained_by(need)
             if not exists(join(root, CONFIG_NAME)):
                 raise ConfigError(f"evaluation.methods: {label} needs {root}; run `lr-ray train{option}` first or leave it out")
             self._found[need] = self._digest_of(root)

@@ -3,6 +3,7 @@
 import json
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,14 @@ from safetensors.torch import load_file, save_file
 
 from lr_ray.errors import LrRayError, StorageError
 from lr_ray.fewshot.metatrain import MetaTrainer
+from lr_ray.fewshot.metric import fit_metric
 from lr_ray.fewshot.stream import distinct_names
+from lr_ray.runtime.metric import embed_classes
 from lr_ray.runtime.stream import stream_batches
-from lr_ray.runtime.training_job import TrainingJob, validation_of
+from lr_ray.runtime.training_job import TrainingJob, read_shelves, validation_of
 from lr_ray.storage.adapters import read_adapters
 from lr_ray.storage.filesystem import join, storage_errors
+from lr_ray.storage.metric import write_metric
 from lr_ray.vit.backbone import load_backbone
 from lr_ray.vit.lora import average_updates
 
@@ -63,6 +67,8 @@ def _train(job: TrainingJob, steps: Any) -> None:
         if rank == 0:
             steps.put(metrics | {"waiting_for_images": waited / (time.perf_counter() - began)})
     batches.close()
+    if rank == 0:
+        _write_metric(job, trainer)
 
 
 def _validate_and_report(
@@ -82,6 +88,12 @@ def _validate_and_report(
             trainer.best_step = broadcast_from_rank_zero(trainer.best_step)
         with storage_errors("write a checkpoint to", checkpoints_of(job)):
             ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder) if rank == 0 else None)
+
+
+def _write_metric(job: TrainingJob, trainer: MetaTrainer) -> None:
+    """Fitted on what was trained on, as the best weights see it; done again, it is the same."""
+    features, class_of = embed_classes(job.refs, partial(read_shelves, job), trainer.embed_by_best, seed=job.config.seed)
+    write_metric(job.folder, fit_metric(features, class_of))
 
 
 def _start(job: TrainingJob) -> dict[str, torch.Tensor] | None:

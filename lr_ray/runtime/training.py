@@ -20,7 +20,8 @@ from lr_ray.runtime.train_loop import checkpoints_of, read_checkpoint, train_loo
 from lr_ray.runtime.training_job import TrainingJob, joint_job, meta_lora_job, oracle_job
 from lr_ray.storage.adapters import with_digest, write_adapter
 from lr_ray.storage.filesystem import arrow_filesystem, exists, join, storage_errors
-from lr_ray.storage.manifest import CONFIG_NAME, claim_folder, digest_of, read_manifest
+from lr_ray.storage.manifest import CONFIG_NAME, METRIC_NAME, claim_folder, digest_of, read_manifest
+from lr_ray.storage.measurements import read_tensors
 from lr_ray.storage.synthetic import by_adapter
 from lr_ray.vit.backbone import Backbone, load_backbone
 from lr_ray.vit.lora import Adapter, AdapterSpec
@@ -66,6 +67,7 @@ def _train(job: TrainingJob, backbone: Backbone, reporter: Reporter) -> dict[str
         if job.training.relations.share:
             job = replace(job, feature_uris=see_with_every_adapter(job.config, job.files, reporter))
         tensors, facts = _fit(job, trackers, reporter)
+    metric = read_tensors(join(job.folder, METRIC_NAME))[1]["digest"]
     common = {"kind": job.kind, "history": facts["history"], "config": job.config.resolved()}
     last = _meta_lora(job, backbone, tensors, which="last")
     write_adapter(join(job.folder, "last"), last, inputs=job.inputs, facts={"step": facts["step"], **common})
@@ -76,6 +78,7 @@ def _train(job: TrainingJob, backbone: Backbone, reporter: Reporter) -> dict[str
         facts={
             "best_step": facts["best_step"],
             "validation_accuracy": facts["best_accuracy"] if facts["best_accuracy"] >= 0 else None,
+            "metric": metric,
             **job.facts,
             **common,
         },

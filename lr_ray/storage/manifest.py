@@ -12,6 +12,8 @@ from lr_ray.storage.filesystem import join, read_if_there, read_many, write_byte
 MANIFEST_NAME = "lr_ray.json"
 CONFIG_NAME, WEIGHTS_NAME, CARD_NAME = "adapter_config.json", "adapter_model.safetensors", "README.md"
 """Of the files of an adapter's folder, as PEFT calls them; the config is written last."""
+METRIC_NAME = "metric.safetensors"
+"""Beside them, of a meta-LoRA."""
 CLAIM_NAME = "claim.json"
 _PACKAGES = ("lr-ray", "torch", "timm", "ray", "numpy", "pyarrow", "safetensors")
 

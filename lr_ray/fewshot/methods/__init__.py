@@ -26,8 +26,8 @@ from lr_ray.vit.backbone import Backbone, Precision
 from lr_ray.vit.lora import Adapter
 from lr_ray.vit.tokens import encode_pixels
 
-Ingredient = Literal["adapters", "meta_lora", "joint", "oracle", "tune"]
-"""What a method may need besides the backbone; `tune`: real labelled images of other classes."""
+Ingredient = Literal["adapters", "meta_lora", "joint", "oracle", "tune", "synthetic"]
+"""What a method may need besides the backbone; `tune`: real labelled images of other classes; `synthetic`: inverted ones."""
 Embed = Callable[[Tensor], Tensor]
 """(B, 3, H, W) uint8 → (B, D) features."""
 Head = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -68,9 +68,11 @@ class FeatureMethod:
     Attributes:
         source: where the method and the defaults of its settings are from.
         features: settings → what the features are of: a name that `embedder` knows.
-        head: (settings, what `fit` gave) → the head.
-        fit: (settings, (M, D) features of real images of other classes, (M,) classes, seed) → tensors, trained once
+        head: (settings, what `fit` gave, or the metric's tensors) → the head.
+        fit: (settings, (M, D) features of images of other classes, (M,) classes, seed) → tensors, trained once
             before the episodes; default nothing.
+        fit_on: which images: real or synthetic ones.
+        metric: settings → whether the head reads the metric that is kept with the meta-LoRA of its features, if one is.
         num_trained: (settings, ways, D) → parameters that are trained on each episode.
     """
 
@@ -80,6 +82,8 @@ class FeatureMethod:
     features: Callable[[Any], str]
     head: Callable[[Any, Mapping[str, Tensor]], Head]
     fit: Callable[[Any, Tensor, Tensor, int], dict[str, Tensor]] | None = None
+    fit_on: Literal["tune", "synthetic"] = "tune"
+    metric: Callable[[Any], bool] = lambda _settings: False
     num_trained: Callable[[Any, int, int], int] = lambda _settings, _n_way, _dim: 0
 
 
@@ -155,7 +159,7 @@ class ChosenMethod:
         if isinstance(self.method, TunedMethod):
             return self.method.needs(self.settings)
         of_features = needs_of(self.method.features(self.settings))
-        return of_features if self.method.fit is None else (*of_features, "tune")
+        return of_features if self.method.fit is None else (*of_features, self.method.fit_on)
 
 
 @cache

@@ -1,0 +1,51 @@
+"""`nn-metric`: nearest class centre in a metric learnt from the synthetic images: what these give without a meta-LoRA."""
+
+from collections.abc import Mapping
+
+from pydantic import Field
+from torch import Tensor
+
+from lr_ray.fewshot.methods import FeatureMethod, Head
+from lr_ray.fewshot.methods.features import BACKBONE, FeaturesName
+from lr_ray.fewshot.methods.nn import nearest_centre
+from lr_ray.fewshot.metric import POWER, SHRINKAGE, Metric, fit_metric
+from lr_ray.section import Section
+
+
+class NNMetricSettings(Section):
+    """Of `nn-metric`."""
+
+    features: FeaturesName = BACKBONE
+    """What they are of."""
+    power: float = Field(default=POWER, ge=0, le=1)
+    """Of the covariance within classes; 0: only the mean is taken off and lengths are made equal."""
+    shrinkage: float = Field(default=SHRINKAGE, gt=0)
+    """Of that covariance towards one that is the same in all directions."""
+
+
+class MetaLoRASettings(Section):
+    """Of the methods that LR-Ray trains."""
+
+    metric: bool = True
+    """Whether in the metric that was kept with the meta-LoRA, or (the paper) as features are."""
+
+
+def centre_in_metric(trained: Mapping[str, Tensor]) -> Head:
+    """Nearest class centre in the metric of these tensors; as features are where there are none."""
+    if not trained:
+        return nearest_centre
+    metric = Metric.of(trained)
+    return lambda support, labels, queries: nearest_centre(metric(support), labels, metric(queries))
+
+
+METHOD = FeatureMethod(
+    name="nn-metric",
+    source="a control of this project; the covariance within classes: Hatch et al., Interspeech 2006; the mean: SimpleShot",
+    settings=NNMetricSettings,
+    features=lambda settings: str(settings.features),
+    head=lambda _settings, trained: centre_in_metric(trained),
+    fit=lambda settings, features, labels, _seed: fit_metric(
+        features, labels, power=settings.power, shrinkage=settings.shrinkage
+    ).tensors(),
+    fit_on="synthetic",
+)

@@ -1,0 +1,57 @@
+"""What a metric is fitted on: all images of small sets, some of large ones, whichever files they are in."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from lr_ray.fewshot.episodes import ClassImages, ClassRef
+from lr_ray.runtime import metric
+from lr_ray.runtime.metric import embed_classes
+
+
+def refs_of(counts: Sequence[int], *, per_file: int = 2) -> list[ClassRef]:
+    return [
+        ClassRef(file=f"f{c // per_file}", row_group=c % per_file, adapter="", slot=c, name=str(c), num_images=count)
+        for c, count in enumerate(counts)
+    ]
+
+
+def read(shelves: Sequence[tuple[ClassRef, ...]]) -> list[list[ClassImages]]:
+    """Each image is its class and its number."""
+    assert all(len({ref.file for ref in shelf}) == 1 for shelf in shelves)
+    return [
+        [
+            ClassImages(
+                name=ref.name,
+                adapter="",
+                slot=ref.slot,
+                images=torch.tensor([[ref.slot, i] for i in range(ref.num_images)], dtype=torch.uint8)[:, :, None, None],
+            )
+            for ref in shelf
+        ]
+        for shelf in shelves
+    ]
+
+
+def embed(images: torch.Tensor) -> torch.Tensor:
+    return images.flatten(1).float()
+
+
+def test_all_images_of_a_small_set() -> None:
+    features, class_of = embed_classes(refs_of([3, 1, 2]), read, embed, seed=0)
+    assert features.tolist() == [[0, 0], [0, 1], [0, 2], [1, 0], [2, 0], [2, 1]]
+    assert class_of.tolist() == [0, 0, 0, 1, 2, 2]
+
+
+def test_some_of_a_large_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metric, "_CLASSES", 4)
+    monkeypatch.setattr(metric, "_IMAGES_PER_CLASS", 3)
+    refs = refs_of([5] * 9, per_file=4)
+    features, class_of = embed_classes(refs, read, embed, seed=1)
+    assert class_of.tolist() == [c for c in range(4) for _ in range(3)]
+    assert len({tuple(row) for row in features.tolist()}) == 12
+    assert [len(set(part[:, 0].tolist())) for part in features.split(3)] == [1, 1, 1, 1]
+    again, other = (embed_classes(refs, read, embed, seed=seed)[0] for seed in (1, 2))
+    assert torch.equal(again, features)
+    assert not torch.equal(other, features)
