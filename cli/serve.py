@@ -21,7 +21,10 @@ class _StartIsMeant(TyperGroup):
 
 
 serve = typer.Typer(
-    name="serve", cls=_StartIsMeant, help="Few-shot classification as an HTTP service: serve META_LORA.", no_args_is_help=True
+    name="serve",
+    cls=_StartIsMeant,
+    help="Few-shot classification as an HTTP service: serve META_LORA [META_LORA…].",
+    no_args_is_help=True,
 )
 key = typer.Typer(name="key", help="API keys of the service.", no_args_is_help=True)
 serve.add_typer(key)
@@ -33,8 +36,13 @@ _KEYS = Path("keys.json")
 
 @serve.command(name=_START)
 def start(
-    meta_lora: Annotated[
-        str, typer.Argument(help="Folder or URI of a meta-LoRA that `lr-ray train` wrote.", show_default=False)
+    meta_loras: Annotated[
+        list[str],
+        typer.Argument(
+            help="Folders or URIs of meta-LoRAs that `lr-ray train` wrote, or NAME=PATH; the first is the default. All of one "
+            "backbone and image size.",
+            show_default=False,
+        ),
     ],
     host: Annotated[
         str, typer.Option("--host", help="Address to listen on; another than this machine's needs --keys.")
@@ -46,16 +54,17 @@ def start(
     ] = None,
     replicas: Annotated[int, typer.Option("--replicas", min=1, help="Processes that hold the backbone.")] = 1,
 ) -> None:
-    """Serve until Ctrl-C: few-shot classification with the meta-LoRA, over HTTP, on Ray Serve."""
+    """Serve until Ctrl-C: few-shot classification with meta-LoRAs, over HTTP, on Ray Serve; and a page to try it."""
     from lr_ray.config import absolute_path
     from lr_ray.errors import ConfigError
 
     try:
         from lr_ray.runtime.serving import ServingConfig, serve_until_stopped
+        from lr_ray.serving.models import name_meta_loras
     except ModuleNotFoundError as error:
         raise ConfigError(f"serving needs a package that is not installed ({error}); `pip install 'lr-ray[serve]'`") from error
     config = ServingConfig(
-        meta_lora=absolute_path(meta_lora),
+        meta_loras={name: absolute_path(path) for name, path in name_meta_loras(meta_loras).items()},
         tasks=absolute_path(tasks),
         keys=None if keys is None else keys.absolute(),
         host=host,
@@ -63,7 +72,7 @@ def start(
         replicas=replicas,
     )
     for url in serve_until_stopped(config):
-        print(f"{url}/v1, described in {url}/openapi.json; Ctrl-C ends it", flush=True)
+        print(f"{url}/v1, described in {url}/openapi.json; a page to try it: {url}; Ctrl-C ends it", flush=True)
 
 
 @key.command()

@@ -1,7 +1,7 @@
 """A meta-LoRA put to use: `lr_ray.load`, then features of images and few-shot classification without fine-tuning."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
@@ -21,7 +21,7 @@ from lr_ray.storage.filesystem import exists, join
 from lr_ray.storage.manifest import CONFIG_NAME, MANIFEST_NAME, read_manifest
 from lr_ray.vit.backbone import Backbone, BackboneConfig, Precision, load_backbone
 from lr_ray.vit.lora import Adapter, check_adapter, merge
-from lr_ray.vit.tokens import encode_pixels
+from lr_ray.vit.tokens import attention_map, encode_pixels
 
 Images: TypeAlias = Sequence[Image.Image | str | os.PathLike[str]] | Tensor
 """PIL images or paths of image files; or a uint8 tensor (N, 3, H, W) of the model's size."""
@@ -57,6 +57,14 @@ class Model:
         self._check_images(images, "images")
         return self._features(images)
 
+    def attend(self, images: Images) -> Tensor:
+        """(N, h, w) float32 shares of the last block's [CLS] attention among an image's h·w patches; they sum to 1.
+
+        Arguments and errors are those of `embed`.
+        """
+        self._check_images(images, "images")
+        return self._in_batches(images, attention_map)
+
     def classify(self, support: Images, labels: Labels, query: Images) -> Tensor:
         """(M, C) logits of M query images: minus the distance to the prototype of each of the C classes.
 
@@ -78,9 +86,12 @@ class Model:
         return prototype_logits(self._features(query), prototypes)
 
     def _features(self, images: Images) -> Tensor:
+        return self._in_batches(images, encode_pixels)
+
+    def _in_batches(self, images: Images, work: Callable[..., Tensor]) -> Tensor:
         parts = [images[start : start + self.batch_size] for start in range(0, len(images), self.batch_size)]
         with torch.inference_mode():
-            return torch.cat([encode_pixels(self.backbone, self._pixels(p), precision=self.precision).cpu() for p in parts])
+            return torch.cat([work(self.backbone, self._pixels(part), precision=self.precision).cpu() for part in parts])
 
     def _pixels(self, images: Images) -> Tensor:
         """(N, 3, H, W) uint8."""

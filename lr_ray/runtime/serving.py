@@ -8,7 +8,7 @@ import asyncio
 import logging
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,14 +21,13 @@ from torch import Tensor
 
 from lr_ray.config import RayConfig
 from lr_ray.errors import ClusterError, ConfigError, RequestError
-from lr_ray.model import Model, load, load_parts
 from lr_ray.runtime.session import ray_session
 from lr_ray.serving.api import Service, make_app
 from lr_ray.serving.keys import Keyring, read_keys
+from lr_ray.serving.models import Catalogue
+from lr_ray.serving.multiplex import load_multiplex
 from lr_ray.serving.problems import is_loopback
 from lr_ray.serving.store import TaskStore
-from lr_ray.storage.filesystem import join, read_bytes
-from lr_ray.storage.manifest import WEIGHTS_NAME, digest_of
 
 APP_NAME = "lr-ray"
 _BACKBONE = "backbone"
@@ -47,7 +46,7 @@ class ServingConfig:
     """What is served, and where.
 
     Attributes:
-        meta_lora: folder or URI of a meta-LoRA that `lr-ray train` wrote.
+        meta_loras: folders or URIs of meta-LoRAs that `lr-ray train` wrote, by name; the first is the default.
         tasks: folder or URI where tasks are kept.
         keys: file of API keys; None for no keys, on this machine only.
         host: to listen on.
@@ -56,7 +55,7 @@ class ServingConfig:
         cpus_per_replica: processors of each; None shares out those that Ray has.
     """
 
-    meta_lora: str
+    meta_loras: Mapping[str, str]
     tasks: str
     keys: Path | None = None
     host: str = "127.0.0.1"
@@ -81,15 +80,15 @@ def served(config: ServingConfig) -> Iterator[str]:
     """The service, for as long as the context lasts; yields its URL when every replica is ready.
 
     Raises:
-        AdapterError, BackboneError, StorageError: the meta-LoRA cannot be loaded.
+        AdapterError, BackboneError, StorageError: a meta-LoRA cannot be loaded.
         ClusterError: Ray cannot be started or joined, runs a Serve of its own, or the port is taken.
-        ConfigError: another host than this machine without keys, or an unusable file of keys.
+        ConfigError: another host than this machine without keys, an unusable file of keys, or meta-LoRAs that do not share
+            a backbone and an image size.
     """
     check_exposure(config)
-    parts = load_parts(config.meta_lora)  # here first, for one line of error instead of a replica that will not start
-    digest = digest_of([parts.backbone.digest, digest_of(read_bytes(join(config.meta_lora, WEIGHTS_NAME)).hex())])
-    image_px = parts.backbone.image_px
-    del parts
+    loaded = load_multiplex(config.meta_loras)  # here first, for one line of error instead of a replica that will not start
+    catalogue, image_px = loaded.catalogue, loaded.image_px
+    del loaded
     with ray_session(RayConfig()):
         from ray import serve
         from ray.serve.config import HTTPOptions
@@ -102,7 +101,7 @@ def served(config: ServingConfig) -> Iterator[str]:
             serve.start(
                 proxy_location="HeadOnly", http_options=HTTPOptions(host=config.host, port=config.port), logging_config=_quiet()
             )
-            serve.run(_application(config, digest, image_px), name=APP_NAME, route_prefix="/")
+            serve.run(_application(config, catalogue, image_px), name=APP_NAME, route_prefix="/")
             yield f"http://{'[' + config.host + ']' if ':' in config.host else config.host}:{config.port}"
         except RuntimeError as error:
             reason = str(error).strip().partition("\n")[0]
@@ -126,35 +125,32 @@ def check_exposure(config: ServingConfig) -> None:
         )
 
 
-def embed_groups(model: Model, groups: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Features of several requests' images in one pass: of each (n, 3, H, W) uint8, (n, D)."""
-    features = model.embed(torch.from_numpy(np.concatenate(groups))).numpy()
-    return np.split(features, np.cumsum([len(group) for group in groups])[:-1])
-
-
-async def embed_by(handle: Any, pixels: Tensor, *, pause_s: float = 0.5) -> Tensor:
-    """(N, D) features of (N, 3, H, W) pixels from the replicas; what a replica dies of is asked of another.
+async def ask_replicas(method: Any, pixels: Tensor, model: str, *, pause_s: float = 0.5) -> Tensor:
+    """(N, …) what the replicas make of (N, 3, H, W) pixels; what a replica dies of is asked of another.
 
     Args:
-        handle: of the backbone's deployment.
+        method: `embed` or `attend` of the handle of the backbone's deployment.
+        model: its name.
         pause_s: before the second attempt; longer before each further one.
 
     Raises:
         RequestError: 503 no replica answers, or too many requests wait already.
     """
     return torch.from_numpy(
-        np.concatenate(await asyncio.gather(*(_embed_group(handle, part.numpy(), pause_s) for part in pixels.split(_GROUP))))
+        np.concatenate(
+            await asyncio.gather(*(_ask_of_group(method, part.numpy(), model, pause_s) for part in pixels.split(_GROUP)))
+        )
     )
 
 
-async def _embed_group(handle: Any, group: np.ndarray, pause_s: float) -> np.ndarray:
+async def _ask_of_group(method: Any, group: np.ndarray, model: str, pause_s: float) -> np.ndarray:
     from ray.exceptions import RayActorError
     from ray.serve.exceptions import BackPressureError
 
     for attempt in range(1, _ATTEMPTS + 1):
         try:
-            features: np.ndarray = await handle.embed.remote(group)
-            return features
+            found: np.ndarray = await method.remote(group, model)
+            return found
         except BackPressureError as error:
             raise RequestError("too many requests wait already; come again", 503, 1) from error
         except RayActorError:
@@ -166,20 +162,23 @@ _services: list[Service] = []
 """Of this process, where it is a replica of the application; one at most."""
 
 
-def _start_service(config: ServingConfig, digest: str, image_px: int, backbone: Any) -> None:
-    async def embed(pixels: Tensor) -> Tensor:
-        return await embed_by(backbone, pixels)
+def _start_service(config: ServingConfig, catalogue: Catalogue, image_px: int, backbone: Any) -> None:
+    async def embed(pixels: Tensor, model: str) -> Tensor:
+        return await ask_replicas(backbone.embed, pixels, model)
 
-    store = TaskStore(root=config.tasks, model=digest)
+    async def attend(pixels: Tensor, model: str) -> Tensor:
+        return await ask_replicas(backbone.attend, pixels, model)
+
+    store = TaskStore(root=config.tasks, models=catalogue.digests)
     keyring = None if config.keys is None else Keyring(path=config.keys)
-    _services[:] = [Service(embed=embed, image_px=image_px, store=store, keyring=keyring)]
+    _services[:] = [Service(embed=embed, attend=attend, models=catalogue, image_px=image_px, store=store, keyring=keyring)]
 
 
 def _application_of_this_process() -> FastAPI:
     return make_app(_services[0])
 
 
-def _application(config: ServingConfig, digest: str, image_px: int) -> Any:
+def _application(config: ServingConfig, catalogue: Catalogue, image_px: int) -> Any:
     """What Ray Serve runs."""
     import ray
     from ray import serve
@@ -195,25 +194,28 @@ def _application(config: ServingConfig, digest: str, image_px: int) -> Any:
         health_check_period_s=2,
     )
     class Backbone:
-        def __init__(self, meta_lora: str, cpus: int) -> None:
+        def __init__(self, meta_loras: Mapping[str, str], cpus: int) -> None:
             torch.set_num_threads(cpus)
-            self._model = load(meta_lora)
+            self._multiplex = load_multiplex(meta_loras)
 
         @serve.batch(max_batch_size=_GROUPS_PER_PASS, batch_wait_timeout_s=_WAIT_S)  # type: ignore[untyped-decorator]
-        async def embed(self, groups: list[np.ndarray]) -> list[np.ndarray]:
-            return await asyncio.to_thread(embed_groups, self._model, groups)
+        async def embed(self, groups: list[np.ndarray], models: list[str]) -> list[np.ndarray]:
+            return await asyncio.to_thread(self._multiplex.embed_groups, groups, models)
+
+        async def attend(self, group: np.ndarray, model: str) -> np.ndarray:
+            return (await asyncio.to_thread(self._multiplex.attend, model, torch.from_numpy(group))).numpy()
 
     @serve.deployment(
         name="application", ray_actor_options={"num_cpus": 0}, max_ongoing_requests=_AT_ONCE, max_queued_requests=_AT_ONCE
     )
     @serve.ingress(_application_of_this_process)
     class Application:
-        def __init__(self, config: ServingConfig, digest: str, image_px: int, backbone: Any) -> None:
-            _start_service(config, digest, image_px, backbone)
+        def __init__(self, config: ServingConfig, catalogue: Catalogue, image_px: int, backbone: Any) -> None:
+            _start_service(config, catalogue, image_px, backbone)
 
     deployed: Any = Application  # what the decorators make of a class is typed as the class
     backbone: Any = Backbone
-    return deployed.bind(config, digest, image_px, backbone.bind(config.meta_lora, cpus))
+    return deployed.bind(config, catalogue, image_px, backbone.bind(config.meta_loras, cpus))
 
 
 def _quiet() -> Any:

@@ -3,12 +3,16 @@
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from http import HTTPStatus
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
 
-from lr_ray.serving.store import Bounds
-from lr_ray.serving.tasks import Prediction, Task
+if TYPE_CHECKING:  # the client has these answers without torch
+    from torch import Tensor
+
+    from lr_ray.serving.models import Catalogue
+    from lr_ray.serving.store import Bounds
+    from lr_ray.serving.tasks import Prediction, Task
 
 
 class Problem(BaseModel):
@@ -38,6 +42,7 @@ class TaskAnswer(BaseModel):
     """A task."""
 
     id: str
+    model: str = Field(description="Name of the model that it was made with, and is used with.")
     version: int = Field(description="Changes with every change; also the ETag.")
     created: datetime
     expires: datetime
@@ -47,13 +52,14 @@ class TaskAnswer(BaseModel):
     classes: list[ClassAnswer]
 
     @classmethod
-    def of(cls, task: Task, bounds: Bounds, *, prototypes: bool = False) -> "TaskAnswer":
+    def of(cls, task: "Task", bounds: "Bounds", *, model: str, prototypes: bool = False) -> "TaskAnswer":
         """What is to be told of a task."""
         created_s = int(task.task_id[:8], 16)
         support = task.support
         vectors = support.prototypes.tolist() if prototypes else [None] * len(support.class_names)
         return cls(
             id=task.task_id,
+            model=model,
             version=task.version,
             created=datetime.fromtimestamp(created_s, UTC),
             expires=datetime.fromtimestamp(created_s + bounds.age_s, UTC),
@@ -88,7 +94,7 @@ class QueryAnswer(Candidate):
     ranked: list[Candidate] = Field(description="The most probable classes, that of the answer first.")
 
     @classmethod
-    def of(cls, file: str, prediction: Prediction, *, top: int) -> "QueryAnswer":
+    def of(cls, file: str, prediction: "Prediction", *, top: int) -> "QueryAnswer":
         """With the `top` classes."""
         columns = zip(prediction.ranked[:top], prediction.probabilities, prediction.distances, strict=False)
         ranked = [Candidate(class_name=name, probability=chance, distance=away) for name, chance, away in columns]
@@ -103,7 +109,7 @@ class ClassifyAnswer(BaseModel):
 
     @classmethod
     def of(
-        cls, files: Sequence[str], predictions: Sequence[Prediction], threshold: float | None, *, top: int
+        cls, files: Sequence[str], predictions: "Sequence[Prediction]", threshold: float | None, *, top: int
     ) -> "ClassifyAnswer":
         """In the order of the queries."""
         results = [QueryAnswer.of(file, found, top=top) for file, found in zip(files, predictions, strict=True)]
@@ -117,9 +123,47 @@ class EmbeddingsAnswer(BaseModel):
     features: list[list[float]]
 
     @classmethod
-    def of(cls, files: Sequence[str], features: Tensor) -> "EmbeddingsAnswer":
+    def of(cls, files: Sequence[str], features: "Tensor") -> "EmbeddingsAnswer":
         """Of (N, D) features."""
         return cls(files=list(files), features=features.tolist())
+
+
+class AttentionAnswer(BaseModel):
+    """Where the last block's class token looks."""
+
+    files: list[str]
+    grids: list[list[list[float]]] = Field(
+        description="Of each image, by rows of patches, the share of attention that each patch gets; all together 1."
+    )
+
+    @classmethod
+    def of(cls, files: Sequence[str], maps: "Tensor") -> "AttentionAnswer":
+        """Of (N, h, w) maps."""
+        return cls(files=list(files), grids=maps.tolist())
+
+
+class ModelAnswer(BaseModel):
+    """A model that the service has."""
+
+    name: str = Field(description="For ?model=NAME.")
+    digest: str = Field(description="SHA-256 of the backbone's weights and the meta-LoRA's.")
+    default: bool = Field(description="Whether it answers requests that name none.")
+
+
+class ModelsAnswer(BaseModel):
+    """All models of the service; they share a backbone."""
+
+    models: list[ModelAnswer]
+    image_px: int = Field(description="To this side an image's central square is resized.")
+    num_features: int = Field(description="Length of a feature vector.")
+
+    @classmethod
+    def of(cls, catalogue: "Catalogue", image_px: int) -> "ModelsAnswer":
+        """In the order of the catalogue."""
+        models = [
+            ModelAnswer(name=model.name, digest=model.digest, default=model == catalogue.default) for model in catalogue.models
+        ]
+        return cls(models=models, image_px=image_px, num_features=catalogue.num_features)
 
 
 class StateAnswer(BaseModel):

@@ -12,13 +12,24 @@ from fastapi import APIRouter, Depends, FastAPI, Header, Query, Request, Respons
 from torch import Tensor
 
 from lr_ray.errors import RequestError
-from lr_ray.serving.answers import ClassifyAnswer, EmbeddingsAnswer, Problem, StateAnswer, TaskAnswer, TasksAnswer
+from lr_ray.serving.answers import (
+    AttentionAnswer,
+    ClassifyAnswer,
+    EmbeddingsAnswer,
+    ModelsAnswer,
+    Problem,
+    StateAnswer,
+    TaskAnswer,
+    TasksAnswer,
+)
 from lr_ray.serving.bodies import EpisodeBody, QueryBody, SupportBody, Uploads, read_episode, read_queries, read_support
 from lr_ray.serving.images import Limits, decode_uploads
 from lr_ray.serving.keys import Key, Keyring, bounds_of
+from lr_ray.serving.models import Catalogue, ServedModel
+from lr_ray.serving.page import page
 from lr_ray.serving.problems import Guard, add_problem_handlers
 from lr_ray.serving.store import Bounds, TaskStore
-from lr_ray.serving.tasks import Support
+from lr_ray.serving.tasks import Support, Task
 
 _NOBODY = "local"
 """Owner of the tasks where there are no keys."""
@@ -31,7 +42,10 @@ class Service:
     """What the application works with.
 
     Attributes:
-        embed: (N, 3, image_px, image_px) uint8 → (N, D) features; raises `RequestError` 503 where it cannot.
+        embed: (N, 3, image_px, image_px) uint8 and a model's name → (N, D) features; raises `RequestError` 503 where it
+            cannot.
+        attend: the same → (N, h, w) attention maps.
+        models: whose names there are.
         image_px: side of the images.
         store: of the tasks.
         keyring: who may ask; None for everyone, on this machine only.
@@ -39,7 +53,9 @@ class Service:
         bounds: of what is kept, where there are no keys.
     """
 
-    embed: Callable[[Tensor], Awaitable[Tensor]]
+    embed: Callable[[Tensor, str], Awaitable[Tensor]]
+    attend: Callable[[Tensor, str], Awaitable[Tensor]]
+    models: Catalogue
     image_px: int
     store: TaskStore
     keyring: Keyring | None = None
@@ -59,7 +75,7 @@ class Service:
                 return
             blank = torch.zeros(1, 3, self.image_px, self.image_px, dtype=torch.uint8)
             try:
-                await asyncio.wait_for(self.embed(blank), _READY_TIMEOUT_S)
+                await asyncio.wait_for(self.embed(blank, self.models.default.name), _READY_TIMEOUT_S)
             except TimeoutError as error:
                 raise RequestError("the backbone does not answer yet; come again", 503, 5) from error
             self._ready_s = time.monotonic()
@@ -86,6 +102,7 @@ def make_app(service: Service) -> FastAPI:
     app.state.service = service
     app.include_router(_open)
     app.include_router(_v1)
+    app.include_router(page)
     add_problem_handlers(app)
     app.add_middleware(Guard, local_only=service.keyring is None)
     return app
@@ -117,6 +134,7 @@ def _caller(service: ServiceHere, authorization: Annotated[str | None, Header(in
 CallerHere = Annotated[Caller, Depends(_caller)]
 Temperature = Annotated[float, Query(gt=0, le=1000, description="Times minus the distance, before the softmax.")]
 Top = Annotated[int, Query(ge=1, le=1000, description="How many classes are ranked.")]
+ModelName = Annotated[str | None, Query(alias="model", description="One of those of /v1/models; default the first.")]
 IfMatch = Annotated[str | None, Header(description="The version (ETag) that the change is meant for; another is a 409.")]
 
 _problem = {"content": {"application/problem+json": {"schema": Problem.model_json_schema()}}}
@@ -181,9 +199,9 @@ async def _uploads(
     return await asyncio.to_thread(work)
 
 
-async def _support(request: Request, service: Service, caller: Caller) -> Support:
+async def _support(request: Request, service: Service, caller: Caller, model: ServedModel) -> Support:
     uploads, pixels = await _uploads(request, service, caller, read_support)
-    return Support.of(await service.embed(pixels), uploads.labels)
+    return Support.of(await service.embed(pixels, model.name), uploads.labels)
 
 
 def _check_two(class_names: tuple[str, ...]) -> None:
@@ -216,21 +234,28 @@ async def readyz(service: ServiceHere) -> StateAnswer:
 @_v1.post(
     "/tasks", status_code=201, openapi_extra=_takes(SupportBody, "Labelled images: parts or folders named by their class.")
 )
-async def create_task(request: Request, response: Response, service: ServiceHere, caller: CallerHere) -> TaskAnswer:
-    """Make a task of labelled images, of two classes or more."""
-    support = await _support(request, service, caller)
+async def create_task(
+    request: Request, response: Response, service: ServiceHere, caller: CallerHere, model_name: ModelName = None
+) -> TaskAnswer:
+    """Make a task of labelled images, of two classes or more. It stays with its model."""
+    model = service.models.find(model_name)
+    support = await _support(request, service, caller, model)
     _check_two(support.class_names)
-    task = await asyncio.to_thread(service.store.create, caller.owner, support, caller.bounds)
+    task = await asyncio.to_thread(service.store.create, caller.owner, support, caller.bounds, model=model.digest)
     response.headers["Location"] = f"/v1/tasks/{quote(task.task_id)}"
     response.headers["ETag"] = f'"{task.version}"'
-    return TaskAnswer.of(task, caller.bounds)
+    return _told(task, service, caller)
+
+
+def _told(task: Task, service: Service, caller: Caller, *, prototypes: bool = False) -> TaskAnswer:
+    return TaskAnswer.of(task, caller.bounds, model=service.models.of_digest(task.model).name, prototypes=prototypes)
 
 
 @_v1.get("/tasks")
 async def list_tasks(service: ServiceHere, caller: CallerHere) -> TasksAnswer:
     """All tasks of the key, oldest first."""
     tasks = await asyncio.to_thread(service.store.list, caller.owner, caller.bounds)
-    return TasksAnswer(tasks=[TaskAnswer.of(task, caller.bounds) for task in tasks])
+    return TasksAnswer(tasks=[_told(task, service, caller) for task in tasks])
 
 
 @_v1.get("/tasks/{task_id}")
@@ -240,7 +265,7 @@ async def get_task(
     """A task, with `?prototypes=true` its prototypes too."""
     task = await asyncio.to_thread(service.store.read, caller.owner, task_id, caller.bounds)
     response.headers["ETag"] = f'"{task.version}"'
-    return TaskAnswer.of(task, caller.bounds, prototypes=prototypes)
+    return _told(task, service, caller, prototypes=prototypes)
 
 
 @_v1.delete("/tasks/{task_id}", status_code=204)
@@ -255,8 +280,8 @@ async def add_images(
 ) -> TaskAnswer:
     """Add classes, or images to classes that are there."""
     version = _version(if_match)
-    await asyncio.to_thread(service.store.read, caller.owner, task_id, caller.bounds)  # 404 before anything is decoded
-    more = await _support(request, service, caller)
+    task = await asyncio.to_thread(service.store.read, caller.owner, task_id, caller.bounds)  # 404 before anything is decoded
+    more = await _support(request, service, caller, service.models.of_digest(task.model))
 
     def change(support: Support) -> Support:
         grown = support.add(more)
@@ -285,7 +310,7 @@ async def _change(
 ) -> TaskAnswer:
     def update() -> TaskAnswer:
         task = service.store.update(caller.owner, task_id, change, caller.bounds, version=version)
-        return TaskAnswer.of(task, caller.bounds)
+        return _told(task, service, caller)
 
     answer = await asyncio.to_thread(update)
     response.headers["ETag"] = f'"{answer.version}"'
@@ -304,19 +329,26 @@ async def classify(
     """Classify images by a task."""
     task = await asyncio.to_thread(service.store.read, caller.owner, task_id, caller.bounds)
     uploads, pixels = await _uploads(request, service, caller, read_queries)
-    return await _answer(task.support, uploads, await service.embed(pixels), temperature, top)
+    features = await service.embed(pixels, service.models.of_digest(task.model).name)
+    return await _answer(task.support, uploads, features, temperature, top)
 
 
 @_v1.post("/classify", openapi_extra=_takes(EpisodeBody, "Labelled images, and queries in parts or a folder called `query`."))
 async def classify_once(
-    request: Request, service: ServiceHere, caller: CallerHere, temperature: Temperature = 1.0, top: Top = 5
+    request: Request,
+    service: ServiceHere,
+    caller: CallerHere,
+    temperature: Temperature = 1.0,
+    top: Top = 5,
+    model_name: ModelName = None,
 ) -> ClassifyAnswer:
     """Classify images by others that come with them; nothing is kept."""
+    model = service.models.find(model_name)
     uploads, pixels = await _uploads(request, service, caller, read_episode)
     _check_two(tuple(uploads.support))
     if not uploads.query:
         raise RequestError("no images to classify; give at least one, in a part or folder called query", 422)
-    features = await service.embed(pixels)
+    features = await service.embed(pixels, model.name)
     support = Support.of(features[: len(uploads.labels)], uploads.labels)
     return await _answer(support, uploads, features[len(uploads.labels) :], temperature, top)
 
@@ -333,7 +365,26 @@ async def _answer(support: Support, uploads: Uploads, queries: Tensor, temperatu
 
 
 @_v1.post("/embeddings", openapi_extra=_takes(QueryBody, "Images of any names.", one_image=True))
-async def embeddings(request: Request, service: ServiceHere, caller: CallerHere) -> EmbeddingsAnswer:
+async def embeddings(
+    request: Request, service: ServiceHere, caller: CallerHere, model_name: ModelName = None
+) -> EmbeddingsAnswer:
     """Features of images."""
+    model = service.models.find(model_name)
     uploads, pixels = await _uploads(request, service, caller, read_queries)
-    return EmbeddingsAnswer.of([upload.name for upload in uploads.query], await service.embed(pixels))
+    return EmbeddingsAnswer.of([upload.name for upload in uploads.query], await service.embed(pixels, model.name))
+
+
+@_v1.post("/attention", openapi_extra=_takes(QueryBody, "Images of any names.", one_image=True))
+async def attention(
+    request: Request, service: ServiceHere, caller: CallerHere, model_name: ModelName = None
+) -> AttentionAnswer:
+    """Where the class token of the last block looks, in each image's central square."""
+    model = service.models.find(model_name)
+    uploads, pixels = await _uploads(request, service, caller, read_queries)
+    return AttentionAnswer.of([upload.name for upload in uploads.query], await service.attend(pixels, model.name))
+
+
+@_v1.get("/models")
+async def list_models(service: ServiceHere, _caller: CallerHere) -> ModelsAnswer:
+    """The models: meta-LoRAs, and their backbone without any."""
+    return ModelsAnswer.of(service.models, service.image_px)

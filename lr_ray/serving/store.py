@@ -12,7 +12,7 @@ import secrets
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -55,26 +55,26 @@ class TaskStore:
 
     Attributes:
         root: folder or URI.
-        model: digest of the model that makes the features here; tasks of another are refused (409).
+        models: digests of the models that make features here; tasks of others are refused (409).
         clock: seconds since 1970.
     """
 
     root: str
-    model: str
+    models: Collection[str]
     clock: Callable[[], float] = time.time
     _cache: "OrderedDict[str, Task]" = field(default_factory=OrderedDict)
     _cached_bytes: dict[str, int] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _creating: threading.Lock = field(default_factory=threading.Lock)
 
-    def create(self, owner: str, support: Support, bounds: Bounds) -> Task:
-        """Keep a new task.
+    def create(self, owner: str, support: Support, bounds: Bounds, *, model: str) -> Task:
+        """Keep a new task of the model of that digest.
 
         Raises:
             RequestError: 413 the owner's tasks would be too many or too large.
         """
         task_id = f"{int(self.clock()):08x}{secrets.token_urlsafe(16)}"
-        task = Task(task_id=task_id, owner=owner, version=1, model=self.model, support=support)
+        task = Task(task_id=task_id, owner=owner, version=1, model=model, support=support)
         content = task.to_bytes(nonce=secrets.token_hex(8))
         with self._creating:  # of two that come at once here, the second sees the first
             sizes = self._sizes(owner, bounds)
@@ -88,15 +88,15 @@ class TaskStore:
         """The newest version.
 
         Raises:
-            RequestError: 404 no such task of this owner; 409 it was made by another model.
+            RequestError: 404 no such task of this owner; 409 it was made by a model that is not here.
         """
         for _ in range(_ATTEMPTS):
             if (found := self._newest(owner, task_id, bounds)) is None:
                 break
             version, size = found
             if (task := self._read_version(owner, task_id, version, size)) is not None:
-                if task.model != self.model:
-                    raise RequestError("the task was made with another model than this service has; make it again", 409)
+                if task.model not in self.models:
+                    raise RequestError("the task was made with a model that this service does not have; make it again", 409)
                 return task
         raise RequestError(_NO_TASK, 404)
 
@@ -138,7 +138,7 @@ class TaskStore:
         raise RequestError("the task is being changed by others; try again", 409, 1)
 
     def list(self, owner: str, bounds: Bounds) -> list[Task]:
-        """All of an owner's tasks that this model can use, oldest first."""
+        """All of an owner's tasks that the models here can use, oldest first."""
 
         def read(task_id: str) -> Task | None:
             with suppress(RequestError):  # deleted meanwhile, or of another model

@@ -110,7 +110,7 @@ def encode(
     if unknown := [layer for layer in keep_ratios if not 0 <= layer <= last]:
         raise ConfigError(f"keep_ratios: the backbone has blocks 0 to {last}, not {unknown[0]}; remove that key")
     num_prefix: int = model.num_prefix_tokens
-    tokens = model.norm_pre(model._pos_embed(model.patch_embed(images)))
+    tokens = _embed_patches(model, images)
     positions = torch.arange(tokens.shape[1] - num_prefix, device=images.device).expand(images.shape[0], -1)
     if keep_indices is not None:
         positions = keep_indices.to(images.device)
@@ -133,6 +133,12 @@ def encode(
         tokens = run(_transform, block, tokens)
     features = _pool(model, tokens, pool)
     return Encoding(features=features, patch_order=torch.cat([positions, *dropped], dim=1) if rank_patches else None)
+
+
+def _embed_patches(model: VisionTransformer, images: Tensor) -> Tensor:
+    """(B, N, D) tokens that enter the first block."""
+    tokens: Tensor = model.norm_pre(model._pos_embed(model.patch_embed(images)))
+    return tokens
 
 
 def _pool(model: VisionTransformer, tokens: Tensor, pool: Pool) -> Tensor:
@@ -161,6 +167,30 @@ def encode_pixels(backbone: Backbone, images: Tensor, *, precision: Precision) -
     """(B, 3, H, W) images, uint8 or float in [0, 1] → (B, D) features, float32 on the backbone's device."""
     with autocast(backbone.device, precision):
         return encode(backbone.model, backbone.normalize(images)).features.float()
+
+
+def attention_map(backbone: Backbone, images: Tensor, *, precision: Precision) -> Tensor:
+    """How [CLS] shares its attention among the patches in the last block, averaged over heads.
+
+    Args:
+        backbone: adapters merged or attached.
+        images: (B, 3, H, W), uint8 or float in [0, 1].
+        precision: of the forward pass.
+
+    Returns:
+        (B, h, w) float32 shares, by the patches' rows and columns; those of an image sum to 1. What [CLS] pays to itself
+        and to register tokens is left out.
+    """
+    model = backbone.model
+    with torch.no_grad(), autocast(backbone.device, precision):
+        tokens = _embed_patches(model, backbone.normalize(images))
+        *before, last = model.blocks
+        for block in before:
+            tokens = _transform(block, _attend(block, tokens))
+        qkv = last.attn.qkv(last.norm1(tokens))
+    paid = class_attention(last.attn, qkv, num_prefix_tokens=model.num_prefix_tokens)
+    rows, columns = model.patch_embed.grid_size
+    return (paid / paid.sum(dim=1, keepdim=True)).unflatten(1, (rows, columns))
 
 
 @contextmanager

@@ -98,7 +98,7 @@ def test_the_options_of_a_command(command: str):
 @pytest.mark.parametrize(
     ("command", "options"),
     [
-        ("start", {"META_LORA", "--host", "--port", "--tasks", "--keys", "--replicas"}),
+        ("start", {"META_LORAS", "--host", "--port", "--tasks", "--keys", "--replicas"}),
         ("key", set()),
     ],
 )

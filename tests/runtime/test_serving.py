@@ -24,7 +24,7 @@ from lr_ray.config import absolute_path
 from lr_ray.data.images import DataConfig
 from lr_ray.data.load import load_data
 from lr_ray.errors import AdapterError, ClusterError, ConfigError, RequestError
-from lr_ray.runtime.serving import ServingConfig, check_exposure, embed_by, embed_groups, served
+from lr_ray.runtime.serving import ServingConfig, ask_replicas, check_exposure, served
 from lr_ray.serving.keys import add_key
 
 
@@ -70,7 +70,7 @@ def test_the_answers_are_those_of_load_also_after_a_replica_is_killed(
     labels = [name for name in support for _ in range(2)]
     logits = lr_ray.load(meta_lora).classify([file for files in support.values() for file in files], labels, queries)
     names = sorted(set(labels))
-    config = ServingConfig(meta_lora=meta_lora, tasks=str(tmp_path / "tasks"), port=free_port(), cpus_per_replica=1)
+    config = ServingConfig(meta_loras={"tiny": meta_lora}, tasks=str(tmp_path / "tasks"), port=free_port(), cpus_per_replica=1)
 
     def check(results: list[dict[str, Any]]) -> None:
         assert [row["class"] for row in results] == [names[column] for column in logits.argmax(dim=1)]
@@ -132,17 +132,17 @@ def test_the_command_serves_until_it_is_told_to_end(meta_lora: str, pictures: di
 
 
 def test_other_machines_need_keys(meta_lora: str, tmp_path: Path):
-    config = ServingConfig(meta_lora=meta_lora, tasks=str(tmp_path), host="0.0.0.0")
+    config = ServingConfig(meta_loras={"tiny": meta_lora}, tasks=str(tmp_path), host="0.0.0.0")
     with pytest.raises(ConfigError, match=r"--host 0\.0\.0\.0 is reached from other machines; add --keys FILE"), served(config):
         pass
     with pytest.raises(ConfigError, match="No such file"):
-        check_exposure(ServingConfig(meta_lora=meta_lora, tasks="", host="0.0.0.0", keys=tmp_path / "missing"))
+        check_exposure(ServingConfig(meta_loras={"tiny": meta_lora}, tasks="", host="0.0.0.0", keys=tmp_path / "missing"))
     add_key(tmp_path / "keys.json", "ann")
-    check_exposure(ServingConfig(meta_lora=meta_lora, tasks="", host="0.0.0.0", keys=tmp_path / "keys.json"))
+    check_exposure(ServingConfig(meta_loras={"tiny": meta_lora}, tasks="", host="0.0.0.0", keys=tmp_path / "keys.json"))
 
 
 def test_what_is_no_meta_lora_is_an_error_before_ray_starts(tmp_path: Path):
-    with pytest.raises(AdapterError, match="is no adapter"), served(ServingConfig(meta_lora=str(tmp_path), tasks="")):
+    with pytest.raises(AdapterError, match="is no adapter"), served(ServingConfig(meta_loras={"x": str(tmp_path)}, tasks="")):
         pass
 
 
@@ -154,23 +154,14 @@ def test_paths_are_absolute_and_uris_stay():
 # ---------------------------------------------------------------------------------------------- batches and lost replicas
 
 
-def test_one_pass_over_the_images_of_several_requests(meta_lora: str):
-    model = lr_ray.load(meta_lora)
-    images = torch.randint(0, 256, (7, 3, 32, 32), dtype=torch.uint8)
-    parts = embed_groups(model, [part.numpy() for part in images.split([2, 1, 4])])
-    assert [len(part) for part in parts] == [2, 1, 4]
-    assert torch.equal(torch.from_numpy(np.concatenate(parts)), model.embed(images))
-
-
-class Handle:
-    """A backbone's handle that answers with means, after it has raised what is given."""
+class Method:
+    """A method of the backbone's handle that answers with means, after it has raised what is given."""
 
     def __init__(self, *failures: Exception) -> None:
         self.failures = list(failures)
         self.sizes: list[int] = []
-        self.embed = self
 
-    async def remote(self, group: np.ndarray) -> np.ndarray:
+    async def remote(self, group: np.ndarray, _model: str) -> np.ndarray:
         self.sizes.append(len(group))
         if self.failures:
             raise self.failures.pop(0)
@@ -179,8 +170,8 @@ class Handle:
 
 def test_large_requests_travel_in_groups_and_come_back_in_order():
     pixels = torch.randint(0, 256, (70, 3, 4, 4), dtype=torch.uint8)
-    features = asyncio.run(embed_by(handle := Handle(), pixels))
-    assert sorted(handle.sizes) == [6, 32, 32]
+    features = asyncio.run(ask_replicas(method := Method(), pixels, "m"))
+    assert sorted(method.sizes) == [6, 32, 32]
     torch.testing.assert_close(features, pixels.float().mean(dim=(2, 3)))
 
 
@@ -188,7 +179,7 @@ def test_a_lost_replica_is_asked_again():
     from ray.exceptions import RayActorError
 
     pixels = torch.ones(1, 3, 4, 4, dtype=torch.uint8)
-    assert asyncio.run(embed_by(Handle(RayActorError(), RayActorError()), pixels, pause_s=0)).tolist() == [[1, 1, 1]]
+    assert asyncio.run(ask_replicas(Method(RayActorError(), RayActorError()), pixels, "m", pause_s=0)).tolist() == [[1, 1, 1]]
 
 
 @pytest.mark.parametrize("full", [False, True])
@@ -199,11 +190,11 @@ def test_no_replica_and_a_full_queue_are_503(full: bool):
     full_queue = BackPressureError(num_queued_requests=1, max_queued_requests=1)
     failures = [full_queue] if full else [RayActorError()] * 9
     with pytest.raises(RequestError) as caught:
-        asyncio.run(embed_by(Handle(*failures), torch.ones(1, 3, 4, 4, dtype=torch.uint8), pause_s=0))
+        asyncio.run(ask_replicas(Method(*failures), torch.ones(1, 3, 4, 4, dtype=torch.uint8), "m", pause_s=0))
     assert caught.value.status == 503
     assert caught.value.retry_after_s
 
 
 def test_a_fault_of_the_backbone_is_not_hidden():
     with pytest.raises(KeyError):
-        asyncio.run(embed_by(Handle(KeyError("x")), torch.ones(1, 3, 4, 4, dtype=torch.uint8)))
+        asyncio.run(ask_replicas(Method(KeyError("x")), torch.ones(1, 3, 4, 4, dtype=torch.uint8), "m"))

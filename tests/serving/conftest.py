@@ -4,26 +4,42 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from starlette.testclient import TestClient
 from torch import Tensor
 
 from lr_ray.serving.api import Service, make_app
 from lr_ray.serving.images import Limits
 from lr_ray.serving.keys import Keyring, add_key
+from lr_ray.serving.models import BACKBONE, Catalogue, ServedModel
 from lr_ray.serving.store import TaskStore
 from tests.serving.pictures import features_of
 
 LIMITS = Limits(body_bytes=400_000, image_bytes=100_000, image_pixels=1_000_000, pixels=3_000_000, images=40, classes=6)
 
 
-async def stand_in(pixels: Tensor) -> Tensor:
-    """In the place of the replicas."""
-    return features_of(pixels)
+CATALOGUE = Catalogue(
+    models=tuple(ServedModel(name=name, digest=name[0]) for name in ("mine", "other", BACKBONE)), num_features=12
+)
+SIGNS = {"mine": 1, "other": -1, BACKBONE: 0.5}
+
+
+async def stand_in(pixels: Tensor, model: str) -> Tensor:
+    """In the place of the replicas: each model has its own features."""
+    return SIGNS[model] * features_of(pixels)
+
+
+async def look(pixels: Tensor, model: str) -> Tensor:
+    """In the place of the replicas: (N, 2, 2) shares, of the first model by brightness."""
+    bright = pixels.float().mean(dim=1) if model == "mine" else torch.ones(len(pixels), *pixels.shape[2:])
+    quarters = torch.nn.functional.adaptive_avg_pool2d(bright, 2)
+    return quarters / quarters.sum(dim=(1, 2), keepdim=True)
 
 
 @pytest.fixture
 def service(tmp_path: Path) -> Service:
-    return Service(embed=stand_in, image_px=16, store=TaskStore(root=str(tmp_path / "tasks"), model="m"), limits=LIMITS)
+    store = TaskStore(root=str(tmp_path / "tasks"), models=CATALOGUE.digests)
+    return Service(embed=stand_in, attend=look, models=CATALOGUE, image_px=16, store=store, limits=LIMITS)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import logging
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ from lr_ray.errors import RequestError, StorageError
 from lr_ray.serving.api import Service
 from lr_ray.serving.images import Upload, decode_uploads
 from lr_ray.serving.problems import is_loopback
-from lr_ray.serving.store import Bounds
+from lr_ray.serving.store import Bounds, TaskStore
 from lr_ray.serving.tasks import Support
-from tests.serving.conftest import LIMITS
+from tests.serving.conftest import CATALOGUE, LIMITS
 from tests.serving.pictures import base64_of, features_of, json_body, multipart, png, zipped
 
 DARK, LIGHT, GREY = [png(i) for i in range(3)], [png(i, shade=190) for i in range(3)], [png(i, shade=90) for i in range(3)]
@@ -152,6 +153,66 @@ def test_what_makes_no_task(client: TestClient, service: Service):
     assert "7 classes" in problem(client.post(f"/v1/tasks/{task['id']}/classes", json=as_json(more)), 413)
 
 
+# ------------------------------------------------------------------------------------------------------------ models
+
+
+def test_the_models(client: TestClient):
+    assert client.get("/v1/models").json() == {
+        "models": [
+            {"name": "mine", "digest": "m", "default": True},
+            {"name": "other", "digest": "o", "default": False},
+            {"name": "backbone", "digest": "b", "default": False},
+        ],
+        "image_px": 16,
+        "num_features": 12,
+    }
+
+
+def test_every_request_goes_to_the_model_it_names(client: TestClient):
+    images = {"images": [base64_of(c) for c in QUERIES]}
+    features = {
+        name: torch.tensor(client.post("/v1/embeddings", json=images, params=params).json()["features"])
+        for name, params in (("mine", {}), ("other", {"model": "other"}), ("backbone", {"model": "backbone"}))
+    }
+    torch.testing.assert_close(features["other"], -features["mine"])
+    torch.testing.assert_close(features["backbone"], features["mine"] / 2)
+    once = [
+        client.post("/v1/classify", json=as_json(SUPPORT, QUERIES), params={"model": name}).json()["results"][0]["distance"]
+        for name in ("mine", "backbone")
+    ]
+    assert once[1] == pytest.approx(once[0] / 2, rel=1e-5)
+    for url in ("/v1/tasks", "/v1/classify", "/v1/embeddings", "/v1/attention"):
+        answer = client.post(url, json=images, params={"model": "none"})
+        assert "model 'none' is not served here; give one of mine, other, backbone" in problem(answer, 422)
+
+
+def test_a_task_stays_with_its_model(client: TestClient, service: Service, connect: Callable[..., TestClient]):
+    task = client.post("/v1/tasks", json=as_json(SUPPORT), params={"model": "backbone"}).json()
+    url = f"/v1/tasks/{task['id']}"
+    assert task["model"] == client.get(url).json()["model"] == "backbone"
+    assert client.post(f"{url}/classes", json=as_json({"grey": GREY})).json()["model"] == "backbone"
+    body = {"images": [base64_of(c) for c in QUERIES]}
+    kept = client.post(f"{url}/classify", json=body).json()
+    once = client.post("/v1/classify", json=as_json(SUPPORT | {"grey": GREY}, QUERIES), params={"model": "backbone"}).json()
+    assert kept == once
+    assert make(client)["model"] == "mine"
+    service.models = replace(CATALOGUE, models=CATALOGUE.models[:2])
+    service.store = TaskStore(root=service.store.root, models=service.models.digests)
+    assert "a model that this service does not have" in problem(connect(service).get(url), 409)
+    assert [found["model"] for found in connect(service).get("/v1/tasks").json()["tasks"]] == ["mine"]
+
+
+def test_attention_is_a_grid_for_each_image(client: TestClient):
+    body, kind = multipart(*[("images", f"{i}.png", content) for i, content in enumerate(QUERIES)])
+    answer = client.post("/v1/attention", content=body, headers={"content-type": kind}).json()
+    grids = torch.tensor(answer["grids"])
+    assert answer["files"] == ["0.png", "1.png", "2.png"]
+    assert grids.shape == (3, 2, 2)
+    torch.testing.assert_close(grids.sum(dim=(1, 2)), torch.ones(3))
+    flat = client.post("/v1/attention", content=DARK[0], headers={"content-type": "image/png"}, params={"model": "other"})
+    assert flat.json()["grids"] == [[[0.25, 0.25], [0.25, 0.25]]]
+
+
 # ------------------------------------------------------------------------------------------------------------ errors
 
 
@@ -186,7 +247,7 @@ def test_request_ids_go_in_and_out(client: TestClient):
 
 
 def test_a_fault_of_ours_is_a_bare_500(service: Service, connect: Callable[..., TestClient], caplog: pytest.LogCaptureFixture):
-    async def fail(_pixels: Tensor) -> Tensor:
+    async def fail(_pixels: Tensor, _model: str) -> Tensor:
         raise KeyError("/secret/path")
 
     service.embed = fail
@@ -212,7 +273,7 @@ def test_health_and_readiness(service: Service, client: TestClient):
 
 
 def test_not_ready(service: Service, client: TestClient):
-    async def fail(_pixels: Tensor) -> Tensor:
+    async def fail(_pixels: Tensor, _model: str) -> Tensor:
         raise RequestError("the backbone does not answer; come again", 503, 5)
 
     service.embed = fail
@@ -236,6 +297,8 @@ def test_the_document_describes_every_route(client: TestClient):
         "POST /v1/tasks/{task_id}/classify",
         "POST /v1/classify",
         "POST /v1/embeddings",
+        "POST /v1/attention",
+        "GET /v1/models",
     }
     body = document["paths"]["/v1/classify"]["post"]["requestBody"]["content"]
     assert set(body) == {"multipart/form-data", "application/json", "application/zip"}
@@ -294,7 +357,7 @@ def test_a_key_keeps_so_many_tasks(keyed: Callable[..., TestClient]):
 
 
 def test_keys_are_not_logged(keyed: Callable[..., TestClient], service: Service, caplog: pytest.LogCaptureFixture):
-    async def fail(_pixels: Tensor) -> Tensor:
+    async def fail(_pixels: Tensor, _model: str) -> Tensor:
         raise KeyError("x")
 
     ann = keyed("ann")

@@ -33,12 +33,12 @@ def support(*names: str, seed: int = 0) -> Support:
 
 @pytest.fixture
 def store(tmp_path: Path) -> TaskStore:
-    return TaskStore(root=str(tmp_path / "tasks"), model="m", clock=Clock())
+    return TaskStore(root=str(tmp_path / "tasks"), models=["m"], clock=Clock())
 
 
 def again(store: TaskStore, **changes: object) -> TaskStore:
     """Another process over the same root."""
-    return TaskStore(**{"root": store.root, "model": store.model, "clock": store.clock} | changes)  # type: ignore[arg-type]
+    return TaskStore(**{"root": store.root, "models": store.models, "clock": store.clock} | changes)  # type: ignore[arg-type]
 
 
 def status_of(call: Callable[[], object]) -> int:
@@ -48,7 +48,7 @@ def status_of(call: Callable[[], object]) -> int:
 
 
 def test_a_task_survives_a_restart(store: TaskStore):
-    task = store.create("ann", support("a", "b"), BOUNDS)
+    task = store.create("ann", support("a", "b"), BOUNDS, model="m")
     back = again(store).read("ann", task.task_id, BOUNDS)
     assert torch.equal(back.support.sums, task.support.sums)
     assert (back.version, back.support.class_names) == (1, ("a", "b"))
@@ -56,13 +56,13 @@ def test_a_task_survives_a_restart(store: TaskStore):
 
 
 def test_ids_are_random_and_path_safe(store: TaskStore):
-    ids = [store.create("ann", support("a", "b"), BOUNDS).task_id for _ in range(20)]
+    ids = [store.create("ann", support("a", "b"), BOUNDS, model="m").task_id for _ in range(20)]
     assert len(set(ids)) == 20
     assert all(re.fullmatch(r"[0-9a-f]{8}[A-Za-z0-9_-]{22}", task_id) for task_id in ids)
 
 
 def test_owners_do_not_see_each_other(store: TaskStore):
-    task = store.create("ann", support("a", "b"), BOUNDS)
+    task = store.create("ann", support("a", "b"), BOUNDS, model="m")
     assert store.list("bob", BOUNDS) == []
     for call in (
         lambda: store.read("bob", task.task_id, BOUNDS),
@@ -84,7 +84,7 @@ def test_what_is_no_id_is_404_and_touches_nothing(store: TaskStore, task_id: str
 
 
 def test_updates_are_versions_and_leave_little(store: TaskStore):
-    task = store.create("ann", support("a", "b"), BOUNDS)
+    task = store.create("ann", support("a", "b"), BOUNDS, model="m")
     changed = store.update("ann", task.task_id, lambda s: s.add(support("c")), BOUNDS, version=1)
     assert (changed.version, changed.support.class_names) == (2, ("a", "b", "c"))
     assert again(store).read("ann", task.task_id, BOUNDS).version == 2
@@ -98,7 +98,7 @@ def test_updates_are_versions_and_leave_little(store: TaskStore):
 
 def test_a_writer_that_comes_far_too_late_has_lost(store: TaskStore):
     """So late that the name of its version is free again."""
-    task = store.create("ann", support("a", "b"), BOUNDS)
+    task = store.create("ann", support("a", "b"), BOUNDS, model="m")
     other = again(store)
 
     def change(before: Support) -> Support:
@@ -114,7 +114,7 @@ def test_a_writer_that_comes_far_too_late_has_lost(store: TaskStore):
 
 
 def test_a_version_replaced_while_it_is_read(store: TaskStore, monkeypatch: pytest.MonkeyPatch):
-    task = store.create("ann", support("a", "b"), BOUNDS)
+    task = store.create("ann", support("a", "b"), BOUNDS, model="m")
     read, replaced = store_module.read_if_there, []
 
     def read_late(uri: str) -> bytes | None:
@@ -128,14 +128,14 @@ def test_a_version_replaced_while_it_is_read(store: TaskStore, monkeypatch: pyte
 
 
 def test_an_update_of_an_older_version_is_409(store: TaskStore):
-    task = store.create("ann", support("a", "b"), BOUNDS)
+    task = store.create("ann", support("a", "b"), BOUNDS, model="m")
     store.update("ann", task.task_id, lambda s: s.add(support("c")), BOUNDS, version=1)
     assert status_of(lambda: store.update("ann", task.task_id, lambda s: s, BOUNDS, version=1)) == 409
 
 
 def test_of_two_that_change_the_same_version_one_wins(store: TaskStore):
     """Both have read version 1 before either writes; each is a process of its own."""
-    task = store.create("ann", support("a", "b"), BOUNDS)
+    task = store.create("ann", support("a", "b"), BOUNDS, model="m")
     both = threading.Barrier(2)
 
     def change(name: str) -> int:
@@ -154,7 +154,7 @@ def test_of_two_that_change_the_same_version_one_wins(store: TaskStore):
 
 
 def test_changes_without_a_version_are_made_again_on_the_newer_one(store: TaskStore):
-    task = store.create("ann", support("a", "b"), BOUNDS)
+    task = store.create("ann", support("a", "b"), BOUNDS, model="m")
     calls = []
 
     def add(before: Support) -> Support:
@@ -169,7 +169,7 @@ def test_changes_without_a_version_are_made_again_on_the_newer_one(store: TaskSt
 
 
 def test_many_writers_lose_nothing(store: TaskStore):
-    task = store.create("ann", support("a", "b"), BOUNDS)
+    task = store.create("ann", support("a", "b"), BOUNDS, model="m")
 
     def add(index: int) -> None:
         mine = again(store)
@@ -193,7 +193,7 @@ def test_many_writers_lose_nothing(store: TaskStore):
 
 
 def test_a_deleted_task_is_gone_and_stays_gone(store: TaskStore):
-    task = store.create("ann", support("a", "b"), BOUNDS)
+    task = store.create("ann", support("a", "b"), BOUNDS, model="m")
     late = again(store)
 
     def change(before: Support) -> Support:
@@ -209,58 +209,58 @@ def test_a_deleted_task_is_gone_and_stays_gone(store: TaskStore):
 def test_few_traces_of_deleted_tasks_stay(store: TaskStore, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("lr_ray.serving.store._KEPT_DELETED", 3)
     for _ in range(8):
-        store.delete("ann", store.create("ann", support("a", "b"), BOUNDS).task_id, BOUNDS)
+        store.delete("ann", store.create("ann", support("a", "b"), BOUNDS, model="m").task_id, BOUNDS)
     assert store.list("ann", BOUNDS) == []
     assert len(list_files(store.root, suffix="")) == 3
 
 
 def test_as_many_tasks_as_are_allowed(store: TaskStore):
     bounds = Bounds(tasks=2)
-    first, _ = (store.create("ann", support("a", "b"), bounds) for _ in range(2))
-    assert status_of(lambda: store.create("ann", support("a", "b"), bounds)) == 413
-    assert store.create("bob", support("a", "b"), bounds).version == 1
+    first, _ = (store.create("ann", support("a", "b"), bounds, model="m") for _ in range(2))
+    assert status_of(lambda: store.create("ann", support("a", "b"), bounds, model="m")) == 413
+    assert store.create("bob", support("a", "b"), bounds, model="m").version == 1
     store.delete("ann", first.task_id, bounds)
-    assert store.create("ann", support("a", "b"), bounds).version == 1
+    assert store.create("ann", support("a", "b"), bounds, model="m").version == 1
 
 
 def test_as_many_bytes_as_are_allowed(store: TaskStore):
-    task = store.create("ann", support("a", "b"), BOUNDS)
+    task = store.create("ann", support("a", "b"), BOUNDS, model="m")
     size = (Path(store.root) / "ann" / task.task_id / "00000001.safetensors").stat().st_size
-    assert status_of(lambda: store.create("ann", support("a", "b"), Bounds(bytes=2 * size - 1))) == 413
+    assert status_of(lambda: store.create("ann", support("a", "b"), Bounds(bytes=2 * size - 1), model="m")) == 413
     many = support(*map(str, range(99)))
     assert status_of(lambda: store.update("ann", task.task_id, lambda s: s.add(many), Bounds(bytes=2 * size))) == 413
-    assert store.create("ann", support("a", "b"), Bounds(bytes=2 * size + 8)).version == 1
+    assert store.create("ann", support("a", "b"), Bounds(bytes=2 * size + 8), model="m").version == 1
 
 
 def test_tasks_expire_and_their_files_go(store: TaskStore):
     assert isinstance(store.clock, Clock)
     bounds = Bounds(tasks=1, age_s=100)
-    task = store.create("ann", support("a", "b"), bounds)
+    task = store.create("ann", support("a", "b"), bounds, model="m")
     store.clock.now += 99
     assert store.read("ann", task.task_id, bounds).version == 1
     store.clock.now += 1
     assert status_of(lambda: store.read("ann", task.task_id, bounds)) == 404
-    newer = store.create("ann", support("a", "b"), bounds)
+    newer = store.create("ann", support("a", "b"), bounds, model="m")
     assert list_files(store.root, suffix="") == [f"ann/{newer.task_id}/00000001.safetensors"]
 
 
 def test_a_task_of_another_model_is_409_and_not_listed(store: TaskStore):
-    task = store.create("ann", support("a", "b"), BOUNDS)
-    other = again(store, model="another")
+    task = store.create("ann", support("a", "b"), BOUNDS, model="m")
+    other = again(store, models=["another"])
     assert status_of(lambda: other.read("ann", task.task_id, BOUNDS)) == 409
     assert other.list("ann", BOUNDS) == []
 
 
 def test_a_task_under_a_foreign_name_is_refused(store: TaskStore):
     """Such as one that was copied into another owner's folder."""
-    task = store.create("ann", support("a", "b"), BOUNDS)
+    task = store.create("ann", support("a", "b"), BOUNDS, model="m")
     (Path(store.root) / "ann").rename(Path(store.root) / "bob")
     with pytest.raises(StorageError, match="not the one that its name says"):
         again(store).read("bob", task.task_id, BOUNDS)
 
 
 def test_a_known_version_is_not_read_again(store: TaskStore, monkeypatch: pytest.MonkeyPatch):
-    task = store.create("ann", support("a", "b"), BOUNDS)
+    task = store.create("ann", support("a", "b"), BOUNDS, model="m")
     store.read("ann", task.task_id, BOUNDS)
     monkeypatch.setattr("lr_ray.serving.store.read_if_there", lambda _uri: pytest.fail("read again"))
     assert store.read("ann", task.task_id, BOUNDS).version == 1
@@ -268,15 +268,15 @@ def test_a_known_version_is_not_read_again(store: TaskStore, monkeypatch: pytest
 
 def test_the_cache_is_bounded(store: TaskStore, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("lr_ray.serving.store._CACHE_BYTES", 3000)
-    for task in [store.create("ann", support("a", "b"), BOUNDS) for _ in range(20)]:
+    for task in [store.create("ann", support("a", "b"), BOUNDS, model="m") for _ in range(20)]:
         store.read("ann", task.task_id, BOUNDS)
     assert sum(store._cached_bytes.values()) <= 3000
     assert store._cache.keys() == store._cached_bytes.keys()
 
 
 def test_on_s3(bucket: str):
-    store = TaskStore(root=f"{bucket}/tasks", model="m")
-    task = store.create("ann", support("a", "b"), BOUNDS)
+    store = TaskStore(root=f"{bucket}/tasks", models=["m"])
+    task = store.create("ann", support("a", "b"), BOUNDS, model="m")
     other = again(store)
 
     def add(before: Support) -> Support:

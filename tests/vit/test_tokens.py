@@ -7,7 +7,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from lr_ray.errors import ConfigError
-from lr_ray.vit.tokens import class_attention, encode, gather_patches, num_kept
+from lr_ray.vit.tokens import attention_map, class_attention, encode, gather_patches, num_kept
 
 
 def naive_attention(attention, tokens):
@@ -207,3 +207,23 @@ def test_no_hook_is_left_behind(make_backbone, images):
     model = make_backbone(depth=2).model
     encode(model, images, keep_ratios={0: 0.5}, rank_patches=True)
     assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("vit_args", [{}, {"reg_tokens": 4}, {"qk_norm": True, "img_size": (32, 16)}])
+def test_the_attention_map_is_the_row_of_the_class_token(make_backbone, vit_args):
+    """Against full matrices, head by head; what goes to prefix tokens is shared out among the patches."""
+    backbone = make_backbone(**vit_args)
+    model, num_prefix = backbone.model, backbone.model.num_prefix_tokens
+    rows, columns = model.patch_embed.grid_size
+    pixels = torch.rand(2, 3, 8 * rows, 8 * columns, generator=torch.Generator().manual_seed(1))
+    maps = attention_map(backbone, pixels, precision="fp32")
+    assert maps.shape == (2, rows, columns)
+    for image, found in zip(pixels, maps, strict=True):
+        tokens = model.norm_pre(model._pos_embed(model.patch_embed(backbone.normalize(image[None]))))[0]
+        for block in model.blocks:
+            output, matrices = naive_attention(block.attn, block.norm1(tokens))
+            tokens = tokens + block.ls1(output)
+            tokens = tokens + block.ls2(block.mlp(block.norm2(tokens)))
+        paid = matrices[:, 0, num_prefix:].mean(dim=0)
+        torch.testing.assert_close(found.flatten(), paid / paid.sum(), rtol=1e-4, atol=1e-6)
+    assert maps.std() > 0.01

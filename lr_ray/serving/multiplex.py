@@ -1,0 +1,112 @@
+"""Several meta-LoRAs, and none, on one backbone in memory."""
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lr_ray.errors import ConfigError
+from lr_ray.model import Model, load_parts
+from lr_ray.serving.models import BACKBONE, Catalogue, ServedModel
+from lr_ray.storage.filesystem import join, read_bytes
+from lr_ray.storage.manifest import WEIGHTS_NAME, digest_of
+from lr_ray.vit.lora import Adapter, merged
+
+
+@dataclass(kw_only=True)
+class Multiplex:
+    """Models that share a backbone, used one at a time.
+
+    Of each meta-LoRA its low-rank factors are in memory. W + ΔW of the one in use stands in place of W until another is
+    asked for, when the very same W is put back; so memory grows by the factors alone, and by one merged copy of the
+    weights that a meta-LoRA changes. Merged, and not W·x + B·(A·x) by request in a common pass, because these are the
+    very numbers of `lr_ray.load`, at any precision and whatever an adapter changes besides (biases, norms), and because a
+    pass costs nothing more. The price: images of different models do not share a pass, and a change of model is paid by
+    multiplying out B·A, as much as the pass of an image or two.
+
+    Attributes:
+        catalogue: their names and digests.
+        models: by name; all have the same backbone.
+        adapters: by name; the plain backbone has none.
+    """
+
+    catalogue: Catalogue
+    models: dict[str, Model]
+    adapters: dict[str, Adapter]
+    _in_use: str = BACKBONE
+    _merged: ExitStack = field(default_factory=ExitStack)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def image_px(self) -> int:
+        """Side of the images."""
+        return self.models[BACKBONE].backbone.image_px
+
+    def embed(self, name: str, pixels: Tensor) -> Tensor:
+        """(N, D) features of (N, 3, image_px, image_px) uint8 images by the model of that name."""
+        return self._use(name, lambda model: model.embed(pixels))
+
+    def attend(self, name: str, pixels: Tensor) -> Tensor:
+        """(N, h, w) attention maps, as of `Model.attend`, by the model of that name."""
+        return self._use(name, lambda model: model.attend(pixels))
+
+    def embed_groups(self, groups: Sequence[np.ndarray], names: Sequence[str]) -> list[np.ndarray]:
+        """Features of several requests' images in one pass a model: of each (n, 3, H, W) uint8, (n, D).
+
+        Args:
+            groups: of the images.
+            names: of the model of each group.
+        """
+        found: dict[int, np.ndarray] = {}
+        for name in sorted(set(names), key=lambda name: (name != self._in_use, name)):  # what is merged already first
+            members = [index for index, other in enumerate(names) if other == name]
+            features = self.embed(name, torch.from_numpy(np.concatenate([groups[index] for index in members]))).numpy()
+            parts = np.split(features, np.cumsum([len(groups[index]) for index in members])[:-1])
+            found |= dict(zip(members, parts, strict=True))
+        return [found[index] for index in range(len(groups))]
+
+    def _use(self, name: str, work: Callable[[Model], Tensor]) -> Tensor:
+        with self._lock:
+            if name != self._in_use:
+                self._merged.close()
+                self._in_use = BACKBONE
+                if name in self.adapters:
+                    self._merged.enter_context(merged(self.models[name].backbone.model, self.adapters[name].updates()))
+                self._in_use = name
+            return work(self.models[name])
+
+
+def load_multiplex(meta_loras: Mapping[str, str], device: str = "cpu") -> Multiplex:
+    """The meta-LoRAs, and their backbone as `backbone`.
+
+    Args:
+        meta_loras: folders or URIs by name; the first is the default.
+        device: as torch names it.
+
+    Raises:
+        ConfigError: meta-LoRAs of different backbones or image sizes. Besides as `lr_ray.load`.
+    """
+    models: dict[str, Model] = {}
+    adapters: dict[str, Adapter] = {}
+    served: list[ServedModel] = []
+    for name, path in meta_loras.items():
+        parts = load_parts(path, device)
+        first = next(iter(models.values())).backbone if models else parts.backbone
+        if parts.backbone.identity != first.identity:
+            raise ConfigError(
+                f"meta-LoRA {name} ({path}) is of {parts.backbone.name!r} ({parts.backbone.digest[:12]}) at "
+                f"{parts.backbone.image_px} px, but {next(iter(models))} of {first.name!r} ({first.digest[:12]}) at "
+                f"{first.image_px} px; one service has one backbone and image size: start another service for it"
+            )
+        models[name] = Model(backbone=first, precision=parts.evaluation.precision, batch_size=parts.evaluation.batch_size)
+        adapters[name] = parts.adapter
+        weights = digest_of(read_bytes(join(path, WEIGHTS_NAME)).hex())
+        served.append(ServedModel(name=name, digest=digest_of([first.digest, weights])))
+    default = next(iter(models.values()))
+    backbone = ServedModel(name=BACKBONE, digest=digest_of(default.backbone.identity))
+    catalogue = Catalogue(models=(*served, backbone), num_features=default.backbone.num_features)
+    return Multiplex(catalogue=catalogue, models=models | {BACKBONE: default}, adapters=adapters)
