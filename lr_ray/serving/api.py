@@ -9,9 +9,11 @@ from urllib.parse import quote
 
 import torch
 from fastapi import APIRouter, Depends, FastAPI, Header, Query, Request, Response
+from prometheus_client import CONTENT_TYPE_LATEST
 from torch import Tensor
 
 from lr_ray.errors import RequestError
+from lr_ray.serving.admission import Admission, Gate
 from lr_ray.serving.answers import (
     AttentionAnswer,
     ClassifyAnswer,
@@ -25,6 +27,7 @@ from lr_ray.serving.answers import (
 from lr_ray.serving.bodies import EpisodeBody, QueryBody, SupportBody, Uploads, read_episode, read_queries, read_support
 from lr_ray.serving.images import Limits, decode_uploads
 from lr_ray.serving.keys import Key, Keyring, bounds_of
+from lr_ray.serving.metrics import Measure, Metrics
 from lr_ray.serving.models import Catalogue, ServedModel
 from lr_ray.serving.page import page
 from lr_ray.serving.problems import Guard, add_problem_handlers
@@ -51,6 +54,8 @@ class Service:
         keyring: who may ask; None for everyone, on this machine only.
         limits: of a request.
         bounds: of what is kept, where there are no keys.
+        gate: that requests pass.
+        metrics: of this process.
     """
 
     embed: Callable[[Tensor, str], Awaitable[Tensor]]
@@ -61,15 +66,24 @@ class Service:
     keyring: Keyring | None = None
     limits: Limits = field(default_factory=Limits)
     bounds: Bounds = field(default_factory=Bounds)
+    gate: Gate = field(default_factory=Gate)
+    metrics: Metrics = field(default_factory=Metrics)
     _ready_s: float = -_READY_S
     _asking: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    async def features(self, pixels: Tensor, model: str) -> Tensor:
+        """As `embed`, timed."""
+        with self.metrics.stage("embed"):
+            return await self.embed(pixels, model)
 
     async def check_ready(self) -> None:
         """Have one image embedded, unless that was done a moment ago.
 
         Raises:
-            RequestError: 503 the backbone does not answer.
+            RequestError: 503 the backbone does not answer, or the service is about to end.
         """
+        if self.gate.draining:
+            raise RequestError("the service is about to end", 503, 5)
         async with self._asking:
             if time.monotonic() - self._ready_s < _READY_S:
                 return
@@ -104,7 +118,9 @@ def make_app(service: Service) -> FastAPI:
     app.include_router(_v1)
     app.include_router(page)
     add_problem_handlers(app)
+    app.add_middleware(Admission, gate=service.gate)
     app.add_middleware(Guard, local_only=service.keyring is None)
+    app.add_middleware(Measure, metrics=service.metrics)
     return app
 
 
@@ -122,11 +138,19 @@ def _service(request: Request) -> Service:
 ServiceHere = Annotated[Service, Depends(_service)]
 
 
-def _caller(service: ServiceHere, authorization: Annotated[str | None, Header(include_in_schema=False)] = None) -> Caller:
+def _key(service: ServiceHere, authorization: Annotated[str | None, Header(include_in_schema=False)] = None) -> Key | None:
     if service.keyring is None:
-        return Caller(owner=_NOBODY, bounds=service.bounds, key=None)
+        return None
     scheme, _, secret = (authorization or "").partition(" ")
-    key = service.keyring.identify(secret.strip() if scheme.lower() == "bearer" else None)
+    return service.keyring.identify(secret.strip() if scheme.lower() == "bearer" else None)
+
+
+KeyHere = Annotated[Key | None, Depends(_key)]
+
+
+def _caller(service: ServiceHere, key: KeyHere) -> Caller:
+    if service.keyring is None or key is None:
+        return Caller(owner=_NOBODY, bounds=service.bounds, key=None)
     service.keyring.charge(key, requests=1)
     return Caller(owner=key.name, bounds=bounds_of(key), key=key)
 
@@ -189,19 +213,23 @@ async def _uploads(
     request: Request, service: Service, caller: Caller, read: Callable[[bytes, str, Limits], Uploads]
 ) -> tuple[Uploads, Tensor]:
     """What came, and its pixels, those of the support first; taken apart and decoded in a thread."""
-    content = await _read_body(request, service, caller)
+    with service.metrics.stage("read"):
+        content = await _read_body(request, service, caller)
     content_type = request.headers.get("content-type", "")
 
     def work() -> tuple[Uploads, Tensor]:
         uploads = read(content, content_type, service.limits)
         return uploads, decode_uploads([*uploads.images, *uploads.query], service.image_px, service.limits)
 
-    return await asyncio.to_thread(work)
+    with service.metrics.stage("decode"):
+        uploads, pixels = await asyncio.to_thread(work)
+    service.metrics.count_images(len(pixels))
+    return uploads, pixels
 
 
 async def _support(request: Request, service: Service, caller: Caller, model: ServedModel) -> Support:
     uploads, pixels = await _uploads(request, service, caller, read_support)
-    return Support.of(await service.embed(pixels, model.name), uploads.labels)
+    return Support.of(await service.features(pixels, model.name), uploads.labels)
 
 
 def _check_two(class_names: tuple[str, ...]) -> None:
@@ -229,6 +257,26 @@ async def readyz(service: ServiceHere) -> StateAnswer:
     """The backbone answers too."""
     await service.check_ready()
     return StateAnswer(status="ready")
+
+
+@_open.get(
+    "/metrics",
+    response_class=Response,
+    responses={
+        200: {"description": "Prometheus's text format.", "content": {"text/plain": {}}},
+        401: {**_problem, "description": "No key."},
+    },
+)
+async def metrics(service: ServiceHere, _: KeyHere) -> Response:
+    """What is counted, for Prometheus. Where there are keys it needs one, and counts for none of its limits."""
+    tasks, tasks_bytes = service.store.cached
+    content = service.metrics.expose(
+        requests_under_way=service.gate.under_way,
+        requests_waiting=service.gate.waiting,
+        tasks_cached=tasks,
+        tasks_cached_bytes=tasks_bytes,
+    )
+    return Response(content, media_type=CONTENT_TYPE_LATEST)
 
 
 @_v1.post(
@@ -329,8 +377,8 @@ async def classify(
     """Classify images by a task."""
     task = await asyncio.to_thread(service.store.read, caller.owner, task_id, caller.bounds)
     uploads, pixels = await _uploads(request, service, caller, read_queries)
-    features = await service.embed(pixels, service.models.of_digest(task.model).name)
-    return await _answer(task.support, uploads, features, temperature, top)
+    features = await service.features(pixels, service.models.of_digest(task.model).name)
+    return await _answer(service, task.support, uploads, features, temperature, top)
 
 
 @_v1.post("/classify", openapi_extra=_takes(EpisodeBody, "Labelled images, and queries in parts or a folder called `query`."))
@@ -348,12 +396,14 @@ async def classify_once(
     _check_two(tuple(uploads.support))
     if not uploads.query:
         raise RequestError("no images to classify; give at least one, in a part or folder called query", 422)
-    features = await service.embed(pixels, model.name)
+    features = await service.features(pixels, model.name)
     support = Support.of(features[: len(uploads.labels)], uploads.labels)
-    return await _answer(support, uploads, features[len(uploads.labels) :], temperature, top)
+    return await _answer(service, support, uploads, features[len(uploads.labels) :], temperature, top)
 
 
-async def _answer(support: Support, uploads: Uploads, queries: Tensor, temperature: float, top: int) -> ClassifyAnswer:
+async def _answer(
+    service: Service, support: Support, uploads: Uploads, queries: Tensor, temperature: float, top: int
+) -> ClassifyAnswer:
     """For the (M, D) features of the queries; worked out in a thread, since there may be 500 queries and 1,000 classes."""
     files = [upload.name for upload in uploads.query]
 
@@ -361,7 +411,8 @@ async def _answer(support: Support, uploads: Uploads, queries: Tensor, temperatu
         predictions = support.classify(queries, temperature=temperature)
         return ClassifyAnswer.of(files, predictions, support.threshold(), top=top)
 
-    return await asyncio.to_thread(work)
+    with service.metrics.stage("prototypes"):
+        return await asyncio.to_thread(work)
 
 
 @_v1.post("/embeddings", openapi_extra=_takes(QueryBody, "Images of any names.", one_image=True))
@@ -371,7 +422,7 @@ async def embeddings(
     """Features of images."""
     model = service.models.find(model_name)
     uploads, pixels = await _uploads(request, service, caller, read_queries)
-    return EmbeddingsAnswer.of([upload.name for upload in uploads.query], await service.embed(pixels, model.name))
+    return EmbeddingsAnswer.of([upload.name for upload in uploads.query], await service.features(pixels, model.name))
 
 
 @_v1.post("/attention", openapi_extra=_takes(QueryBody, "Images of any names.", one_image=True))

@@ -288,6 +288,7 @@ def test_the_document_describes_every_route(client: TestClient):
     assert {f"{method.upper()} {path}" for path, methods in document["paths"].items() for method in methods} == {
         "GET /healthz",
         "GET /readyz",
+        "GET /metrics",
         "POST /v1/tasks",
         "GET /v1/tasks",
         "GET /v1/tasks/{task_id}",
