@@ -15,8 +15,8 @@ from schemathesis.specs.openapi.checks import (
     response_schema_conformance,
     status_code_conformance,
 )
-
 from torch import Tensor
+
 from lr_ray.serving.api import Service, make_app
 
 CHECKED = [
