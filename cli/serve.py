@@ -105,7 +105,7 @@ def _config(
     tasks: str,
     keys: Path | None,
     replicas: str,
-    precision: str | None,
+    precision: Any,
 ) -> "ServingConfig":
     from lr_ray.errors import ConfigError
     from lr_ray.storage.filesystem import absolute_path
@@ -129,7 +129,7 @@ def _config(
         port=port,
         replicas=counts[0],
         max_replicas=counts[1] if len(counts) == 2 else None,
-        precision=precision,  # type: ignore[arg-type] -- checked above
+        precision=precision,
     )
 
 

@@ -79,8 +79,9 @@ class OpenTelemetry:
 
             def name(route: str, status: int) -> None:
                 span.update_name(f"{method} {route}")
-                attributes = {"http.request.method": method, "http.route": route, "http.response.status_code": status}
-                span.set_attributes(attributes)
+                span.set_attribute("http.request.method", method)
+                span.set_attribute("http.route", route)
+                span.set_attribute("http.response.status_code", status)
 
             yield name
 
