@@ -12,11 +12,15 @@
     ├── EpisodeError     an episode that cannot be drawn from the images at hand
     ├── ClusterError     Ray and its clusters: starting, joining, reaching, losing workers
     ├── ExportError      a model that cannot be exported or pushed, or whose export gives other features
-    └── RequestError     a request to the service that is refused
+    ├── RequestError     a request to the service that is refused
+    └── ServiceError     what a client of the service is told, or that the service cannot be reached
 
 A message is one line: what failed, the value received, what is allowed, the remedy. The command line prints it and
 exits with 1; every other exception is a fault of ours and keeps its traceback.
 """
+
+from functools import partial
+from typing import Any
 
 
 class LrRayError(Exception):
@@ -77,3 +81,29 @@ class RequestError(LrRayError):
 
     def __reduce__(self) -> tuple[type["RequestError"], tuple[str, int, int | None]]:
         return type(self), (str(self), self.status, self.retry_after_s)
+
+
+class ServiceError(LrRayError):
+    """The service refused a request of its client, or cannot be reached; the message is the problem's detail.
+
+    Attributes:
+        status: the HTTP status, or None where nothing answered.
+        title: of the status.
+        request_id: by which the service's log tells more, or None.
+    """
+
+    def __init__(
+        self, detail: str, *, status: int | None = None, title: str = "No answer", request_id: str | None = None
+    ) -> None:
+        super().__init__(detail)
+        self.status = status
+        self.title = title
+        self.request_id = request_id
+
+    @property
+    def detail(self) -> str:
+        return str(self)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        again = partial(type(self), status=self.status, title=self.title, request_id=self.request_id)
+        return again, (str(self),)

@@ -190,7 +190,8 @@ def attention_map(backbone: Backbone, images: Tensor, *, precision: Precision) -
         qkv = last.attn.qkv(last.norm1(tokens))
     paid = class_attention(last.attn, qkv, num_prefix_tokens=model.num_prefix_tokens)
     rows, columns = model.patch_embed.grid_size
-    return (paid / paid.sum(dim=1, keepdim=True)).unflatten(1, (rows, columns))
+    shares: Tensor = (paid / paid.sum(dim=1, keepdim=True)).unflatten(1, (rows, columns))
+    return shares
 
 
 @contextmanager
