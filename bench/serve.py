@@ -2,18 +2,13 @@
 
 import io
 import random
-import socket
 import statistics
-import subprocess
 import tempfile
 import threading
 import time
 import zipfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import httpx
@@ -22,20 +17,14 @@ import psutil
 import torch
 from lr_ray.bench.hostile import hostile_requests
 from lr_ray.bench.load import Answers, Body, at_once, at_rate
-from lr_ray.bench.processes import lr_ray
+from lr_ray.bench.service import FATAL_S, NUM_TASKS, Running, make_meta_lora, running
 from lr_ray.bench.speed import write_result
 from rich.table import Table
 
-from lr_ray.config import ExperimentConfig
 from lr_ray.data.images import DataConfig
 from lr_ray.data.load import load_data
-from lr_ray.errors import ClusterError
 from lr_ray.model import Model, load
 from lr_ray.report.progress import Reporter
-from lr_ray.serving.keys import add_key
-from lr_ray.storage.adapters import write_adapter
-from lr_ray.vit.backbone import load_backbone
-from lr_ray.vit.lora import Adapter, AdapterSpec, LowRank
 
 BATCH = 32
 """Images of a request of many."""
@@ -43,38 +32,7 @@ _PNGS = 640
 _CLIENTS = {"zip": 8, "png": 32}
 """Requests at once, of 32 images and of one."""
 _ROUNDS, _BARE_S, _LOAD_S, _HALF_S = 3, 5.0, 12.0, 30.0
-_START_TIMEOUT_S = 240.0
-_NUM_TASKS, _WAYS = 1000, 5
-_FATAL_S = 60.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Running:
-    """A service that was started for the bench.
-
-    Attributes:
-        process: of the command.
-        url: without a slash at its end.
-        headers: with the key.
-        ready_s: from the command to its first answer.
-    """
-
-    process: subprocess.Popen[bytes]
-    url: str
-    headers: Mapping[str, str]
-    ready_s: float
-
-    def memory(self) -> Counter[str]:
-        """Bytes of RSS, by title of process, the command's own included."""
-        found: Counter[str] = Counter()
-        above = psutil.Process(self.process.pid)
-        for process in [above, *above.children(recursive=True)]:
-            try:
-                title = "lr-ray serve" if process == above else (process.cmdline() or [""])[0]
-                found[title if title.startswith(("ray::", "lr-ray")) else "Ray's own"] += process.memory_info().rss
-            except psutil.NoSuchProcess:
-                continue
-        return found
+_WAYS = 5
 
 
 def bench_serve(*, image_px: int, threads: int, soak_min: float, reporter: Reporter) -> dict[str, Any]:
@@ -87,16 +45,16 @@ def bench_serve(*, image_px: int, threads: int, soak_min: float, reporter: Repor
     pngs = _cifar_pngs()
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as root:
-        meta_lora = _make_meta_lora(root, image_px)
+        meta_lora = make_meta_lora(root, image_px)
         model = load(meta_lora)
         reporter.say("starting the service")
-        with _running(meta_lora, root, pngs[0]) as service:
+        with running(meta_lora, root, pngs[0]) as service:
             found = _throughput(service, model, pngs, reporter)
             found |= {"first_answer_s": round(service.ready_s, 1)}
             found["latency"] = _latency(service, model, pngs, found["zip"]["images_per_s"] / BATCH / 2, reporter)
             reporter.say("hostile uploads")
             found["hostile"] = _hostile(service)
-            reporter.say(f"{_NUM_TASKS} tasks")
+            reporter.say(f"{NUM_TASKS} tasks")
             found["tasks"] = _tasks(service, pngs)
             if soak_min:
                 reporter.say(f"soak of {soak_min:g} min")
@@ -133,68 +91,6 @@ def _cifar_pngs() -> list[bytes]:
 def _png_of(image: Any) -> bytes:
     image.convert("RGB").save(content := io.BytesIO(), "PNG")
     return content.getvalue()
-
-
-def _make_meta_lora(root: str, image_px: int) -> str:
-    """As `lr-ray train` leaves one; of drawn weights, for time does not depend on them."""
-    experiment = ExperimentConfig.model_validate(
-        {"name": "bench", "output": f"{root}/run", "backbone": {"name": "embedded", "image_px": image_px}}
-    )
-    backbone = load_backbone(experiment.backbone)
-    generator, width = torch.Generator().manual_seed(0), backbone.num_features
-    modules = {
-        f"blocks.{index}.attn.qkv": LowRank(
-            a=0.02 * torch.randn(4, width, generator=generator),
-            b=0.02 * torch.randn(3 * width, 4, generator=generator),
-            scale=1.0,
-        )
-        for index in range(len(backbone.model.blocks))
-    }
-    spec = AdapterSpec(adapter_id="bench", digest="", backbone=backbone.name, backbone_digest=backbone.digest, class_names=())
-    facts = {"kind": "meta_lora", "config": experiment.resolved()}
-    write_adapter(experiment.meta_lora_root, Adapter(spec=spec, modules=modules), inputs={}, facts=facts)
-    return experiment.meta_lora_root
-
-
-@contextmanager
-def _running(meta_lora: str, root: str, image: bytes) -> Iterator[Running]:
-    """`lr-ray serve`, with a key of high limits; ends with the context."""
-    with closing(socket.socket()) as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    keys = Path(root, "keys.json")
-    secret = add_key(keys, "bench", requests_per_minute=10**7, bytes_per_minute=2**40, tasks=2 * _NUM_TASKS, task_bytes=2**32)
-    command = lr_ray("serve", meta_lora, "--port", str(port), "--tasks", f"{root}/tasks", "--keys", str(keys))
-    url, headers, begun = f"http://127.0.0.1:{port}", {"Authorization": f"Bearer {secret}"}, time.perf_counter()
-    with open(f"{root}/log", "wb") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
-        try:
-            ready_s = _first_answer(process, url, headers, image, begun, Path(root, "log"))
-            yield Running(process=process, url=url, headers=headers, ready_s=ready_s)
-        finally:
-            process.terminate()
-            try:
-                process.wait(_FATAL_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                raise
-
-
-def _first_answer(
-    process: subprocess.Popen[bytes], url: str, headers: Mapping[str, str], image: bytes, begun: float, log: Path
-) -> float:
-    """Seconds since `begun` until the features of an image came back."""
-    pause = threading.Event()
-    while time.perf_counter() - begun < _START_TIMEOUT_S and process.poll() is None:
-        try:
-            answer = httpx.post(
-                f"{url}/v1/embeddings", content=image, headers={**headers, "Content-Type": "image/png"}, timeout=_FATAL_S
-            )
-            if answer.status_code == 200:
-                return time.perf_counter() - begun
-        except httpx.TransportError:
-            pass  # it does not listen yet
-        pause.wait(0.05)
-    raise ClusterError(f"the service did not answer in {_START_TIMEOUT_S:.0f} s: {log.read_text()[-500:]}")
 
 
 def zip_of(pngs: Sequence[bytes]) -> Body:
@@ -260,7 +156,7 @@ def _failures(answers: Sequence[Answers]) -> dict[str, int]:
 def _task_of(service: Running, pngs: Sequence[bytes]) -> str:
     """URL at which images are classified by a new task."""
     body = _support_of(pngs[:_WAYS])
-    answer = httpx.post(f"{service.url}/v1/tasks", content=body.content, headers=_typed(service, body), timeout=_FATAL_S)
+    answer = httpx.post(f"{service.url}/v1/tasks", content=body.content, headers=_typed(service, body), timeout=FATAL_S)
     return f"{service.url}/v1/tasks/{answer.raise_for_status().json()['id']}/classify"
 
 
@@ -298,7 +194,7 @@ def _hostile(service: Running) -> dict[str, Any]:
     """Each upload by itself; what was not refused as the sender's mistake, and the slowest."""
     times: dict[str, float] = {}
     wrong: list[str] = []
-    with httpx.Client(base_url=service.url, headers=dict(service.headers), timeout=_FATAL_S) as client:
+    with httpx.Client(base_url=service.url, headers=dict(service.headers), timeout=FATAL_S) as client:
         for request in hostile_requests():
             start = time.perf_counter()
             answer = client.post(request.path, content=request.content, headers={"Content-Type": request.content_type})
@@ -314,8 +210,8 @@ def _tasks(service: Running, pngs: Sequence[bytes]) -> dict[str, Any]:
     """Memory of all processes before tasks are made, and when all of them have been read."""
     before = service.memory()
     rng, ids, start = random.Random(0), [], time.perf_counter()
-    with httpx.Client(base_url=service.url, headers=dict(service.headers), timeout=_FATAL_S) as client:
-        for _ in range(_NUM_TASKS):
+    with httpx.Client(base_url=service.url, headers=dict(service.headers), timeout=FATAL_S) as client:
+        for _ in range(NUM_TASKS):
             body = _support_of(rng.sample(pngs, _WAYS))
             answer = client.post("/v1/tasks", content=body.content, headers={"Content-Type": body.content_type})
             ids.append(answer.raise_for_status().json()["id"])

@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 import lr_ray
+from bench.processes import wait_until
 from lr_ray.data.images import DataConfig
 from lr_ray.data.load import load_data
 from lr_ray.errors import AdapterError, ClusterError, ConfigError, RequestError
@@ -104,7 +105,7 @@ def test_the_answers_are_those_of_load_also_after_a_replica_is_killed(
 
 
 def test_the_command_serves_until_it_is_told_to_end(meta_lora: str, pictures: dict[str, list[Path]], tmp_path: Path):
-    """In a process and a Ray of its own, as a person starts it: keys, a request, SIGTERM."""
+    """In a process and a Ray of its own, as a person starts it: keys, SIGTERM under a request, which is finished."""
     port, keys = free_port(), tmp_path / "keys.json"
     secret = add_key(keys, "ann")
     command = [sys.executable, "-m", "lr_ray.cli", "serve", meta_lora, "--port", str(port), "--keys", str(keys)]
@@ -121,13 +122,20 @@ def test_the_command_serves_until_it_is_told_to_end(meta_lora: str, pictures: di
         assert process.stdout
         assert process.stdout.readline().startswith(f"http://127.0.0.1:{port}/v1, described in ")
         names = {name: base64_of(files[:2]) for name, files in pictures.items()}
-        url, body = f"http://127.0.0.1:{port}/v1/tasks", {"classes": names}
-        assert httpx.post(url, json=body, timeout=60).status_code == 401
-        assert httpx.post(url, json=body, timeout=60, headers={"authorization": f"Bearer {secret}"}).status_code == 201
+        url, headers = f"http://127.0.0.1:{port}", {"authorization": f"Bearer {secret}"}
+        assert httpx.post(f"{url}/v1/tasks", json={"classes": names}, timeout=60).status_code == 401
+        large = {"classes": {name: 80 * images for name, images in names.items()}}
+        with ThreadPoolExecutor(1) as pool:
+            slow = pool.submit(httpx.post, f"{url}/v1/tasks", json=large, timeout=120, headers=headers)
+            under_way = "lr_ray_requests_under_way 1.0"
+            wait_until(lambda: under_way in httpx.get(f"{url}/metrics", headers=headers, timeout=60).text, "the request")
+            process.send_signal(signal.SIGTERM)
+            assert slow.result().status_code == 201, slow.result().text
     finally:
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
+    assert "ended with" not in err
     assert secret not in out
     assert secret not in err
     assert list((tmp_path / "tasks" / "ann").iterdir())
