@@ -130,7 +130,7 @@ _ABOUT = (
 )
 
 
-def _service(request: Request) -> Service:
+async def _service(request: Request) -> Service:
     service: Service = request.app.state.service
     return service
 
@@ -138,7 +138,7 @@ def _service(request: Request) -> Service:
 ServiceHere = Annotated[Service, Depends(_service)]
 
 
-def _key(service: ServiceHere, authorization: Annotated[str | None, Header(include_in_schema=False)] = None) -> Key | None:
+async def _key(service: ServiceHere, authorization: Annotated[str | None, Header(include_in_schema=False)] = None) -> Key | None:
     if service.keyring is None:
         return None
     scheme, _, secret = (authorization or "").partition(" ")
@@ -148,7 +148,7 @@ def _key(service: ServiceHere, authorization: Annotated[str | None, Header(inclu
 KeyHere = Annotated[Key | None, Depends(_key)]
 
 
-def _caller(service: ServiceHere, key: KeyHere) -> Caller:
+async def _caller(service: ServiceHere, key: KeyHere) -> Caller:
     if service.keyring is None or key is None:
         return Caller(owner=_NOBODY, bounds=service.bounds, key=None)
     service.keyring.charge(key, requests=1)
