@@ -19,10 +19,11 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from lr_ray.errors import RequestError
-from lr_ray.serving.api import Service, make_app
+from lr_ray.serving.api import make_app
 from lr_ray.serving.keys import Keyring
 from lr_ray.serving.metrics import Metrics, Pass
 from lr_ray.serving.models import Catalogue
+from lr_ray.serving.service import Service
 from lr_ray.serving.store import TaskStore
 from lr_ray.serving.tracing import tracer_of_environment
 

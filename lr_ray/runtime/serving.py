@@ -28,8 +28,9 @@ _ENVIRONMENT = {
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_LOG_TO_STDERR": "0",
+    "RAY_worker_niceness": "0",
 }
-"""One event loop a process in place of three; nothing here blocks it."""
+"""One event loop a process in place of three, for nothing here blocks it; and no processes that are nice to all others."""
 
 
 def serve_until_stopped(config: ServingConfig) -> Iterator[str]:

@@ -1,120 +1,39 @@
 """The HTTP interface, /v1: a FastAPI application over whatever makes features of pixels."""
 
 import asyncio
-import time
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Annotated, Any
 from urllib.parse import quote
 
-import torch
-from fastapi import APIRouter, Depends, FastAPI, Header, Query, Request, Response
-from prometheus_client import CONTENT_TYPE_LATEST
+from fastapi import APIRouter, FastAPI, Header, Query, Request, Response
 from torch import Tensor
 
 from lr_ray.errors import RequestError
-from lr_ray.serving.admission import Admission, Gate
+from lr_ray.serving.admission import Admission
 from lr_ray.serving.answers import (
     AttentionAnswer,
     ClassifyAnswer,
     EmbeddingsAnswer,
     ModelsAnswer,
-    Problem,
-    StateAnswer,
     TaskAnswer,
     TasksAnswer,
 )
 from lr_ray.serving.bodies import EpisodeBody, QueryBody, SupportBody, Uploads, read_episode, read_queries, read_support
 from lr_ray.serving.images import Limits, decode_uploads
-from lr_ray.serving.keys import Key, Keyring, bounds_of
-from lr_ray.serving.metrics import Measure, Metrics
-from lr_ray.serving.models import Catalogue, ServedModel
+from lr_ray.serving.metrics import Measure
+from lr_ray.serving.models import ServedModel
 from lr_ray.serving.page import page
 from lr_ray.serving.problems import Guard, add_problem_handlers
-from lr_ray.serving.store import Bounds, TaskStore
+from lr_ray.serving.service import PROBLEM, Caller, CallerHere, Service, ServiceHere
+from lr_ray.serving.state import state
 from lr_ray.serving.tasks import Support, Task
-
-_NOBODY = "local"
-"""Owner of the tasks where there are no keys."""
-_READY_S = 2.0
-_READY_TIMEOUT_S = 10.0
-
-
-@dataclass(kw_only=True)
-class Service:
-    """What the application works with.
-
-    Attributes:
-        embed: (N, 3, image_px, image_px) uint8 and a model's name → (N, D) features; raises `RequestError` 503 where it
-            cannot.
-        attend: the same → (N, h, w) attention maps.
-        models: whose names there are.
-        image_px: side of the images.
-        store: of the tasks.
-        keyring: who may ask; None for everyone, on this machine only.
-        limits: of a request.
-        bounds: of what is kept, where there are no keys.
-        gate: that requests pass.
-        metrics: of this process.
-    """
-
-    embed: Callable[[Tensor, str], Awaitable[Tensor]]
-    attend: Callable[[Tensor, str], Awaitable[Tensor]]
-    models: Catalogue
-    image_px: int
-    store: TaskStore
-    keyring: Keyring | None = None
-    limits: Limits = field(default_factory=Limits)
-    bounds: Bounds = field(default_factory=Bounds)
-    gate: Gate = field(default_factory=Gate)
-    metrics: Metrics = field(default_factory=Metrics)
-    _ready_s: float = -_READY_S
-    _asking: asyncio.Lock = field(default_factory=asyncio.Lock)
-
-    async def features(self, pixels: Tensor, model: str) -> Tensor:
-        """As `embed`, timed."""
-        with self.metrics.stage("embed"):
-            return await self.embed(pixels, model)
-
-    async def check_ready(self) -> None:
-        """Have one image embedded, unless that was done a moment ago.
-
-        Raises:
-            RequestError: 503 the backbone does not answer, or the service is about to end.
-        """
-        if self.gate.draining:
-            raise RequestError("the service is about to end", 503, 5)
-        async with self._asking:
-            if time.monotonic() - self._ready_s < _READY_S:
-                return
-            blank = torch.zeros(1, 3, self.image_px, self.image_px, dtype=torch.uint8)
-            try:
-                await asyncio.wait_for(self.embed(blank, self.models.default.name), _READY_TIMEOUT_S)
-            except TimeoutError as error:
-                raise RequestError("the backbone does not answer yet; come again", 503, 5) from error
-            self._ready_s = time.monotonic()
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Caller:
-    """Who asks.
-
-    Attributes:
-        owner: of the tasks that they see.
-        bounds: of what they keep.
-        key: theirs, or None where there are no keys.
-    """
-
-    owner: str
-    bounds: Bounds
-    key: Key | None
 
 
 def make_app(service: Service) -> FastAPI:
     """The application. It has no CORS headers, and no pages that load scripts from elsewhere."""
     app = FastAPI(title="LR-Ray", version="1", docs_url=None, redoc_url=None, description=_ABOUT)
     app.state.service = service
-    app.include_router(_open)
+    app.include_router(state)
     app.include_router(_v1)
     app.include_router(page)
     add_problem_handlers(app)
@@ -130,45 +49,17 @@ _ABOUT = (
 )
 
 
-async def _service(request: Request) -> Service:
-    service: Service = request.app.state.service
-    return service
-
-
-ServiceHere = Annotated[Service, Depends(_service)]
-
-
-async def _key(service: ServiceHere, authorization: Annotated[str | None, Header(include_in_schema=False)] = None) -> Key | None:
-    if service.keyring is None:
-        return None
-    scheme, _, secret = (authorization or "").partition(" ")
-    return service.keyring.identify(secret.strip() if scheme.lower() == "bearer" else None)
-
-
-KeyHere = Annotated[Key | None, Depends(_key)]
-
-
-async def _caller(service: ServiceHere, key: KeyHere) -> Caller:
-    if service.keyring is None or key is None:
-        return Caller(owner=_NOBODY, bounds=service.bounds, key=None)
-    service.keyring.charge(key, requests=1)
-    return Caller(owner=key.name, bounds=bounds_of(key), key=key)
-
-
-CallerHere = Annotated[Caller, Depends(_caller)]
 Temperature = Annotated[float, Query(gt=0, le=1000, description="Times minus the distance, before the softmax.")]
 Top = Annotated[int, Query(ge=1, le=1000, description="How many classes are ranked.")]
 ModelName = Annotated[str | None, Query(alias="model", description="One of those of /v1/models; default the first.")]
 IfMatch = Annotated[str | None, Header(description="The version (ETag) that the change is meant for; another is a 409.")]
 
-_problem = {"content": {"application/problem+json": {"schema": Problem.model_json_schema()}}}
-_open = APIRouter()
 _v1 = APIRouter(
     prefix="/v1",
     responses={
-        "4XX": {"description": "Refused.", **_problem},
-        422: {"description": "Not as described.", **_problem},
-        503: {"description": "Not now.", **_problem},
+        "4XX": {"description": "Refused.", **PROBLEM},
+        422: {"description": "Not as described.", **PROBLEM},
+        503: {"description": "Not now.", **PROBLEM},
     },
 )
 
@@ -244,39 +135,6 @@ def _version(if_match: str | None) -> int | None:
     if not (text.isascii() and text.isdigit() and len(text) < 10):
         raise RequestError('If-Match: give the ETag of the task, such as "3"', 400)
     return int(text)
-
-
-@_open.get("/healthz")
-async def healthz() -> StateAnswer:
-    """The process answers."""
-    return StateAnswer(status="ok")
-
-
-@_open.get("/readyz", responses={503: {"description": "Not yet.", **_problem}})
-async def readyz(service: ServiceHere) -> StateAnswer:
-    """The backbone answers too."""
-    await service.check_ready()
-    return StateAnswer(status="ready")
-
-
-@_open.get(
-    "/metrics",
-    response_class=Response,
-    responses={
-        200: {"description": "Prometheus's text format.", "content": {"text/plain": {}}},
-        401: {**_problem, "description": "No key."},
-    },
-)
-async def metrics(service: ServiceHere, _: KeyHere) -> Response:
-    """What is counted, for Prometheus. Where there are keys it needs one, and counts for none of its limits."""
-    tasks, tasks_bytes = service.store.cached
-    content = service.metrics.expose(
-        requests_under_way=service.gate.under_way,
-        requests_waiting=service.gate.waiting,
-        tasks_cached=tasks,
-        tasks_cached_bytes=tasks_bytes,
-    )
-    return Response(content, media_type=CONTENT_TYPE_LATEST)
 
 
 @_v1.post(
