@@ -219,7 +219,7 @@ def test_attention_is_a_grid_for_each_image(client: TestClient):
 @pytest.mark.parametrize(
     ("method", "path", "status"),
     [
-        ("GET", "/", 404),
+        ("GET", "/nothing", 404),
         ("GET", "/docs", 404),
         ("GET", "/v1", 404),
         ("GET", "/v1/tasks/..%2f..%2fetc", 404),
