@@ -109,7 +109,7 @@ def _multiparts() -> Iterator[tuple[str, tuple[bytes, str]]]:
     content, kind = multipart(("a", "a.png", png()), ("b", "b.png", png(1)))
     for index in range(1, _CUTS):
         yield f"multipart cut at {index}/{_CUTS}", (content[: len(content) * index // _CUTS], kind)
-    for boundary in ("", '""', "y", "x" * 23, "\x01"):
+    for boundary in ("", '""', "y", "x" * 23):
         yield f"multipart with boundary {boundary!r}", (content, f"multipart/form-data; boundary={boundary}")
     for name in (" ", "\t", "\x01", "a\x7fb", "\u202e", "x" * 201):
         yield f"class {name!r}", multipart((name, "a.png", png()), ("b", "b.png", png(1)))

@@ -79,9 +79,12 @@ def at_once(url: str, bodies: Sequence[Body], headers: Mapping[str, str], *, cli
     return asyncio.run(_measured(run, headers))
 
 
-def at_rate(url: str, bodies: Sequence[Body], headers: Mapping[str, str], *, per_s: float, duration_s: float) -> Answers:
-    """Requests at random moments (Poisson), so many a second on average, however long the answers take."""
-    gaps = np.random.default_rng(0).exponential(1 / per_s, max(1, round(per_s * duration_s)))
+def at_rate(
+    url: str, bodies: Sequence[Body], headers: Mapping[str, str], *, per_s: float, duration_s: float, evenly: bool = False
+) -> Answers:
+    """So many requests a second, however long the answers take: at random moments (Poisson), or evenly."""
+    count = max(1, round(per_s * duration_s))
+    gaps = np.full(count, 1 / per_s) if evenly else np.random.default_rng(0).exponential(1 / per_s, count)
 
     async def run(session: aiohttp.ClientSession, answers: Answers) -> None:
         start, turns, sent = time.perf_counter(), itertools.cycle(bodies), []

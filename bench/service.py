@@ -50,7 +50,9 @@ class Running:
         above = psutil.Process(self.process.pid)
         for process in [above, *above.children(recursive=True)]:
             try:
-                title = "lr-ray serve" if process == above else (process.cmdline() or [""])[0]
+                title = (
+                    "lr-ray serve" if process == above else (process.cmdline() or [""])[0].partition(".")[0]
+                )  # Ray adds the method at work
                 found[title if title.startswith(("ray::", "lr-ray")) else "Ray's own"] += process.memory_info().rss
             except psutil.NoSuchProcess:
                 continue
