@@ -30,6 +30,7 @@ bench: $(VENV)/.ready
 	$(BIN)/python -m bench.library
 	$(BIN)/lr-ray bench training
 	$(BIN)/lr-ray bench eval
+	$(BIN)/lr-ray bench serve
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

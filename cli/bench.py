@@ -94,6 +94,28 @@ def evaluation(threads: Threads = None, json: Json = False) -> None:
     Console().print(table)
 
 
+@bench.command()
+def serve(
+    image_px: Side = 70,
+    threads: Threads = None,
+    soak: Annotated[
+        float, typer.Option("--soak", min=0, help="Also minutes of half that load, with replicas killed at random.")
+    ] = 0,
+    json: Json = False,
+) -> None:
+    """The service under load, on CIFAR-FS images: throughput, latency, start, memory, hostile uploads."""
+    from lr_ray.bench.serve import bench_serve
+
+    found = bench_serve(image_px=image_px, threads=_threads(threads), soak_min=soak, reporter=reporter(quiet=json))
+    if json:
+        print_json(found)
+        return
+    from lr_ray.bench.serve import table
+    from rich.console import Console
+
+    Console().print(table(found))
+
+
 def _backbone(name: str, image_px: int) -> "BackboneConfig":
     from lr_ray.vit.backbone import BackboneConfig
 

@@ -1,11 +1,14 @@
 """`lr-ray serve`."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from lr_ray.cli.options import Json, print_json
 from typer.core import TyperGroup
+
+if TYPE_CHECKING:
+    from lr_ray.runtime.deployments import ServingConfig
 
 _START = "start"
 
@@ -34,45 +37,100 @@ Name = Annotated[str, typer.Argument(help="Whose key it is: a-z, 0-9, _ and -.",
 _KEYS = Path("keys.json")
 
 
+MetaLoras = Annotated[
+    list[str],
+    typer.Argument(
+        help="Folders or URIs of meta-LoRAs that `lr-ray train` wrote, or NAME=PATH; the first is the default. All of one "
+        "backbone and image size.",
+        show_default=False,
+    ),
+]
+Host = Annotated[str, typer.Option("--host", help="Address to listen on; another than this machine's needs --keys.")]
+Port = Annotated[int, typer.Option("--port", min=1, max=65535, help="Port of it.")]
+Tasks = Annotated[str, typer.Option("--tasks", help="Folder or URI where tasks are kept.")]
+KeysFile = Annotated[
+    Path | None, typer.Option("--keys", help="File of API keys that `lr-ray serve key add` made.", show_default=False)
+]
+Replicas = Annotated[
+    str, typer.Option("--replicas", help="Processes that hold the backbone: how many, or MIN:MAX, as the load needs.")
+]
+PrecisionOption = Annotated[
+    str | None,
+    typer.Option("--precision", help="Of the passes: fp32, bf16 or auto; default that of the run.", show_default=False),
+]
+_TASKS = "runs/serving/tasks"
+
+
 @serve.command(name=_START)
 def start(
-    meta_loras: Annotated[
-        list[str],
-        typer.Argument(
-            help="Folders or URIs of meta-LoRAs that `lr-ray train` wrote, or NAME=PATH; the first is the default. All of one "
-            "backbone and image size.",
-            show_default=False,
-        ),
-    ],
-    host: Annotated[
-        str, typer.Option("--host", help="Address to listen on; another than this machine's needs --keys.")
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Port of it.")] = 8000,
-    tasks: Annotated[str, typer.Option("--tasks", help="Folder or URI where tasks are kept.")] = "runs/serving/tasks",
-    keys: Annotated[
-        Path | None, typer.Option("--keys", help="File of API keys that `lr-ray serve key add` made.", show_default=False)
-    ] = None,
-    replicas: Annotated[int, typer.Option("--replicas", min=1, help="Processes that hold the backbone.")] = 1,
+    meta_loras: MetaLoras,
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    tasks: Tasks = _TASKS,
+    keys: KeysFile = None,
+    replicas: Replicas = "1",
+    precision: PrecisionOption = None,
 ) -> None:
     """Serve until Ctrl-C: few-shot classification with meta-LoRAs, over HTTP, on Ray Serve; and a page to try it."""
-    from lr_ray.config import absolute_path
+    config = _config(meta_loras, host, port, tasks, keys, replicas, precision)
+    from lr_ray.runtime.serving import serve_until_stopped
+
+    for url in serve_until_stopped(config):
+        print(f"{url}/v1, described in {url}/openapi.json; a page to try it: {url}; Ctrl-C ends it", flush=True)
+
+
+@serve.command()
+def build(
+    meta_loras: MetaLoras,
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write.")] = Path("serve.yaml"),
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    tasks: Tasks = _TASKS,
+    keys: KeysFile = None,
+    replicas: Replicas = "1",
+    precision: PrecisionOption = None,
+) -> None:
+    """Write a config for Ray's own `serve run` and `serve deploy`, which serve the same on a cluster."""
+    config = _config(meta_loras, host, port, tasks, keys, replicas, precision)
+    from lr_ray.runtime.serving import write_serve_config
+
+    write_serve_config(config, output)
+    print(f"wrote {output}; `serve run {output}` serves it here, `serve deploy {output}` on a cluster")
+
+
+def _config(
+    meta_loras: list[str],
+    host: str,
+    port: int,
+    tasks: str,
+    keys: Path | None,
+    replicas: str,
+    precision: Any,
+) -> "ServingConfig":
     from lr_ray.errors import ConfigError
+    from lr_ray.storage.filesystem import absolute_path
 
     try:
-        from lr_ray.runtime.serving import ServingConfig, serve_until_stopped
+        from lr_ray.runtime.deployments import ServingConfig
         from lr_ray.serving.models import name_meta_loras
     except ModuleNotFoundError as error:
         raise ConfigError(f"serving needs a package that is not installed ({error}); `pip install 'lr-ray[serve]'`") from error
-    config = ServingConfig(
+    least, _, most = replicas.partition(":")
+    counts = [int(text) if text.isascii() and text.isdigit() else 0 for text in ([least, most] if ":" in replicas else [least])]
+    if min(counts) < 1 or counts != sorted(counts):
+        raise ConfigError(f"--replicas {replicas!r}: give a number from 1, or MIN:MAX such as 1:4")
+    if precision not in (None, "auto", "fp32", "bf16"):
+        raise ConfigError(f"--precision {precision!r}: give fp32, bf16 or auto")
+    return ServingConfig(
         meta_loras={name: absolute_path(path) for name, path in name_meta_loras(meta_loras).items()},
         tasks=absolute_path(tasks),
         keys=None if keys is None else keys.absolute(),
         host=host,
         port=port,
-        replicas=replicas,
+        replicas=counts[0],
+        max_replicas=counts[1] if len(counts) == 2 else None,
+        precision=precision,
     )
-    for url in serve_until_stopped(config):
-        print(f"{url}/v1, described in {url}/openapi.json; a page to try it: {url}; Ctrl-C ends it", flush=True)
 
 
 @key.command()

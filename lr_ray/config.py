@@ -1,6 +1,5 @@
 """An experiment, from one YAML file and overrides."""
 
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from lr_ray.fewshot.episodes import EpisodeShape
 from lr_ray.fewshot.protocol import TestShape
 from lr_ray.inversion.invert import InversionConfig
 from lr_ray.section import Section
+from lr_ray.storage.filesystem import absolute_path
 from lr_ray.tuning.tune import TuneConfig
 from lr_ray.vit.backbone import BackboneConfig, Precision
 
@@ -190,11 +190,6 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentCo
     except ValidationError as error:
         raise ConfigError(explain(error, str(path), ExperimentConfig)) from error
     return _with_absolute_paths(config)
-
-
-def absolute_path(path: str) -> str:
-    """A local path made absolute; a URI as it is."""
-    return path if "://" in path else os.path.abspath(os.path.expanduser(path))
 
 
 def _with_absolute_paths(config: ExperimentConfig) -> ExperimentConfig:

@@ -8,12 +8,12 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
 
-from lr_ray.config import ExperimentConfig, absolute_path, explain, load_config, read_yaml
+from lr_ray.config import ExperimentConfig, explain, load_config, read_yaml
 from lr_ray.data.images import DataConfig
 from lr_ray.data.procedural import ProceduralName
 from lr_ray.errors import ConfigError
 from lr_ray.section import Section
-from lr_ray.storage.filesystem import join
+from lr_ray.storage.filesystem import absolute_path, join
 from lr_ray.storage.manifest import digest_of
 
 

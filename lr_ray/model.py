@@ -18,8 +18,8 @@ from lr_ray.fewshot.metric import Metric
 from lr_ray.fewshot.protonet import class_centres, prototype_logits
 from lr_ray.section import Section
 from lr_ray.storage.adapters import read_adapter
-from lr_ray.storage.filesystem import exists, join
-from lr_ray.storage.manifest import CONFIG_NAME, MANIFEST_NAME, read_manifest
+from lr_ray.storage.filesystem import join
+from lr_ray.storage.manifest import MANIFEST_NAME, read_meta_lora_manifest
 from lr_ray.storage.metric import read_metric
 from lr_ray.vit.backbone import Backbone, BackboneConfig, Precision, load_backbone
 from lr_ray.vit.lora import Adapter, check_adapter, merge
@@ -184,7 +184,7 @@ def load(path: str | os.PathLike[str], device: str = "cpu") -> Model:
 def load_parts(path: str | os.PathLike[str], device: str = "cpu") -> Parts:
     """Backbone and meta-LoRA apart; arguments and errors are those of `load`."""
     folder = str(path)
-    manifest = _read_meta_lora_manifest(folder)
+    manifest = read_meta_lora_manifest(folder)
     backbone_config = _section(manifest, "backbone", BackboneConfig, folder)
     evaluation = _section(manifest, "evaluation", EvaluationConfig, folder)
     _check_device(device)
@@ -198,19 +198,6 @@ def load_parts(path: str | os.PathLike[str], device: str = "cpu") -> Parts:
     check_adapter(adapter, backbone)
     metric = read_metric(folder, num_features=backbone.num_features)
     return Parts(backbone=backbone, adapter=adapter, metric=metric, manifest=manifest, evaluation=evaluation)
-
-
-def _read_meta_lora_manifest(folder: str) -> dict[str, Any]:
-    """Raise unless `lr-ray train` finished a meta-LoRA there."""
-    remedy = "give the folder of a meta-LoRA that `lr-ray train` wrote, such as runs/demo/meta_lora"
-    if not exists(join(folder, CONFIG_NAME)):
-        raise AdapterError(f"{folder} is no adapter: it has no {CONFIG_NAME}; {remedy}")
-    manifest = read_manifest(folder)
-    if manifest is None:
-        raise AdapterError(f"{folder} is a PEFT adapter without {MANIFEST_NAME}, so its backbone is not known; {remedy}")
-    if not isinstance(manifest, dict) or "kind" not in manifest:
-        raise AdapterError(f"{folder} is an adapter of its own classes, not a meta-LoRA; {remedy}")
-    return manifest
 
 
 def _section(manifest: dict[str, Any], name: str, section: type[SectionType], folder: str) -> SectionType:

@@ -20,7 +20,8 @@ import yaml
 from lr_ray.errors import ClusterError
 
 PROVIDERS = ("aws", "gcp", "azure", "aliyun", "vsphere", "local")
-_KUBERAY_KINDS = ("RayJob", "RayCluster")
+_KUBERAY_KINDS = {"RayJob": "rayClusterSpec", "RayService": "rayClusterConfig", "RayCluster": None}
+"""And under which key of their spec the cluster is."""
 _TUNNEL_SECONDS = 60
 
 
@@ -166,7 +167,8 @@ def _validated(path: str | Path, make: Callable[[], dict[str, Any]]) -> dict[str
 def _from_kuberay(content: dict[str, Any]) -> dict[str, Any]:
     from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 
-    spec = content["spec"]["rayClusterSpec"] if content["kind"] == "RayJob" else content["spec"]
+    part = _KUBERAY_KINDS[content["kind"]]
+    spec = content["spec"] if part is None else content["spec"][part]
     metadata = {"namespace": "default"} | content["metadata"]
     config: dict[str, Any] = _derive_autoscaling_config_from_ray_cr({"metadata": metadata, "spec": spec})
     return config

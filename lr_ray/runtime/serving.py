@@ -1,67 +1,36 @@
-"""The service on Ray Serve: replicas of the backbone, and in front of them one replica of the HTTP application.
-
-A pass of the backbone takes the images of whatever requests wait, of any tasks and owners; prototypes are applied to each
-request by itself, in the application.
-"""
+"""The service, started and ended: on a Ray of its own by `lr-ray serve`, or by `serve deploy` on a cluster."""
 
 import asyncio
 import logging
+import os
 import signal
 import threading
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from fastapi import FastAPI
-from torch import Tensor
+import yaml
+from pydantic import ValidationError
 
-from lr_ray.config import RayConfig
-from lr_ray.errors import ClusterError, ConfigError, RequestError
-from lr_ray.runtime.session import ray_session
-from lr_ray.serving.api import Service, make_app
-from lr_ray.serving.keys import Keyring, read_keys
+from lr_ray.errors import ClusterError, ConfigError
+from lr_ray.runtime.deployments import APP_NAME, ServingConfig, application
+from lr_ray.runtime.session import local_ray
+from lr_ray.serving.keys import read_keys
 from lr_ray.serving.models import Catalogue
-from lr_ray.serving.multiplex import load_multiplex
 from lr_ray.serving.problems import is_loopback
-from lr_ray.serving.store import TaskStore
+from lr_ray.storage.manifest import read_meta_lora_manifest
 
-APP_NAME = "lr-ray"
-_BACKBONE = "backbone"
-_GROUP = 32
-"""Images of a request that travel to a replica together."""
-_GROUPS_PER_PASS = 8
-_WAIT_S = 0.005
-"""How long a pass waits for images of other requests."""
-_ATTEMPTS = 6
-_AT_ONCE = 32
-"""Requests that are worked on; more wait, then so many again, then they are refused (503)."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ServingConfig:
-    """What is served, and where.
-
-    Attributes:
-        meta_loras: folders or URIs of meta-LoRAs that `lr-ray train` wrote, by name; the first is the default.
-        tasks: folder or URI where tasks are kept.
-        keys: file of API keys; None for no keys, on this machine only.
-        host: to listen on.
-        port: of it.
-        replicas: of the backbone.
-        cpus_per_replica: processors of each; None shares out those that Ray has.
-    """
-
-    meta_loras: Mapping[str, str]
-    tasks: str
-    keys: Path | None = None
-    host: str = "127.0.0.1"
-    port: int = 8000
-    replicas: int = 1
-    cpus_per_replica: int | None = None
+_DRAIN_S = 30.0
+"""So long requests under way may take when the service ends."""
+_ENVIRONMENT = {
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    "RAY_SERVE_LOG_TO_STDERR": "0",
+    "RAY_worker_niceness": "0",
+}
+"""One event loop a process in place of three, for nothing here blocks it; and no processes that are nice to all others."""
 
 
 def serve_until_stopped(config: ServingConfig) -> Iterator[str]:
@@ -79,6 +48,8 @@ def serve_until_stopped(config: ServingConfig) -> Iterator[str]:
 def served(config: ServingConfig) -> Iterator[str]:
     """The service, for as long as the context lasts; yields its URL when every replica is ready.
 
+    At the end new requests are refused, and those under way finished, for half a minute at most.
+
     Raises:
         AdapterError, BackboneError, StorageError: a meta-LoRA cannot be loaded.
         ClusterError: Ray cannot be started or joined, runs a Serve of its own, or the port is taken.
@@ -86,28 +57,73 @@ def served(config: ServingConfig) -> Iterator[str]:
             a backbone and an image size.
     """
     check_exposure(config)
-    loaded = load_multiplex(config.meta_loras)  # here first, for one line of error instead of a replica that will not start
-    catalogue, image_px = loaded.catalogue, loaded.image_px
-    del loaded
-    with ray_session(RayConfig()):
-        from ray import serve
-        from ray.serve.config import HTTPOptions
+    for path in config.meta_loras.values():
+        read_meta_lora_manifest(path)
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    with ThreadPoolExecutor(max_workers=1) as beside:
+        loading = beside.submit(_look_at, config.meta_loras)  # here first, for one line of error; meanwhile Ray starts
+        with local_ray(whole=False):
+            from ray import serve
+            from ray.serve.config import HTTPOptions
 
-        for noisy in ("ray.serve", "ray._common"):
-            logging.getLogger(noisy).setLevel(logging.ERROR)
-        if serve.status().applications:
-            raise ClusterError("Ray Serve runs applications already on this Ray; end them, or start this on another Ray")
-        try:
-            serve.start(
-                proxy_location="HeadOnly", http_options=HTTPOptions(host=config.host, port=config.port), logging_config=_quiet()
-            )
-            serve.run(_application(config, catalogue, image_px), name=APP_NAME, route_prefix="/")
-            yield f"http://{'[' + config.host + ']' if ':' in config.host else config.host}:{config.port}"
-        except RuntimeError as error:
-            reason = str(error).strip().partition("\n")[0]
-            raise ClusterError(f"Ray Serve on {config.host}:{config.port}: {reason}; is the port free?") from error
-        finally:
-            serve.shutdown()
+            for noisy in ("ray.serve", "ray._common"):
+                logging.getLogger(noisy).setLevel(logging.ERROR)
+            if serve.status().applications:
+                raise ClusterError("Ray Serve runs applications already on this Ray; end them, or start this on another Ray")
+            try:
+                http = HTTPOptions(host=config.host, port=config.port)
+                serve.start(proxy_location="HeadOnly", http_options=http, logging_config=_quiet())
+                serve.run(application(config, *loading.result()), name=APP_NAME, route_prefix="/")
+                yield f"http://{'[' + config.host + ']' if ':' in config.host else config.host}:{config.port}"
+                asyncio.run(_drain())
+            except RuntimeError as error:
+                reason = str(error).strip().partition("\n")[0]
+                raise ClusterError(f"Ray Serve on {config.host}:{config.port}: {reason}; is the port free?") from error
+            finally:
+                serve.shutdown()
+
+
+def build_application(arguments: dict[str, Any]) -> Any:
+    """For `serve run` and `serve deploy`, which call it by its import path.
+
+    Args:
+        arguments: of `ServingConfig`; host and port are Serve's own there.
+
+    Raises: as `served`, and ConfigError for arguments that are not those.
+    """
+    try:
+        config = ServingConfig(**arguments)
+    except (ValidationError, TypeError) as error:
+        raise ConfigError(f"args of the application: {error}") from error
+    check_exposure(config)
+    return application(config, *_look_at(config.meta_loras))
+
+
+def write_serve_config(config: ServingConfig, path: Path) -> None:
+    """A config of Ray Serve that `serve run` and `serve deploy` take.
+
+    Raises: as `served`.
+    """
+    check_exposure(config)
+    for meta_lora in config.meta_loras.values():
+        read_meta_lora_manifest(meta_lora)
+    arguments = {name: value for name, value in config.arguments().items() if value is not None}
+    content = {
+        "proxy_location": "EveryNode",
+        "http_options": {"host": config.host, "port": config.port},
+        "logging_config": {"log_level": "WARNING", "enable_access_log": False},
+        "applications": [
+            {
+                "name": APP_NAME,
+                "route_prefix": "/",
+                "import_path": f"{__name__}:{build_application.__name__}",
+                "args": arguments,
+            }
+        ],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
 
 
 def check_exposure(config: ServingConfig) -> None:
@@ -125,97 +141,28 @@ def check_exposure(config: ServingConfig) -> None:
         )
 
 
-async def ask_replicas(method: Any, pixels: Tensor, model: str, *, pause_s: float = 0.5) -> Tensor:
-    """(N, …) what the replicas make of (N, 3, H, W) pixels; what a replica dies of is asked of another.
+def _look_at(meta_loras: Mapping[str, str]) -> tuple[Catalogue, int]:
+    """The models, loaded once and let go, and the side of their images."""
+    from lr_ray.serving.multiplex import load_multiplex  # timm takes seconds
 
-    Args:
-        method: `embed` or `attend` of the handle of the backbone's deployment.
-        model: its name.
-        pause_s: before the second attempt; longer before each further one.
-
-    Raises:
-        RequestError: 503 no replica answers, or too many requests wait already.
-    """
-    return torch.from_numpy(
-        np.concatenate(
-            await asyncio.gather(*(_ask_of_group(method, part.numpy(), model, pause_s) for part in pixels.split(_GROUP)))
-        )
-    )
+    loaded = load_multiplex(meta_loras)
+    return loaded.catalogue, loaded.image_px
 
 
-async def _ask_of_group(method: Any, group: np.ndarray, model: str, pause_s: float) -> np.ndarray:
-    from ray.exceptions import RayActorError
-    from ray.serve.exceptions import BackPressureError
-
-    for attempt in range(1, _ATTEMPTS + 1):
-        try:
-            found: np.ndarray = await method.remote(group, model)
-            return found
-        except BackPressureError as error:
-            raise RequestError("too many requests wait already; come again", 503, 1) from error
-        except RayActorError:
-            await asyncio.sleep(pause_s * attempt)
-    raise RequestError("the backbone does not answer; come again", 503, 5)
-
-
-_services: list[Service] = []
-"""Of this process, where it is a replica of the application; one at most."""
-
-
-def _start_service(config: ServingConfig, catalogue: Catalogue, image_px: int, backbone: Any) -> None:
-    async def embed(pixels: Tensor, model: str) -> Tensor:
-        return await ask_replicas(backbone.embed, pixels, model)
-
-    async def attend(pixels: Tensor, model: str) -> Tensor:
-        return await ask_replicas(backbone.attend, pixels, model)
-
-    store = TaskStore(root=config.tasks, models=catalogue.digests)
-    keyring = None if config.keys is None else Keyring(path=config.keys)
-    _services[:] = [Service(embed=embed, attend=attend, models=catalogue, image_px=image_px, store=store, keyring=keyring)]
-
-
-def _application_of_this_process() -> FastAPI:
-    return make_app(_services[0])
-
-
-def _application(config: ServingConfig, catalogue: Catalogue, image_px: int) -> Any:
-    """What Ray Serve runs."""
-    import ray
+async def _drain() -> None:
+    """Wait until no request is under way, unless the application is gone."""
     from ray import serve
+    from ray.exceptions import RayError
+    from ray.serve.exceptions import RayServeException
 
-    cpus = config.cpus_per_replica or max(1, int(ray.cluster_resources()["CPU"]) // config.replicas)
-
-    @serve.deployment(
-        name=_BACKBONE,
-        num_replicas=config.replicas,
-        ray_actor_options={"num_cpus": cpus},
-        max_ongoing_requests=4 * _GROUPS_PER_PASS,
-        max_queued_requests=16 * _GROUPS_PER_PASS,
-        health_check_period_s=2,
-    )
-    class Backbone:
-        def __init__(self, meta_loras: Mapping[str, str], cpus: int) -> None:
-            torch.set_num_threads(cpus)
-            self._multiplex = load_multiplex(meta_loras)
-
-        @serve.batch(max_batch_size=_GROUPS_PER_PASS, batch_wait_timeout_s=_WAIT_S)  # type: ignore[untyped-decorator]
-        async def embed(self, groups: list[np.ndarray], models: list[str]) -> list[np.ndarray]:
-            return await asyncio.to_thread(self._multiplex.embed_groups, groups, models)
-
-        async def attend(self, group: np.ndarray, model: str) -> np.ndarray:
-            return (await asyncio.to_thread(self._multiplex.attend, model, torch.from_numpy(group))).numpy()
-
-    @serve.deployment(
-        name="application", ray_actor_options={"num_cpus": 0}, max_ongoing_requests=_AT_ONCE, max_queued_requests=_AT_ONCE
-    )
-    @serve.ingress(_application_of_this_process)
-    class Application:
-        def __init__(self, config: ServingConfig, catalogue: Catalogue, image_px: int, backbone: Any) -> None:
-            _start_service(config, catalogue, image_px, backbone)
-
-    deployed: Any = Application  # what the decorators make of a class is typed as the class
-    backbone: Any = Backbone
-    return deployed.bind(config, catalogue, image_px, backbone.bind(config.meta_loras, cpus))
+    try:
+        async with asyncio.timeout(_DRAIN_S + 5):
+            done = await serve.get_app_handle(APP_NAME).drain.remote(_DRAIN_S)
+    except (RayError, RayServeException, TimeoutError) as error:
+        logging.getLogger("lr_ray.serving").error("ended without waiting for requests: %s", str(error).partition("\n")[0])
+        return
+    if not done:
+        logging.getLogger("lr_ray.serving").error("ended with requests under way: they took more than %.0f s", _DRAIN_S)
 
 
 def _quiet() -> Any:

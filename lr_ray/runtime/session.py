@@ -4,13 +4,13 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
-
-from lr_ray.config import RayConfig
 from lr_ray.errors import ClusterError, LrRayError
 from lr_ray.report.progress import Reporter
+
+if TYPE_CHECKING:
+    from lr_ray.config import RayConfig
 
 _ENVIRONMENT = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # bind to 127.0.0.1; read when ray is imported
@@ -28,7 +28,7 @@ Result = TypeVar("Result")
 
 
 @contextmanager
-def ray_session(config: RayConfig) -> Iterator[str]:
+def ray_session(config: "RayConfig") -> Iterator[str]:
     """Ray, started here or joined, for as long as the context lasts; one that runs already is used and left alone.
 
     Yields the dashboard's host and port, or "" if it has none or was not started here.
@@ -38,29 +38,49 @@ def ray_session(config: RayConfig) -> Iterator[str]:
         ClusterError: it cannot be started or joined.
     """
     if config.address == "local":
-        for name, value in _ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
+        with local_ray(num_cpus=config.num_cpus) as dashboard:
+            yield dashboard
+        return
+    variables = {} if _SUBMITTED in os.environ else storage_environment()
+    options = {"runtime_env": {"env_vars": variables}} if variables else {}
+    with _session(config.address, options) as dashboard:
+        yield dashboard
+
+
+@contextmanager
+def local_ray(*, num_cpus: int | None = None, whole: bool = True) -> Iterator[str]:
+    """Ray on this machine, else as `ray_session`.
+
+    Args:
+        num_cpus: processors that it may use; default all.
+        whole: with a dashboard, Ray Data and Ray Train, without which it is there seconds sooner.
+    """
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    options = {"num_cpus": num_cpus, "_node_ip_address": "127.0.0.1", **({} if whole else {"include_dashboard": False})}
+    with _session("local", options, whole=whole) as dashboard:
+        yield dashboard
+
+
+@contextmanager
+def _session(address: str, options: dict[str, Any], *, whole: bool = True) -> Iterator[str]:
     import ray
 
     if ray.is_initialized():
         yield ""
         return
-    options: dict[str, Any] = {}
-    if config.address == "local":
-        options = {"num_cpus": config.num_cpus, "_node_ip_address": "127.0.0.1"}
-    elif _SUBMITTED not in os.environ and (variables := storage_environment()):
-        options = {"runtime_env": {"env_vars": variables}}
     try:
-        context = ray.init(config.address, logging_level="error", log_to_driver=False, **options)
+        context = ray.init(address, logging_level="error", log_to_driver=False, **options)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise ClusterError(
-            f"Ray at {config.address!r}: {error}; ray.address is 'local', 'auto' or the address of a running cluster"
+            f"Ray at {address!r}: {error}; ray.address is 'local', 'auto' or the address of a running cluster"
         ) from error
-    import ray.data
-    import ray.train
+    if whole:
+        import ray.data
+        import ray.train
 
-    for noisy in ("ray.data", "ray.train"):  # they set their levels when imported
-        logging.getLogger(noisy).setLevel(logging.ERROR)
+        for noisy in ("ray.data", "ray.train"):  # they set their levels when imported
+            logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
         yield context.dashboard_url or ""
     finally:
@@ -80,14 +100,16 @@ def this_node() -> Any:
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
-def worker_device(config: RayConfig) -> str:
+def worker_device(config: "RayConfig") -> str:
     """Hold this worker to its processors; returns the device that it computes on."""
+    import torch
+
     torch.set_num_threads(config.cpus_per_actor)
     return "cuda" if config.num_gpus_per_actor else "cpu"
 
 
 def map_tasks(
-    function: Callable[[Item], Result], items: Sequence[Item], config: RayConfig
+    function: Callable[[Item], Result], items: Sequence[Item], config: "RayConfig"
 ) -> Iterator[tuple[Item, Result | LrRayError]]:
     """Run a function on each item in parallel Ray tasks; yields as they finish.
 
@@ -113,7 +135,7 @@ def work_through(
     title: str,
     function: Callable[[Item], Result],
     items: Sequence[Item],
-    config: RayConfig,
+    config: "RayConfig",
     reporter: Reporter,
     take: Callable[[Item, Result], str],
 ) -> None:

@@ -1,110 +1,45 @@
 """The HTTP interface, /v1: a FastAPI application over whatever makes features of pixels."""
 
 import asyncio
-import time
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Annotated, Any
 from urllib.parse import quote
 
-import torch
-from fastapi import APIRouter, Depends, FastAPI, Header, Query, Request, Response
+from fastapi import APIRouter, FastAPI, Header, Query, Request, Response
 from torch import Tensor
 
 from lr_ray.errors import RequestError
+from lr_ray.serving.admission import Admission
 from lr_ray.serving.answers import (
     AttentionAnswer,
     ClassifyAnswer,
     EmbeddingsAnswer,
     ModelsAnswer,
-    Problem,
-    StateAnswer,
     TaskAnswer,
     TasksAnswer,
 )
 from lr_ray.serving.bodies import EpisodeBody, QueryBody, SupportBody, Uploads, read_episode, read_queries, read_support
 from lr_ray.serving.images import Limits, decode_uploads
-from lr_ray.serving.keys import Key, Keyring, bounds_of
-from lr_ray.serving.models import Catalogue, ServedModel
+from lr_ray.serving.metrics import Measure
+from lr_ray.serving.models import ServedModel
 from lr_ray.serving.page import page
 from lr_ray.serving.problems import Guard, add_problem_handlers
-from lr_ray.serving.store import Bounds, TaskStore
+from lr_ray.serving.service import PROBLEM, Caller, CallerHere, Service, ServiceHere
+from lr_ray.serving.state import state
 from lr_ray.serving.tasks import Support, Task
-
-_NOBODY = "local"
-"""Owner of the tasks where there are no keys."""
-_READY_S = 2.0
-_READY_TIMEOUT_S = 10.0
-
-
-@dataclass(kw_only=True)
-class Service:
-    """What the application works with.
-
-    Attributes:
-        embed: (N, 3, image_px, image_px) uint8 and a model's name → (N, D) features; raises `RequestError` 503 where it
-            cannot.
-        attend: the same → (N, h, w) attention maps.
-        models: whose names there are.
-        image_px: side of the images.
-        store: of the tasks.
-        keyring: who may ask; None for everyone, on this machine only.
-        limits: of a request.
-        bounds: of what is kept, where there are no keys.
-    """
-
-    embed: Callable[[Tensor, str], Awaitable[Tensor]]
-    attend: Callable[[Tensor, str], Awaitable[Tensor]]
-    models: Catalogue
-    image_px: int
-    store: TaskStore
-    keyring: Keyring | None = None
-    limits: Limits = field(default_factory=Limits)
-    bounds: Bounds = field(default_factory=Bounds)
-    _ready_s: float = -_READY_S
-    _asking: asyncio.Lock = field(default_factory=asyncio.Lock)
-
-    async def check_ready(self) -> None:
-        """Have one image embedded, unless that was done a moment ago.
-
-        Raises:
-            RequestError: 503 the backbone does not answer.
-        """
-        async with self._asking:
-            if time.monotonic() - self._ready_s < _READY_S:
-                return
-            blank = torch.zeros(1, 3, self.image_px, self.image_px, dtype=torch.uint8)
-            try:
-                await asyncio.wait_for(self.embed(blank, self.models.default.name), _READY_TIMEOUT_S)
-            except TimeoutError as error:
-                raise RequestError("the backbone does not answer yet; come again", 503, 5) from error
-            self._ready_s = time.monotonic()
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Caller:
-    """Who asks.
-
-    Attributes:
-        owner: of the tasks that they see.
-        bounds: of what they keep.
-        key: theirs, or None where there are no keys.
-    """
-
-    owner: str
-    bounds: Bounds
-    key: Key | None
 
 
 def make_app(service: Service) -> FastAPI:
     """The application. It has no CORS headers, and no pages that load scripts from elsewhere."""
     app = FastAPI(title="LR-Ray", version="1", docs_url=None, redoc_url=None, description=_ABOUT)
     app.state.service = service
-    app.include_router(_open)
+    app.include_router(state)
     app.include_router(_v1)
     app.include_router(page)
     add_problem_handlers(app)
+    app.add_middleware(Admission, gate=service.gate)
     app.add_middleware(Guard, local_only=service.keyring is None)
+    app.add_middleware(Measure, metrics=service.metrics)
     return app
 
 
@@ -114,37 +49,17 @@ _ABOUT = (
 )
 
 
-def _service(request: Request) -> Service:
-    service: Service = request.app.state.service
-    return service
-
-
-ServiceHere = Annotated[Service, Depends(_service)]
-
-
-def _caller(service: ServiceHere, authorization: Annotated[str | None, Header(include_in_schema=False)] = None) -> Caller:
-    if service.keyring is None:
-        return Caller(owner=_NOBODY, bounds=service.bounds, key=None)
-    scheme, _, secret = (authorization or "").partition(" ")
-    key = service.keyring.identify(secret.strip() if scheme.lower() == "bearer" else None)
-    service.keyring.charge(key, requests=1)
-    return Caller(owner=key.name, bounds=bounds_of(key), key=key)
-
-
-CallerHere = Annotated[Caller, Depends(_caller)]
 Temperature = Annotated[float, Query(gt=0, le=1000, description="Times minus the distance, before the softmax.")]
 Top = Annotated[int, Query(ge=1, le=1000, description="How many classes are ranked.")]
 ModelName = Annotated[str | None, Query(alias="model", description="One of those of /v1/models; default the first.")]
 IfMatch = Annotated[str | None, Header(description="The version (ETag) that the change is meant for; another is a 409.")]
 
-_problem = {"content": {"application/problem+json": {"schema": Problem.model_json_schema()}}}
-_open = APIRouter()
 _v1 = APIRouter(
     prefix="/v1",
     responses={
-        "4XX": {"description": "Refused.", **_problem},
-        422: {"description": "Not as described.", **_problem},
-        503: {"description": "Not now.", **_problem},
+        "4XX": {"description": "Refused.", **PROBLEM},
+        422: {"description": "Not as described.", **PROBLEM},
+        503: {"description": "Not now.", **PROBLEM},
     },
 )
 
@@ -189,19 +104,23 @@ async def _uploads(
     request: Request, service: Service, caller: Caller, read: Callable[[bytes, str, Limits], Uploads]
 ) -> tuple[Uploads, Tensor]:
     """What came, and its pixels, those of the support first; taken apart and decoded in a thread."""
-    content = await _read_body(request, service, caller)
+    with service.metrics.stage("read"):
+        content = await _read_body(request, service, caller)
     content_type = request.headers.get("content-type", "")
 
     def work() -> tuple[Uploads, Tensor]:
         uploads = read(content, content_type, service.limits)
         return uploads, decode_uploads([*uploads.images, *uploads.query], service.image_px, service.limits)
 
-    return await asyncio.to_thread(work)
+    with service.metrics.stage("decode"):
+        uploads, pixels = await asyncio.to_thread(work)
+    service.metrics.count_images(len(pixels))
+    return uploads, pixels
 
 
 async def _support(request: Request, service: Service, caller: Caller, model: ServedModel) -> Support:
     uploads, pixels = await _uploads(request, service, caller, read_support)
-    return Support.of(await service.embed(pixels, model.name), uploads.labels)
+    return Support.of(await service.features(pixels, model.name), uploads.labels)
 
 
 def _check_two(class_names: tuple[str, ...]) -> None:
@@ -216,19 +135,6 @@ def _version(if_match: str | None) -> int | None:
     if not (text.isascii() and text.isdigit() and len(text) < 10):
         raise RequestError('If-Match: give the ETag of the task, such as "3"', 400)
     return int(text)
-
-
-@_open.get("/healthz")
-async def healthz() -> StateAnswer:
-    """The process answers."""
-    return StateAnswer(status="ok")
-
-
-@_open.get("/readyz", responses={503: {"description": "Not yet.", **_problem}})
-async def readyz(service: ServiceHere) -> StateAnswer:
-    """The backbone answers too."""
-    await service.check_ready()
-    return StateAnswer(status="ready")
 
 
 @_v1.post(
@@ -329,8 +235,8 @@ async def classify(
     """Classify images by a task."""
     task = await asyncio.to_thread(service.store.read, caller.owner, task_id, caller.bounds)
     uploads, pixels = await _uploads(request, service, caller, read_queries)
-    features = await service.embed(pixels, service.models.of_digest(task.model).name)
-    return await _answer(task.support, uploads, features, temperature, top)
+    features = await service.features(pixels, service.models.of_digest(task.model).name)
+    return await _answer(service, task.support, uploads, features, temperature, top)
 
 
 @_v1.post("/classify", openapi_extra=_takes(EpisodeBody, "Labelled images, and queries in parts or a folder called `query`."))
@@ -348,12 +254,14 @@ async def classify_once(
     _check_two(tuple(uploads.support))
     if not uploads.query:
         raise RequestError("no images to classify; give at least one, in a part or folder called query", 422)
-    features = await service.embed(pixels, model.name)
+    features = await service.features(pixels, model.name)
     support = Support.of(features[: len(uploads.labels)], uploads.labels)
-    return await _answer(support, uploads, features[len(uploads.labels) :], temperature, top)
+    return await _answer(service, support, uploads, features[len(uploads.labels) :], temperature, top)
 
 
-async def _answer(support: Support, uploads: Uploads, queries: Tensor, temperature: float, top: int) -> ClassifyAnswer:
+async def _answer(
+    service: Service, support: Support, uploads: Uploads, queries: Tensor, temperature: float, top: int
+) -> ClassifyAnswer:
     """For the (M, D) features of the queries; worked out in a thread, since there may be 500 queries and 1,000 classes."""
     files = [upload.name for upload in uploads.query]
 
@@ -361,7 +269,8 @@ async def _answer(support: Support, uploads: Uploads, queries: Tensor, temperatu
         predictions = support.classify(queries, temperature=temperature)
         return ClassifyAnswer.of(files, predictions, support.threshold(), top=top)
 
-    return await asyncio.to_thread(work)
+    with service.metrics.stage("prototypes"):
+        return await asyncio.to_thread(work)
 
 
 @_v1.post("/embeddings", openapi_extra=_takes(QueryBody, "Images of any names.", one_image=True))
@@ -371,7 +280,7 @@ async def embeddings(
     """Features of images."""
     model = service.models.find(model_name)
     uploads, pixels = await _uploads(request, service, caller, read_queries)
-    return EmbeddingsAnswer.of([upload.name for upload in uploads.query], await service.embed(pixels, model.name))
+    return EmbeddingsAnswer.of([upload.name for upload in uploads.query], await service.features(pixels, model.name))
 
 
 @_v1.post("/attention", openapi_extra=_takes(QueryBody, "Images of any names.", one_image=True))

@@ -14,6 +14,7 @@ from lr_ray.model import Model, load_parts
 from lr_ray.serving.models import BACKBONE, Catalogue, ServedModel
 from lr_ray.storage.filesystem import join, read_bytes
 from lr_ray.storage.manifest import WEIGHTS_NAME, digest_of
+from lr_ray.vit.backbone import Precision
 from lr_ray.vit.lora import Adapter, merged
 
 
@@ -80,12 +81,13 @@ class Multiplex:
             return work(self.models[name])
 
 
-def load_multiplex(meta_loras: Mapping[str, str], device: str = "cpu") -> Multiplex:
+def load_multiplex(meta_loras: Mapping[str, str], device: str = "cpu", *, precision: Precision | None = None) -> Multiplex:
     """The meta-LoRAs, and their backbone as `backbone`.
 
     Args:
         meta_loras: folders or URIs by name; the first is the default.
         device: as torch names it.
+        precision: of the passes; None for that of each meta-LoRA's run.
 
     Raises:
         ConfigError: meta-LoRAs of different backbones or image sizes. Besides as `lr_ray.load`.
@@ -104,7 +106,10 @@ def load_multiplex(meta_loras: Mapping[str, str], device: str = "cpu") -> Multip
             )
         evaluation = parts.evaluation
         models[name] = Model(
-            backbone=first, precision=evaluation.precision, batch_size=evaluation.batch_size, metric=parts.metric
+            backbone=first,
+            precision=precision or evaluation.precision,
+            batch_size=evaluation.batch_size,
+            metric=parts.metric,
         )
         adapters[name] = parts.adapter
         made_of = [first.digest, digest_of(read_bytes(join(path, WEIGHTS_NAME)).hex()), parts.manifest.get("metric")]

@@ -67,6 +67,12 @@ class TaskStore:
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _creating: threading.Lock = field(default_factory=threading.Lock)
 
+    @property
+    def cached(self) -> tuple[int, int]:
+        """Versions in memory, and their bytes as stored."""
+        with self._lock:
+            return len(self._cache), sum(self._cached_bytes.values())
+
     def create(self, owner: str, support: Support, bounds: Bounds, *, model: str) -> Task:
         """Keep a new task of the model of that digest.
 

@@ -70,6 +70,11 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+def absolute_path(path: str) -> str:
+    """A local path made absolute; a URI as it is."""
+    return path if "://" in path else os.path.abspath(os.path.expanduser(path))
+
+
 def join(root: str, *parts: str) -> str:
     """`root/part/…`, for a path as for a URI."""
     return "/".join([root.rstrip("/"), *parts])

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from lr_ray.errors import StorageError
-from lr_ray.storage.filesystem import join, read_if_there, read_many, write_bytes
+from lr_ray.errors import AdapterError, StorageError
+from lr_ray.storage.filesystem import exists, join, read_if_there, read_many, write_bytes
 
 MANIFEST_NAME = "lr_ray.json"
 CONFIG_NAME, WEIGHTS_NAME, CARD_NAME = "adapter_config.json", "adapter_model.safetensors", "README.md"
@@ -48,6 +48,24 @@ def read_manifest(folder: str) -> dict[str, Any] | None:
         manifest: dict[str, Any] = json.loads(content)
     except ValueError as error:
         raise StorageError(f"manifest {uri} is damaged ({error}); delete it and run again") from error
+    return manifest
+
+
+def read_meta_lora_manifest(folder: str) -> dict[str, Any]:
+    """That of a meta-LoRA, as `lr-ray train` finished it.
+
+    Raises:
+        AdapterError: something else is there, or nothing.
+        StorageError: it is damaged.
+    """
+    remedy = "give the folder of a meta-LoRA that `lr-ray train` wrote, such as runs/demo/meta_lora"
+    if not exists(join(folder, CONFIG_NAME)):
+        raise AdapterError(f"{folder} is no adapter: it has no {CONFIG_NAME}; {remedy}")
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise AdapterError(f"{folder} is a PEFT adapter without {MANIFEST_NAME}, so its backbone is not known; {remedy}")
+    if not isinstance(manifest, dict) or "kind" not in manifest:
+        raise AdapterError(f"{folder} is an adapter of its own classes, not a meta-LoRA; {remedy}")
     return manifest
 
 

@@ -98,7 +98,11 @@ def test_the_options_of_a_command(command: str):
 @pytest.mark.parametrize(
     ("command", "options"),
     [
-        ("start", {"META_LORAS", "--host", "--port", "--tasks", "--keys", "--replicas"}),
+        ("start", {"META_LORAS", "--host", "--port", "--tasks", "--keys", "--replicas", "--precision"}),
+        (
+            "build",
+            {"META_LORAS", "--output", "-o", "--host", "--port", "--tasks", "--keys", "--replicas", "--precision"},
+        ),
         ("key", set()),
     ],
 )

@@ -14,7 +14,7 @@ from lr_ray.runtime.clusters import bring_up, check_cluster, job_server, take_do
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted((ROOT / "cluster").glob("*.yaml"))
-LAUNCHED = [path for path in SHIPPED if "kuberay" not in path.name]
+LAUNCHED = [path for path in SHIPPED if "kind" not in yaml.safe_load(path.read_text())]
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -96,7 +96,9 @@ def test_local_machines_that_are_not_named(tmp_path: Path, capsys: pytest.Captur
     assert capsys.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize(("kind", "part"), [("RayJob", "rayClusterSpec"), ("RayCluster", "headGroupSpec")])
+@pytest.mark.parametrize(
+    ("kind", "part"), [("RayJob", "rayClusterSpec"), ("RayService", "rayClusterConfig"), ("RayCluster", "headGroupSpec")]
+)
 def test_a_kuberay_manifest_without_a_part(tmp_path: Path, kind: str, part: str) -> None:
     path = written(tmp_path, {"kind": kind, "metadata": {"name": "x"}, "spec": {}})
     with pytest.raises(ClusterError, match=f"Ray does not accept it: KeyError: '{part}'"):

@@ -20,12 +20,15 @@ import torch
 from PIL import Image
 
 import lr_ray
-from lr_ray.config import absolute_path
+from bench.processes import wait_until
 from lr_ray.data.images import DataConfig
 from lr_ray.data.load import load_data
 from lr_ray.errors import AdapterError, ClusterError, ConfigError, RequestError
-from lr_ray.runtime.serving import ServingConfig, ask_replicas, check_exposure, served
+from lr_ray.runtime.deployments import ServingConfig, ask_replicas
+from lr_ray.runtime.serving import check_exposure, served
 from lr_ray.serving.keys import add_key
+from lr_ray.serving.metrics import Metrics, Pass
+from lr_ray.storage.filesystem import absolute_path
 
 
 def free_port() -> int:
@@ -106,7 +109,7 @@ def test_the_answers_are_those_of_load_also_after_a_replica_is_killed(
 
 
 def test_the_command_serves_until_it_is_told_to_end(meta_lora: str, pictures: dict[str, list[Path]], tmp_path: Path):
-    """In a process and a Ray of its own, as a person starts it: keys, a request, SIGTERM."""
+    """In a process and a Ray of its own, as a person starts it: keys, SIGTERM under a request, which is finished."""
     port, keys = free_port(), tmp_path / "keys.json"
     secret = add_key(keys, "ann")
     command = [sys.executable, "-m", "lr_ray.cli", "serve", meta_lora, "--port", str(port), "--keys", str(keys)]
@@ -123,13 +126,20 @@ def test_the_command_serves_until_it_is_told_to_end(meta_lora: str, pictures: di
         assert process.stdout
         assert process.stdout.readline().startswith(f"http://127.0.0.1:{port}/v1, described in ")
         names = {name: base64_of(files[:2]) for name, files in pictures.items()}
-        url, body = f"http://127.0.0.1:{port}/v1/tasks", {"classes": names}
-        assert httpx.post(url, json=body, timeout=60).status_code == 401
-        assert httpx.post(url, json=body, timeout=60, headers={"authorization": f"Bearer {secret}"}).status_code == 201
+        url, headers = f"http://127.0.0.1:{port}", {"authorization": f"Bearer {secret}"}
+        assert httpx.post(f"{url}/v1/tasks", json={"classes": names}, timeout=60).status_code == 401
+        large = {"classes": {name: 80 * images for name, images in names.items()}}
+        with ThreadPoolExecutor(1) as pool:
+            slow = pool.submit(httpx.post, f"{url}/v1/tasks", json=large, timeout=120, headers=headers)
+            under_way = "lr_ray_requests_under_way 1.0"
+            wait_until(lambda: under_way in httpx.get(f"{url}/metrics", headers=headers, timeout=60).text, "the request")
+            process.send_signal(signal.SIGTERM)
+            assert slow.result().status_code == 201, slow.result().text
     finally:
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
+    assert "ended with" not in err
     assert secret not in out
     assert secret not in err
     assert list((tmp_path / "tasks" / "ann").iterdir())
@@ -161,29 +171,43 @@ def test_paths_are_absolute_and_uris_stay():
 class Method:
     """A method of the backbone's handle that answers with means, after it has raised what is given."""
 
-    def __init__(self, *failures: Exception) -> None:
+    def __init__(self, *failures: Exception | None) -> None:
         self.failures = list(failures)
         self.sizes: list[int] = []
 
-    async def remote(self, group: np.ndarray, _model: str) -> np.ndarray:
+    async def remote(self, group: np.ndarray, _model: str) -> tuple[np.ndarray, Pass | None] | None:
         self.sizes.append(len(group))
         if self.failures:
-            raise self.failures.pop(0)
-        return group.mean(axis=(2, 3), dtype=np.float32)
+            failure = self.failures.pop(0)
+            if failure is None:
+                return None
+            raise failure
+        return group.mean(axis=(2, 3), dtype=np.float32), Pass(images=len(group), groups=1, seconds=0.1)
 
 
 def test_large_requests_travel_in_groups_and_come_back_in_order():
     pixels = torch.randint(0, 256, (70, 3, 4, 4), dtype=torch.uint8)
-    features = asyncio.run(ask_replicas(method := Method(), pixels, "m"))
+    features = asyncio.run(ask_replicas(method := Method(), pixels, "m", metrics := Metrics()))
     assert sorted(method.sizes) == [6, 32, 32]
     torch.testing.assert_close(features, pixels.float().mean(dim=(2, 3)))
+    assert b"lr_ray_pass_images_sum 70.0" in (exposed := metrics.expose())
+    assert b"lr_ray_pass_groups_count 3.0" in exposed
+
+
+def test_a_replica_without_the_model_is_not_the_last():
+    pixels = torch.ones(1, 3, 4, 4, dtype=torch.uint8)
+    assert asyncio.run(ask_replicas(Method(None, None), pixels, "m", Metrics(), pause_s=0)).tolist() == [[1, 1, 1]]
+    with pytest.raises(RequestError, match="does not answer"):
+        asyncio.run(ask_replicas(Method(*[None] * 9), pixels, "m", Metrics(), pause_s=0))
 
 
 def test_a_lost_replica_is_asked_again():
     from ray.exceptions import RayActorError
 
     pixels = torch.ones(1, 3, 4, 4, dtype=torch.uint8)
-    assert asyncio.run(ask_replicas(Method(RayActorError(), RayActorError()), pixels, "m", pause_s=0)).tolist() == [[1, 1, 1]]
+    assert asyncio.run(ask_replicas(Method(RayActorError(), RayActorError()), pixels, "m", Metrics(), pause_s=0)).tolist() == [
+        [1, 1, 1]
+    ]
 
 
 @pytest.mark.parametrize("full", [False, True])
@@ -194,11 +218,11 @@ def test_no_replica_and_a_full_queue_are_503(full: bool):
     full_queue = BackPressureError(num_queued_requests=1, max_queued_requests=1)
     failures = [full_queue] if full else [RayActorError()] * 9
     with pytest.raises(RequestError) as caught:
-        asyncio.run(ask_replicas(Method(*failures), torch.ones(1, 3, 4, 4, dtype=torch.uint8), "m", pause_s=0))
+        asyncio.run(ask_replicas(Method(*failures), torch.ones(1, 3, 4, 4, dtype=torch.uint8), "m", Metrics(), pause_s=0))
     assert caught.value.status == 503
     assert caught.value.retry_after_s
 
 
 def test_a_fault_of_the_backbone_is_not_hidden():
     with pytest.raises(KeyError):
-        asyncio.run(ask_replicas(Method(KeyError("x")), torch.ones(1, 3, 4, 4, dtype=torch.uint8), "m"))
+        asyncio.run(ask_replicas(Method(KeyError("x")), torch.ones(1, 3, 4, 4, dtype=torch.uint8), "m", Metrics()))

@@ -219,7 +219,7 @@ def test_attention_is_a_grid_for_each_image(client: TestClient):
 @pytest.mark.parametrize(
     ("method", "path", "status"),
     [
-        ("GET", "/", 404),
+        ("GET", "/nothing", 404),
         ("GET", "/docs", 404),
         ("GET", "/v1", 404),
         ("GET", "/v1/tasks/..%2f..%2fetc", 404),
@@ -288,6 +288,7 @@ def test_the_document_describes_every_route(client: TestClient):
     assert {f"{method.upper()} {path}" for path, methods in document["paths"].items() for method in methods} == {
         "GET /healthz",
         "GET /readyz",
+        "GET /metrics",
         "POST /v1/tasks",
         "GET /v1/tasks",
         "GET /v1/tasks/{task_id}",

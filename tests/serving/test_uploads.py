@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from starlette.testclient import TestClient
 
+from bench.hostile import hostile_requests
 from lr_ray.data.images import read_pixels
 from lr_ray.errors import RequestError
 from lr_ray.serving.bodies import read_episode, read_queries, read_support
@@ -326,3 +327,15 @@ def test_headers_are_checked_before_anything_is_decoded(monkeypatch: pytest.Monk
     for make in bad:
         with pytest.raises(RequestError):
             decode_uploads([Upload(name="a", content=png()), Upload(name="b", content=make())], 16, Limits())
+
+
+def test_over_200_hostile_uploads_are_refused(client: TestClient, tmp_path: Path):
+    """Those that `lr-ray bench serve` sends, at the limits of the tests and at those of the service."""
+    found = list(hostile_requests())
+    assert len({request.name for request in found}) == len(found) > 200
+    for request in found:
+        refused(client, request.path, (request.content, request.content_type), 4)
+    client.app.state.service.limits = Limits()  # type: ignore[attr-defined]
+    for request in found:
+        refused(client, request.path, (request.content, request.content_type), 4)
+    assert list(tmp_path.iterdir()) == []

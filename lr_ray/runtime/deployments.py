@@ -1,0 +1,229 @@
+"""What runs on Ray Serve: replicas of the backbone, and in front of them one replica of the HTTP application.
+
+A pass of the backbone takes the images of whatever requests wait, of any tasks and owners; prototypes are applied to each
+request by itself, in the application. This module is imported by every replica, so that what takes long to import is
+imported where it is used.
+"""
+
+import asyncio
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from fastapi import FastAPI
+from pydantic import ConfigDict, Field, TypeAdapter
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from lr_ray.errors import RequestError
+from lr_ray.serving.api import make_app
+from lr_ray.serving.keys import Keyring
+from lr_ray.serving.metrics import Metrics, Pass
+from lr_ray.serving.models import Catalogue
+from lr_ray.serving.service import Service
+from lr_ray.serving.store import TaskStore
+from lr_ray.serving.tracing import tracer_of_environment
+
+APP_NAME = "lr-ray"
+BACKBONE = "backbone"
+APPLICATION = "application"
+_GROUP = 32
+"""Images of a request that travel to a replica together."""
+_GROUPS_PER_PASS = 8
+_WAIT_S = 0.005
+"""How long a pass waits for images of other requests."""
+_ATTEMPTS = 6
+_BEYOND_THE_GATE = 512
+"""Requests that Ray Serve lets into the application and has wait before it: more than the gate does, which answers the
+others with problem+json."""
+_SHUTDOWN_S = 30.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, config=ConfigDict(extra="forbid"))
+class ServingConfig:
+    """What is served, and where.
+
+    Attributes:
+        meta_loras: folders or URIs of meta-LoRAs that `lr-ray train` wrote, by name; the first is the default.
+        tasks: folder or URI where tasks are kept.
+        keys: file of API keys; None for no keys, on this machine only.
+        host: to listen on.
+        port: of it.
+        replicas: of the backbone; the fewest where `max_replicas` is given.
+        max_replicas: as many as the load needs, up to these; None for `replicas` always.
+        cpus_per_replica: processors of each; None shares out those that Ray has.
+        gpus_per_replica: GPUs of each, or a share of one; None shares out those that Ray has, one for each at most.
+        precision: of the passes; None for that of the meta-LoRA's run.
+    """
+
+    meta_loras: Mapping[str, str]
+    tasks: str
+    keys: Path | None = None
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=1, le=65535)
+    replicas: int = Field(default=1, ge=1)
+    max_replicas: int | None = Field(default=None, ge=1)
+    cpus_per_replica: int | None = Field(default=None, ge=1)
+    gpus_per_replica: float | None = Field(default=None, ge=0)
+    precision: Literal["auto", "fp32", "bf16"] | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """As JSON."""
+        found: dict[str, Any] = TypeAdapter(ServingConfig).dump_python(self, mode="json")
+        return found
+
+
+async def ask_replicas(method: Any, pixels: Tensor, model: str, metrics: Metrics, *, pause_s: float = 0.5) -> Tensor:
+    """(N, …) what the replicas make of (N, 3, H, W) pixels; what a replica dies of is asked of another.
+
+    Args:
+        method: `embed` or `attend` of the handle of the backbone's deployment.
+        model: its digest.
+        metrics: are told of the passes.
+        pause_s: before the second attempt; longer before each further one.
+
+    Raises:
+        RequestError: 503 no replica answers, or none that has the model.
+    """
+    groups = (_ask_of_group(method, part.numpy(), model, metrics, pause_s) for part in pixels.split(_GROUP))
+    return torch.from_numpy(np.concatenate(await asyncio.gather(*groups)))
+
+
+async def _ask_of_group(method: Any, group: np.ndarray, model: str, metrics: Metrics, pause_s: float) -> np.ndarray:
+    from ray.exceptions import RayActorError
+    from ray.serve.exceptions import BackPressureError
+
+    for attempt in range(1, _ATTEMPTS + 1):
+        try:
+            found: tuple[np.ndarray, Pass | None] | None = await method.remote(group, model)
+            if found is not None:
+                if found[1] is not None:
+                    metrics.count_pass(found[1])
+                return found[0]
+        except BackPressureError as error:
+            raise RequestError("too many requests wait already; come again", 503, 1) from error
+        except RayActorError:
+            pass  # what it was asked is asked of another
+        await asyncio.sleep(pause_s * attempt)
+    raise RequestError("the backbone does not answer; come again", 503, 5)
+
+
+_services: list[Service] = []
+"""Of this process, where it is a replica of the application; one at most."""
+
+
+def _start_service(config: ServingConfig, catalogue: Catalogue, image_px: int, backbone: Any) -> None:
+    metrics = Metrics(tracer_of_environment())
+
+    async def embed(pixels: Tensor, model: str) -> Tensor:
+        return await ask_replicas(backbone.embed, pixels, catalogue.find(model).digest, metrics)
+
+    async def attend(pixels: Tensor, model: str) -> Tensor:
+        return await ask_replicas(backbone.attend, pixels, catalogue.find(model).digest, metrics)
+
+    store = TaskStore(root=config.tasks, models=catalogue.digests)
+    keyring = None if config.keys is None else Keyring(path=config.keys)
+    _services[:] = [
+        Service(
+            embed=embed,
+            attend=attend,
+            models=catalogue,
+            image_px=image_px,
+            store=store,
+            keyring=keyring,
+            metrics=metrics,
+        )
+    ]
+
+
+def _application_of_this_process() -> FastAPI:
+    return make_app(_services[0])
+
+
+def backbone_options(config: ServingConfig, resources: Mapping[str, float]) -> dict[str, Any]:
+    """Of the backbone's deployment.
+
+    A replica computes with all of its processors but reserves half of them, so that while it is exchanged for another there
+    is room for both.
+
+    Args:
+        resources: that Ray has.
+    """
+    most = config.max_replicas or config.replicas
+    cpus = config.cpus_per_replica or max(1, int(resources.get("CPU", 1)) // most)
+    shared = min(1.0, resources.get("GPU", 0.0) / most)
+    gpus = shared if config.gpus_per_replica is None else config.gpus_per_replica
+    count: dict[str, Any] = {"num_replicas": config.replicas}
+    if config.max_replicas is not None:
+        scaling = {"min_replicas": config.replicas, "initial_replicas": config.replicas, "max_replicas": config.max_replicas}
+        count = {"autoscaling_config": {**scaling, "target_ongoing_requests": _GROUPS_PER_PASS}}
+    return count | {
+        "ray_actor_options": {"num_cpus": cpus / 2, "num_gpus": gpus},
+        "max_ongoing_requests": 4 * _GROUPS_PER_PASS,
+        "max_queued_requests": -1,  # the gate has let them in
+        "max_surge_percent": 0 if gpus else 100,
+        "health_check_period_s": 2,
+        "graceful_shutdown_timeout_s": _SHUTDOWN_S,
+    }
+
+
+def application(config: ServingConfig, catalogue: Catalogue, image_px: int) -> Any:
+    """What Ray Serve runs."""
+    import ray
+    from ray import serve
+
+    options = backbone_options(config, ray.cluster_resources())
+    device = "cuda" if options["ray_actor_options"]["num_gpus"] else "cpu"
+
+    @serve.deployment(name=BACKBONE, **options)
+    class Backbone:
+        def __init__(self, config: ServingConfig, threads: int, device: str) -> None:
+            from lr_ray.serving.multiplex import load_multiplex
+
+            torch.set_num_threads(threads)
+            self._multiplex = load_multiplex(config.meta_loras, device, precision=config.precision)
+            self._names = {model.digest: model.name for model in self._multiplex.catalogue.models}
+
+        async def embed(self, group: np.ndarray, model: str) -> tuple[np.ndarray, Pass | None] | None:
+            """Features of (n, 3, H, W) images; None where this replica has not that model."""
+            name = self._names.get(model)
+            return None if name is None else await self._embed(group, name)
+
+        @serve.batch(max_batch_size=_GROUPS_PER_PASS, batch_wait_timeout_s=_WAIT_S)  # type: ignore[untyped-decorator]
+        async def _embed(self, groups: list[np.ndarray], names: list[str]) -> list[tuple[np.ndarray, Pass | None]]:
+            start = time.perf_counter()
+            found = await asyncio.to_thread(self._multiplex.embed_groups, groups, names)
+            told = Pass(images=sum(map(len, groups)), groups=len(groups), seconds=time.perf_counter() - start)
+            return [(features, None if index else told) for index, features in enumerate(found)]
+
+        async def attend(self, group: np.ndarray, model: str) -> tuple[np.ndarray, None] | None:
+            """Attention maps, likewise."""
+            name = self._names.get(model)
+            if name is None:
+                return None
+            return (await asyncio.to_thread(self._multiplex.attend, name, torch.from_numpy(group))).numpy(), None
+
+    @serve.deployment(
+        name=APPLICATION,
+        ray_actor_options={"num_cpus": 0},
+        max_ongoing_requests=_BEYOND_THE_GATE,
+        max_queued_requests=_BEYOND_THE_GATE,
+        max_surge_percent=100,
+        graceful_shutdown_timeout_s=_SHUTDOWN_S,
+    )
+    @serve.ingress(_application_of_this_process)
+    class Application:
+        def __init__(self, config: ServingConfig, catalogue: Catalogue, image_px: int, backbone: Any) -> None:
+            _start_service(config, catalogue, image_px, backbone)
+
+        async def drain(self, timeout_s: float) -> bool:
+            """See `Gate.drain`."""
+            return await _services[0].gate.drain(timeout_s)
+
+    deployed: Any = Application  # what the decorators make of a class is typed as the class
+    backbone: Any = Backbone
+    threads = config.cpus_per_replica or max(1, round(2 * options["ray_actor_options"]["num_cpus"]))
+    return deployed.bind(config, catalogue, image_px, backbone.bind(config, threads, device))
