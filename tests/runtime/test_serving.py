@@ -85,6 +85,10 @@ def test_the_answers_are_those_of_load_also_after_a_replica_is_killed(
         task = client.post("/v1/tasks", json={"classes": {name: base64_of(files) for name, files in support.items()}}).json()
         body = {"images": base64_of(queries)}
         check(client.post(f"/v1/tasks/{task['id']}/classify", json=body).json()["results"])
+        maps = {name: client.post("/v1/attention", json=body, params={"model": name}).json() for name in ("tiny", "backbone")}
+        torch.testing.assert_close(torch.tensor(maps["tiny"]["grids"]), lr_ray.load(meta_lora).attend(queries))
+        assert maps["backbone"] != maps["tiny"]
+        assert client.get("/").text.startswith("<!doctype html>")
 
         (replica,) = replicas_of_the_backbone()
         ray.kill(replica)

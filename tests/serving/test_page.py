@@ -287,7 +287,12 @@ def test_problems_are_shown_where_they_belong(visit: Callable[..., Page], tmp_pa
     in_classes, in_queries = page.locator("#classes-problem"), page.locator("#queries-problem")
     classify.click()
     expect(in_classes).to_have_text("Class “Class 1” has no images; add one, or remove the class.")
+    page.route("**/page/sample.json", lambda route: route.abort())
+    page.get_by_role("button", name="Load the sample task").click()
+    expect(page.locator("#problem")).to_have_text("The service does not answer; is it still running?")
+    page.unroute("**/page/sample.json")
     load_sample(page)
+    expect(page.locator(".problem:visible")).to_have_count(0)
     page.get_by_role("textbox", name="Name of the class").nth(1).fill("lambda")
     classify.click()
     expect(in_classes).to_have_text("Two classes are called “lambda”; give one of them another name.")
@@ -342,6 +347,22 @@ def test_a_key_is_asked_for_and_kept_in_this_tab(visit: Callable[..., Page], run
         assert page.evaluate("[localStorage.length, document.cookie]") == [0, ""]
     finally:
         running[1].keyring = None
+
+
+@browsed
+def test_a_service_that_was_away_is_asked_again(visit: Callable[..., Page]):
+    page = visit()
+    page.route("**/v1/models", lambda route: route.abort())
+    page.reload()
+    expect(page.locator("#problem")).to_have_text("The service does not answer; is it still running?")
+    page.unroute("**/v1/models")
+    load_sample(page)
+    page.get_by_role("button", name="Classify", exact=True).click()
+    answered(page)
+    page.on("dialog", lambda dialog: dialog.accept())
+    page.get_by_role("button", name="Load the sample task").click()
+    expect(page.locator("#empty")).to_be_visible()
+    expect(page.locator(".result")).to_have_count(0)
 
 
 @browsed

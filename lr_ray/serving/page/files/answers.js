@@ -2,7 +2,13 @@
 
 import { make } from "./images.js";
 
-const HEAT = [235, 84, 0];
+/** Red, green, blue, alpha from the least attended patch to the most: dark, so that the looked-at stands out on every image. */
+const HEAT = [
+  [14, 16, 48, 190],
+  [120, 28, 109, 165],
+  [237, 105, 37, 140],
+  [252, 225, 120, 90],
+];
 const NEAREST = 3;
 const RANKED = 3;
 
@@ -70,12 +76,19 @@ function nearestList(nearest) {
   return make("div", { className: "nearest" }, make("span", { textContent: "Nearest labelled images" }), make("ol", {}, ...items));
 }
 
+/** Between the two stops around `level` in [0, 1]. */
+function heat(level) {
+  const place = level * (HEAT.length - 1);
+  const below = Math.min(Math.floor(place), HEAT.length - 2);
+  return HEAT[below].map((value, channel) => value + (place - below) * (HEAT[below + 1][channel] - value));
+}
+
 function heatMap(grid) {
   const [height, width, most] = [grid.length, grid[0].length, Math.max(...grid.flat())];
   const canvas = make("canvas", { width, height });
   const context = canvas.getContext("2d");
   const pixels = context.createImageData(width, height);
-  grid.flat().forEach((share, index) => pixels.data.set([...HEAT, Math.round(215 * (share / most))], 4 * index));
+  grid.flat().forEach((share, index) => pixels.data.set(heat(share / most), 4 * index));
   context.putImageData(pixels, 0, 0);
   const row = grid.findIndex((shares) => shares.includes(most));
   const place = `row ${row + 1}, column ${grid[row].indexOf(most) + 1} of ${height} by ${width} patches`;

@@ -4,7 +4,7 @@ import { nearestTo, resultOf, typicalOf } from "./answers.js";
 import { Bucket, ImageList, takeDrops } from "./buckets.js";
 import { curlOf, pythonOf } from "./code.js";
 import { make } from "./images.js";
-import { Problem, address, attend, classifyOnce, embed, key, models } from "./service.js";
+import { Problem, attend, classifyOnce, embed, key, models, sampleTask } from "./service.js";
 
 const BACKBONE = "backbone";
 const byId = (id) => document.getElementById(id);
@@ -46,13 +46,16 @@ function freeName() {
 async function loadSample() {
   const there = buckets.some((bucket) => bucket.images.length) || queries.images.length;
   if (there && !window.confirm("Put the sample task in the place of the images that are here?")) return;
-  const fetchFile = async (name) => new File([await (await fetch(address(`page/${name}`))).blob()], name, { type: "image/png" });
-  const sample = await (await fetch(address("page/sample.json"))).json();
-  for (const bucket of [...buckets]) bucket.element.remove();
+  const sample = await sampleTask();
+  answer = null;
+  byId("results").replaceChildren();
+  for (const [id, hidden] of [["empty", false], ["code", true], ["stale", true]]) byId(id).hidden = hidden;
+  clearProblems();
+  for (const bucket of buckets) bucket.element.remove();
   buckets = [];
   queries.clear();
-  for (const [name, files] of Object.entries(sample.classes)) await addBucket(name).list.add(await Promise.all(files.map(fetchFile)));
-  await queries.add(await Promise.all(sample.queries.map(fetchFile)));
+  for (const [name, files] of Object.entries(sample.classes)) await addBucket(name).list.add(files);
+  await queries.add(sample.queries);
   say("The sample task is loaded.");
 }
 
@@ -129,7 +132,8 @@ function whatIsAsked() {
 async function classify() {
   if (byId("classify").hasAttribute("aria-disabled")) return undefined;
   clearProblems();
-  const asked = whatIsAsked();
+  if (byId("model").disabled) await start(); // which failed before: the service was away
+  const asked = byId("model").disabled ? null : whatIsAsked();
   if (!asked) return say("");
   say(`Classifying ${asked.queries.length} images by ${asked.classes.length} classes…`);
   return attempt(async () => {

@@ -24,18 +24,30 @@ export function address(path, parameters = {}) {
   return url;
 }
 
-async function ask(path, parameters, body) {
-  const headers = key.get() ? { Authorization: `Bearer ${key.get()}` } : {};
-  const options = body === undefined ? { headers } : { method: "POST", headers: { ...headers, "Content-Type": "application/json" }, body: JSON.stringify(body) };
+async function send(path, parameters, options) {
   let response;
   try {
     response = await fetch(address(path, parameters), options);
   } catch {
     throw new Problem("The service does not answer; is it still running?");
   }
-  if (response.ok) return response.json();
+  if (response.ok) return response;
   const told = await response.json().catch(() => ({}));
   throw new Problem(told.detail ?? `${response.status} ${response.statusText}`, response.status, told.request_id);
+}
+
+async function ask(path, parameters, body) {
+  const headers = key.get() ? { Authorization: `Bearer ${key.get()}` } : {};
+  const json = { method: "POST", headers: { ...headers, "Content-Type": "application/json" }, body: JSON.stringify(body) };
+  return (await send(path, parameters, body === undefined ? { headers } : json)).json();
+}
+
+/** Class names and files of the sample task: {classes: {name: [file]}, queries: [file]}. */
+export async function sampleTask() {
+  const fetchFile = async (name) => new File([await (await send(`page/${name}`)).blob()], name, { type: "image/png" });
+  const sample = await (await send("page/sample.json")).json();
+  const entries = Object.entries(sample.classes).map(async ([name, files]) => [name, await Promise.all(files.map(fetchFile))]);
+  return { classes: Object.fromEntries(await Promise.all(entries)), queries: await Promise.all(sample.queries.map(fetchFile)) };
 }
 
 export function models() {
