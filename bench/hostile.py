@@ -124,15 +124,15 @@ def _jsons() -> Iterator[tuple[str, tuple[bytes, str]]]:
         yield f"JSON {value!r:.40}", json_body(value)
     for value in (None, 7, {}, {"a": good}, [7], [None], [[good]], [{"path": "/etc/passwd"}], [""], ["é"], ["/etc/passwd"]):
         yield f"JSON with images {value!r:.40}", json_body({"classes": {"a": value, "b": [good]}})
-    for text in (
-        "data:image/png;base64," + good,
-        good[:-3],
-        good + "=",
-        "\n" + good,
-        good.replace("A", "-"),
-        base64_of(b"GIF89a"),
-    ):
-        yield f"JSON with base64 {text[:12]!r}…", json_body({"classes": {"a": [text], "b": [good]}})
+    for name, text in {
+        "behind a prefix": "data:image/png;base64," + good,
+        "cut": good[:-3],
+        "with too much padding": good + "=",
+        "behind a line break": "\n" + good,
+        "for addresses": good.replace("A", "-"),
+        "of another format": base64_of(b"GIF89a"),
+    }.items():
+        yield f"JSON with base64 {name}", json_body({"classes": {"a": [text], "b": [good]}})
     for content in (
         b"{",
         b'{"classes": {',
