@@ -103,6 +103,8 @@ def test_the_answers_are_those_of_load_also_after_a_replica_is_killed(
         with pytest.raises(ClusterError, match="Ray Serve runs applications already"), served(config):
             pass
         assert client.get("/v1/tasks").json()["tasks"][0]["id"] == task["id"]
+        counted = dict(line.rsplit(" ", 1) for line in client.get("/metrics").text.splitlines() if not line.startswith("#"))
+        assert float(counted["lr_ray_pass_images_sum"]) >= len(labels) + 5 * len(queries)  # told by replicas, also new ones
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{url}/healthz")
     assert ray.is_initialized()
