@@ -27,7 +27,7 @@ class Multiplex:
     weights that a meta-LoRA changes. Merged, and not W·x + B·(A·x) by request in a common pass, because these are the
     very numbers of `lr_ray.load`, at any precision and whatever an adapter changes besides (biases, norms), and because a
     pass costs nothing more. The price: images of different models do not share a pass, and a change of model is paid by
-    multiplying out B·A, as much as the pass of an image or two.
+    multiplying out B·A, about as much as the pass of an image.
 
     Attributes:
         catalogue: their names and digests.
