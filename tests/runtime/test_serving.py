@@ -137,8 +137,10 @@ def test_the_command_serves_until_it_is_told_to_end(meta_lora: str, pictures: di
             wait_until(lambda: under_way in httpx.get(f"{url}/metrics", headers=headers, timeout=60).text, "the request")
             process.send_signal(signal.SIGTERM)
             assert slow.result().status_code == 201, slow.result().text
+    except BaseException:
+        process.send_signal(signal.SIGTERM)  # once only: the second ends it at once
+        raise
     finally:
-        process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     assert "ended with" not in err
