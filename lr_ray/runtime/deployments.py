@@ -112,7 +112,8 @@ async def _ask_of_group(method: Any, group: np.ndarray, model: str, metrics: Met
 
 
 _services: list[Service] = []
-"""Of this process, where it is a replica of the application; one at most."""
+"""Of this process, where it is a replica of the application; one at most. Only functions of this module may use it: the
+deployments' own methods travel with copies of what they name."""
 
 
 def _start_service(config: ServingConfig, catalogue: Catalogue, image_px: int, backbone: Any) -> None:
@@ -141,6 +142,10 @@ def _start_service(config: ServingConfig, catalogue: Catalogue, image_px: int, b
 
 def _application_of_this_process() -> FastAPI:
     return make_app(_services[0])
+
+
+async def _drain_this_process(timeout_s: float) -> bool:
+    return await _services[0].gate.drain(timeout_s)
 
 
 def backbone_options(config: ServingConfig, resources: Mapping[str, float]) -> dict[str, Any]:
@@ -221,7 +226,7 @@ def application(config: ServingConfig, catalogue: Catalogue, image_px: int) -> A
 
         async def drain(self, timeout_s: float) -> bool:
             """See `Gate.drain`."""
-            return await _services[0].gate.drain(timeout_s)
+            return await _drain_this_process(timeout_s)
 
     deployed: Any = Application  # what the decorators make of a class is typed as the class
     backbone: Any = Backbone

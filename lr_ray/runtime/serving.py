@@ -1,6 +1,5 @@
 """The service, started and ended: on a Ray of its own by `lr-ray serve`, or by `serve deploy` on a cluster."""
 
-import asyncio
 import logging
 import os
 import signal
@@ -22,15 +21,15 @@ from lr_ray.serving.models import Catalogue
 from lr_ray.serving.problems import is_loopback
 from lr_ray.storage.manifest import read_meta_lora_manifest
 
+_logger = logging.getLogger("lr_ray.serving")
 _DRAIN_S = 30.0
 """So long requests under way may take when the service ends."""
 _ENVIRONMENT = {
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
-    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_LOG_TO_STDERR": "0",
     "RAY_worker_niceness": "0",
 }
-"""One event loop a process in place of three, for nothing here blocks it; and no processes that are nice to all others."""
+"""One event loop for Serve and the application, for nothing here blocks it; and no processes that are nice to all others."""
 
 
 def serve_until_stopped(config: ServingConfig) -> Iterator[str]:
@@ -76,7 +75,7 @@ def served(config: ServingConfig) -> Iterator[str]:
                 serve.start(proxy_location="HeadOnly", http_options=http, logging_config=_quiet())
                 serve.run(application(config, *loading.result()), name=APP_NAME, route_prefix="/")
                 yield f"http://{'[' + config.host + ']' if ':' in config.host else config.host}:{config.port}"
-                asyncio.run(_drain())
+                _drain()
             except RuntimeError as error:
                 reason = str(error).strip().partition("\n")[0]
                 raise ClusterError(f"Ray Serve on {config.host}:{config.port}: {reason}; is the port free?") from error
@@ -149,20 +148,19 @@ def _look_at(meta_loras: Mapping[str, str]) -> tuple[Catalogue, int]:
     return loaded.catalogue, loaded.image_px
 
 
-async def _drain() -> None:
+def _drain() -> None:
     """Wait until no request is under way, unless the application is gone."""
     from ray import serve
     from ray.exceptions import RayError
     from ray.serve.exceptions import RayServeException
 
     try:
-        async with asyncio.timeout(_DRAIN_S + 5):
-            done = await serve.get_app_handle(APP_NAME).drain.remote(_DRAIN_S)
+        done = serve.get_app_handle(APP_NAME).drain.remote(_DRAIN_S).result(timeout_s=_DRAIN_S + 5)
     except (RayError, RayServeException, TimeoutError) as error:
-        logging.getLogger("lr_ray.serving").error("ended without waiting for requests: %s", str(error).partition("\n")[0])
+        _logger.error("ended without waiting for requests: %s", str(error).strip().rpartition("\n")[2])
         return
     if not done:
-        logging.getLogger("lr_ray.serving").error("ended with requests under way: they took more than %.0f s", _DRAIN_S)
+        _logger.error("ended with requests under way: they took more than %.0f s", _DRAIN_S)
 
 
 def _quiet() -> Any:

@@ -103,6 +103,8 @@ def test_the_answers_are_those_of_load_also_after_a_replica_is_killed(
         with pytest.raises(ClusterError, match="Ray Serve runs applications already"), served(config):
             pass
         assert client.get("/v1/tasks").json()["tasks"][0]["id"] == task["id"]
+        counted = dict(line.rsplit(" ", 1) for line in client.get("/metrics").text.splitlines() if not line.startswith("#"))
+        assert float(counted["lr_ray_pass_images_sum"]) >= len(labels) + 5 * len(queries)  # told by replicas, also new ones
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{url}/healthz")
     assert ray.is_initialized()
@@ -135,8 +137,10 @@ def test_the_command_serves_until_it_is_told_to_end(meta_lora: str, pictures: di
             wait_until(lambda: under_way in httpx.get(f"{url}/metrics", headers=headers, timeout=60).text, "the request")
             process.send_signal(signal.SIGTERM)
             assert slow.result().status_code == 201, slow.result().text
+    except BaseException:
+        process.send_signal(signal.SIGTERM)  # once only: the second ends it at once
+        raise
     finally:
-        process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     assert "ended with" not in err
