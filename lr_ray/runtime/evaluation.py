@@ -25,6 +25,7 @@ from lr_ray.report.progress import Reporter
 from lr_ray.runtime.cost import begin_peak_memory, count_flops, peak_memory_mib
 from lr_ray.runtime.evaluation_plan import EpisodesTask, EvaluationPlan, FeaturesTask, FitTask, test_data_of
 from lr_ray.runtime.evaluation_rows import known_rows, merge_rows, rows_of
+from lr_ray.runtime.held import held_backbone
 from lr_ray.runtime.session import work_through, worker_device
 from lr_ray.storage.adapters import read_adapter, read_adapters
 from lr_ray.storage.filesystem import exists, join, list_uris, write_bytes
@@ -144,7 +145,7 @@ def _embed(
     config: ExperimentConfig, features: str, data: LabelledImages, positions: np.ndarray
 ) -> tuple[Tensor, dict[str, Any]]:
     """(n, D) features of some images, and what they cost."""
-    backbone = load_backbone(config.backbone, device=worker_device(config.ray))
+    backbone = held_backbone(config.backbone, worker_device(config.ray))
     begin_peak_memory(backbone.device)
     seconds = 0.0
     parts = []

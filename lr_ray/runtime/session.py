@@ -4,21 +4,24 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
-
-from lr_ray.config import RayConfig
 from lr_ray.errors import ClusterError, LrRayError
-from lr_ray.report.progress import Reporter
+
+if TYPE_CHECKING:  # torch takes seconds to import, and some of Ray's processes have no need of it
+    from lr_ray.config import RayConfig
+    from lr_ray.report.progress import Reporter
 
 _ENVIRONMENT = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # bind to 127.0.0.1; read when ray is imported
     "RAY_BACKEND_LOG_LEVEL": "fatal",  # one line at the start, that it is set; else Ray Data's actors warn of themselves
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a worker may report no oftener; by default every 2 s
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process that asks the cloud whether it takes this machine away
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
+_BESIDE_THE_TASKS = 12
+"""Processes of Ray's own and of actors, for which no idle worker is ended: the next task would import everything again."""
 
 _SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by Ray in a submitted job, whose workers have the environment that it was submitted with."""
@@ -28,7 +31,7 @@ Result = TypeVar("Result")
 
 
 @contextmanager
-def ray_session(config: RayConfig) -> Iterator[str]:
+def ray_session(config: "RayConfig") -> Iterator[str]:
     """Ray, started here or joined, for as long as the context lasts; one that runs already is used and left alone.
 
     Yields the dashboard's host and port, or "" if it has none or was not started here.
@@ -38,7 +41,8 @@ def ray_session(config: RayConfig) -> Iterator[str]:
         ClusterError: it cannot be started or joined.
     """
     if config.address == "local":
-        for name, value in _ENVIRONMENT.items():
+        kept = (config.num_cpus or os.cpu_count() or 1) + _BESIDE_THE_TASKS
+        for name, value in {**_ENVIRONMENT, "RAY_num_workers_soft_limit": str(kept)}.items():
             os.environ.setdefault(name, value)
     import ray
 
@@ -47,7 +51,11 @@ def ray_session(config: RayConfig) -> Iterator[str]:
         return
     options: dict[str, Any] = {}
     if config.address == "local":
-        options = {"num_cpus": config.num_cpus, "_node_ip_address": "127.0.0.1"}
+        options = {
+            "num_cpus": config.num_cpus,
+            "_node_ip_address": "127.0.0.1",
+            "include_dashboard": config.dashboard,
+        }
     elif _SUBMITTED not in os.environ and (variables := storage_environment()):
         options = {"runtime_env": {"env_vars": variables}}
     try:
@@ -80,14 +88,16 @@ def this_node() -> Any:
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
-def worker_device(config: RayConfig) -> str:
+def worker_device(config: "RayConfig") -> str:
     """Hold this worker to its processors; returns the device that it computes on."""
+    import torch
+
     torch.set_num_threads(config.cpus_per_actor)
     return "cuda" if config.num_gpus_per_actor else "cpu"
 
 
 def map_tasks(
-    function: Callable[[Item], Result], items: Sequence[Item], config: RayConfig
+    function: Callable[[Item], Result], items: Sequence[Item], config: "RayConfig"
 ) -> Iterator[tuple[Item, Result | LrRayError]]:
     """Run a function on each item in parallel Ray tasks; yields as they finish.
 
@@ -113,8 +123,8 @@ def work_through(
     title: str,
     function: Callable[[Item], Result],
     items: Sequence[Item],
-    config: RayConfig,
-    reporter: Reporter,
+    config: "RayConfig",
+    reporter: "Reporter",
     take: Callable[[Item, Result], str],
 ) -> None:
     """Run a function on each item by `map_tasks`, and show how far it is; those that fail do not keep the others.
