@@ -22,6 +22,8 @@ from lr_ray.vit.tokens import encode
 NUM_CLASSES = 5
 SPARSE: dict[str, Any] = {"sparse": {0.25: 0.5, 0.5: 0.25}, "prior_every": 4}
 """The schedule that is used where speed is asked for: bench/results/paired-speed.json has what it costs."""
+SMALL: dict[str, Any] = {"sparse": {0.25: 0.5, 0.5: 0.25}, "prior_every": 1}
+"""The same patches, to be joined with a prior that looks at every step at images of half the side."""
 _PAPER = {"views": {"roll": 0.125, "flip": True}, "prior_weight": 10.0}
 
 
@@ -87,17 +89,20 @@ def bench_inversion(
         return Variant(name=name, make=make, precision=precision, images=batch_size, steps=steps)
 
     torch.set_num_threads(threads)
-    last = len(load_backbone(backbone).model.blocks) - 1
+    loaded = load_backbone(backbone)
+    last, half = len(loaded.model.blocks) - 1, loaded.image_px // 2
     variants = [
         Variant(name="textbook", make=partial(_textbook, backbone, batch_size), precision="fp32", images=batch_size),
         ours("dense, fp32", precision="fp32"),
         ours("dense"),
         ours("dense, without a prior", prior_weight=0.0),
         ours("dense, prior every 4th step", steps=4, prior_every=4),
+        ours(f"dense, prior at {half} px", prior_px=half),
         ours(f"the paper's {{6: 0.75}} and {{{last}: 0.75}}", keep_ratios={6: 0.75, last: 0.75}, prune_from=0.0),
         ours("half of the patches from the input on", sparse={0.0: 0.5}),
         ours("a quarter of the patches from the input on", sparse={0.0: 0.25}),
         ours(f"the whole schedule {_text(SPARSE)}", steps=schedule_steps, **SPARSE),
+        ours(f"{_text(SMALL)} at {half} px", steps=schedule_steps, **SMALL, prior_px=half),
     ]
     return Bench(
         name=f"inversion-{backbone.name}-{backbone.image_px}",

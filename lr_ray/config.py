@@ -58,6 +58,8 @@ class RayConfig(Section):
     """`local` starts Ray on this machine; else the address of a running cluster, or `auto`."""
     num_cpus: int | None = Field(default=None, gt=0)
     """Processors that a local Ray may use; default all."""
+    dashboard: bool = True
+    """Whether a local Ray has a dashboard; without it, it starts seconds sooner."""
     num_gpus_per_actor: float = Field(default=0.0, ge=0)
     """GPUs (or a share of one) held by each tuning, inversion and evaluation actor."""
     cpus_per_actor: int = Field(default=1, gt=0)

@@ -55,7 +55,7 @@ def ray_cluster(s3: FaultyProxy) -> Iterator[None]:
     """One local Ray of two processors, bound to loopback, whose workers know `s3`."""
     from lr_ray.runtime.session import ray_session
 
-    with ray_session(RayConfig(num_cpus=2)):
+    with ray_session(RayConfig(num_cpus=2, dashboard=False)):
         yield
 
 

@@ -53,7 +53,7 @@ def tiny(folder: Path) -> ExperimentConfig:
                 "shapes": [{"n_way": 3, "n_shot": 1, "n_query": 5}],
                 "episodes": 20,
             },
-            "ray": {"num_cpus": 2},
+            "ray": {"num_cpus": 2, "dashboard": False},
         }
     )
 

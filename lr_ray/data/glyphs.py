@@ -4,7 +4,6 @@ import functools
 import hashlib
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import PIL
 from PIL import Image, ImageDraw, ImageFont
@@ -52,6 +51,8 @@ def load_glyphs() -> LabelledImages:
 
 
 def _font_files() -> list[Path]:
+    import matplotlib  # 0.3 s, which other data need not wait for
+
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     return [folder / f"{family}{style}.ttf" for family in _FAMILIES for style in _STYLES.get(family, _OBLIQUE_STYLES)]
 

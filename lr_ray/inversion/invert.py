@@ -63,6 +63,8 @@ class InversionConfig(Section):
     that [CLS] attended most when that began. They follow the image's shifts, mirrorings and crops into each view."""
     prior_every: int = Field(default=1, gt=0)
     """Steps from one look of the prior at the images to the next; its weight is multiplied by that."""
+    prior_px: int | None = Field(default=None, gt=0, exclude_if=lambda side: side is None)  # older digests hold
+    """Side in pixels of what the prior looks at, by averaging areas of the views; default: that of the views."""
     precision: Precision = "auto"
     """Of the backbone's passes; the prior always runs in fp32."""
 
@@ -257,7 +259,7 @@ class InversionBatch:
         loss = ce + config.tv_weight * total_variation(images) + config.l2_weight * squared_norm(images)
         objective = loss
         if self._prior and self.step % config.prior_every == 0:
-            naturalness = self._prior(views)
+            naturalness = self._prior(reduced(views, config.prior_px))
             objective = loss + config.prior_every * config.prior_weight * naturalness
             self._naturalness = naturalness.detach()
         with torch.no_grad():
@@ -318,6 +320,11 @@ class InversionBatch:
             parameter.copy_(state[f"canvas.{i}"])
             moments = {name: state[f"adam.{i}.{name}"].to(device) for name in ("exp_avg", "exp_avg_sq")}
             self._optimizer.state[parameter] = {"step": state[f"adam.{i}.step"], **moments}
+
+
+def reduced(images: Tensor, side: int | None) -> Tensor:
+    """(B, 3, H, W) → (B, 3, side, side), means of areas; as it is without a side."""
+    return images if side is None else F.interpolate(images, size=(side, side), mode="area")
 
 
 def teacher_logits_of(

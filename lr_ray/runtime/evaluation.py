@@ -26,6 +26,7 @@ from lr_ray.report.progress import Reporter
 from lr_ray.runtime.cost import begin_peak_memory, count_flops, peak_memory_mib
 from lr_ray.runtime.evaluation_plan import EpisodesTask, EvaluationPlan, FeaturesTask, FitTask, test_data_of
 from lr_ray.runtime.evaluation_rows import known_rows, merge_rows, rows_of
+from lr_ray.runtime.held import held_backbone
 from lr_ray.runtime.metric import embed_classes
 from lr_ray.runtime.session import work_through, worker_device
 from lr_ray.storage.adapters import read_adapter, read_adapters
@@ -146,7 +147,7 @@ def _inputs(config: ExperimentConfig, backbone: Backbone) -> MethodInputs:
 def embed_test_images(task: FeaturesTask) -> None:
     """Commit the features of all test images."""
     config, data = task.config, test_data_of(task.config)
-    backbone = load_backbone(config.backbone, device=worker_device(config.ray))
+    backbone = held_backbone(config.backbone, worker_device(config.ray))
     begin_peak_memory(backbone.device)
     seconds = 0.0
     parts = []
@@ -166,7 +167,7 @@ def fit_method(task: FitTask) -> None:
     config, chosen = task.config, find_method(task.label)
     assert isinstance(chosen.method, FeatureMethod)
     assert chosen.method.fit is not None
-    backbone = load_backbone(config.backbone, device=worker_device(config.ray))
+    backbone = held_backbone(config.backbone, worker_device(config.ray))
     material = {"tune": _real_features, "synthetic": _synthetic_features}[chosen.method.fit_on]
     with embedder(_inputs(config, backbone), chosen.method.features(chosen.settings)) as embed, torch.inference_mode():
         features, labels = material(config, backbone, embed)
@@ -250,7 +251,7 @@ def _predict_by_tuning(
 ) -> tuple[list[np.ndarray], np.ndarray, dict[str, Any]]:
     config, chosen = task.config, find_method(task.label)
     assert isinstance(chosen.method, TunedMethod)
-    backbone = load_backbone(config.backbone, device=worker_device(config.ray))
+    backbone = held_backbone(config.backbone, worker_device(config.ray))
     begin_peak_memory(backbone.device)
     predicted: list[np.ndarray] = []
     seconds: list[float] = []

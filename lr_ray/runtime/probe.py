@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from lr_ray.config import ExperimentConfig
-from lr_ray.errors import ClusterError, LrRayError, StorageError
+from lr_ray.errors import ClusterError, InversionError, LrRayError, StorageError
 from lr_ray.inversion.invert import InversionBatch, InversionConfig
 from lr_ray.inversion.priors import BatchNormPrior
 from lr_ray.report.progress import Reporter
+from lr_ray.runtime.barrier import start_barrier
 from lr_ray.runtime.inversion import load_prior_of
 from lr_ray.runtime.session import map_tasks, ray_session, worker_device
 from lr_ray.storage.filesystem import exists, join, read_if_there, write_bytes
@@ -24,6 +25,8 @@ from lr_ray.vit.lora import Adapter, AdapterSpec
 CHOICE_NAME = "fast.json"
 _BATCHES = (10, 20, 40, 80, 160)
 _TRIAL_S = 2.5
+_TOGETHER_S = 300.0
+"""In which all actors of an arrangement must have started, or finished the variant before."""
 _CLOSE = 0.97
 """Of the best speed: a smaller batch, or the arrangement as configured, is kept for that."""
 
@@ -47,11 +50,13 @@ class Arrangement:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Trial:
-    """What one of the actors of an arrangement is to try."""
+    """What one of the actors of an arrangement is to try; the barrier lets all begin each variant together."""
 
     config: ExperimentConfig
     variants: tuple[tuple[Precision, int], ...]
     seconds: float
+    actors: int
+    barrier: Any
 
 
 def choose_by_probe(config: ExperimentConfig, reporter: Reporter) -> ExperimentConfig:
@@ -147,26 +152,41 @@ def _speeds(
     """Images optimised by one step, a second, of all actors of the arrangement together; 0 of what ran out of memory."""
     held = {"cpus_per_actor": arrangement.cpus_per_actor, "num_gpus_per_actor": arrangement.num_gpus_per_actor}
     ray_config = config.ray.model_copy(update=held | {"max_failures": 0})
-    trial = _Trial(config=config.model_copy(update={"ray": ray_config}), variants=tuple(variants), seconds=_TRIAL_S)
+    barrier = start_barrier(arrangement.actors, timeout_s=_TOGETHER_S)
+    changed = config.model_copy(update={"ray": ray_config})
+    count = arrangement.actors
+    trial = _Trial(config=changed, variants=tuple(variants), seconds=_TRIAL_S, actors=count, barrier=barrier)
     total = dict.fromkeys(variants, 0.0)
-    for _, speeds in list(map_tasks(_try, [trial] * arrangement.actors, ray_config)):
-        if isinstance(speeds, ClusterError):  # a processor's memory ran out: without the largest batch
-            fewer = _speeds(config, arrangement, variants[:-1]) if len(variants) > 1 else {}
-            return fewer | {variants[-1]: 0.0}
+    lost: LrRayError | None = None
+    for _, speeds in map_tasks(_try, [trial] * arrangement.actors, ray_config):
         if isinstance(speeds, LrRayError):
-            raise speeds
+            lost = lost or speeds
+            barrier.abort.remote()
+            continue
         for variant, speed in zip(variants, speeds, strict=True):
             total[variant] += speed
+    if isinstance(lost, ClusterError):  # a processor's memory ran out: without the largest batch
+        fewer = _speeds(config, arrangement, variants[:-1]) if len(variants) > 1 else {}
+        return fewer | {variants[-1]: 0.0}
+    if lost is not None:
+        raise lost
     return total
 
 
 def _try(trial: _Trial) -> list[float]:
     """Images a second of each variant, by this actor; 0 of one that needs more memory than the device has."""
+    import ray
+
     config = trial.config
     device = worker_device(config.ray)
     backbone, prior = load_backbone(config.backbone, device=device), load_prior_of(config, device)
     found = []
     for precision, batch_size in trial.variants:
+        if not ray.get(trial.barrier.wait.remote()):
+            raise InversionError(
+                f"--fast auto: {trial.actors} actors did not all get to work at once; other work holds the processors: "
+                "wait for it, or leave --fast out"
+            )
         inversion = config.inversion.model_copy(update={"precision": precision, "num_steps": 1_000_000})
         try:
             found.append(_images_per_s(inversion, backbone, prior, batch_size, trial.seconds))

@@ -13,6 +13,7 @@ from lr_ray.config import ExperimentConfig
 from lr_ray.errors import StorageError
 from lr_ray.fewshot.relations import RelationTargets, directions, draw_views, project
 from lr_ray.report.progress import Reporter
+from lr_ray.runtime.held import held_backbone
 from lr_ray.runtime.session import work_through, worker_device
 from lr_ray.storage.adapters import list_adapters, read_adapter, read_specs
 from lr_ray.storage.filesystem import join, list_uris, read_bytes, write_bytes
@@ -77,7 +78,7 @@ def see_with_every_adapter(config: ExperimentConfig, files: Sequence[str], repor
 def see_with_one_adapter(task: RelationTask) -> int:
     """Commit the (M, D) features, in half precision, of all views; returns M."""
     config = task.config
-    backbone = load_backbone(config.backbone, device=worker_device(config.ray))
+    backbone = held_backbone(config.backbone, worker_device(config.ray))
     adapter = read_adapter(task.adapter_folder).to(backbone.device)
     check_adapter(adapter, backbone)
     backbone = as_tuned(adapter, backbone)

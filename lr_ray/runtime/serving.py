@@ -62,7 +62,7 @@ def served(config: ServingConfig) -> Iterator[str]:
         os.environ.setdefault(name, value)
     with ThreadPoolExecutor(max_workers=1) as beside:
         loading = beside.submit(_look_at, config.meta_loras)  # here first, for one line of error; meanwhile Ray starts
-        with local_ray(whole=False):
+        with local_ray(dashboard=False, libraries=False):
             from ray import serve
             from ray.serve.config import HTTPOptions
 

@@ -7,18 +7,21 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lr_ray.errors import ClusterError, LrRayError
-from lr_ray.report.progress import Reporter
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # torch takes seconds to import, and some of Ray's processes have no need of it
     from lr_ray.config import RayConfig
+    from lr_ray.report.progress import Reporter
 
 _ENVIRONMENT = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # bind to 127.0.0.1; read when ray is imported
     "RAY_BACKEND_LOG_LEVEL": "fatal",  # one line at the start, that it is set; else Ray Data's actors warn of themselves
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a worker may report no oftener; by default every 2 s
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process that asks the cloud whether it takes this machine away
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
+_BESIDE_THE_TASKS = 12
+"""Processes of Ray's own and of actors, for which no idle worker is ended: the next task would import everything again."""
 
 _SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by Ray in a submitted job, whose workers have the environment that it was submitted with."""
@@ -38,7 +41,7 @@ def ray_session(config: "RayConfig") -> Iterator[str]:
         ClusterError: it cannot be started or joined.
     """
     if config.address == "local":
-        with local_ray(num_cpus=config.num_cpus) as dashboard:
+        with local_ray(num_cpus=config.num_cpus, dashboard=config.dashboard) as dashboard:
             yield dashboard
         return
     variables = {} if _SUBMITTED in os.environ else storage_environment()
@@ -48,22 +51,24 @@ def ray_session(config: "RayConfig") -> Iterator[str]:
 
 
 @contextmanager
-def local_ray(*, num_cpus: int | None = None, whole: bool = True) -> Iterator[str]:
+def local_ray(*, num_cpus: int | None = None, dashboard: bool = True, libraries: bool = True) -> Iterator[str]:
     """Ray on this machine, else as `ray_session`.
 
     Args:
         num_cpus: processors that it may use; default all.
-        whole: with a dashboard, Ray Data and Ray Train, without which it is there seconds sooner.
+        dashboard: without it, Ray is there seconds sooner.
+        libraries: import Ray Data and Ray Train, which takes seconds too.
     """
-    for name, value in _ENVIRONMENT.items():
+    kept = (num_cpus or os.cpu_count() or 1) + _BESIDE_THE_TASKS
+    for name, value in {**_ENVIRONMENT, "RAY_num_workers_soft_limit": str(kept)}.items():
         os.environ.setdefault(name, value)
-    options = {"num_cpus": num_cpus, "_node_ip_address": "127.0.0.1", **({} if whole else {"include_dashboard": False})}
-    with _session("local", options, whole=whole) as dashboard:
-        yield dashboard
+    options = {"num_cpus": num_cpus, "_node_ip_address": "127.0.0.1", "include_dashboard": dashboard}
+    with _session("local", options, libraries=libraries) as url:
+        yield url
 
 
 @contextmanager
-def _session(address: str, options: dict[str, Any], *, whole: bool = True) -> Iterator[str]:
+def _session(address: str, options: dict[str, Any], *, libraries: bool = True) -> Iterator[str]:
     import ray
 
     if ray.is_initialized():
@@ -75,7 +80,7 @@ def _session(address: str, options: dict[str, Any], *, whole: bool = True) -> It
         raise ClusterError(
             f"Ray at {address!r}: {error}; ray.address is 'local', 'auto' or the address of a running cluster"
         ) from error
-    if whole:
+    if libraries:
         import ray.data
         import ray.train
 
@@ -136,7 +141,7 @@ def work_through(
     function: Callable[[Item], Result],
     items: Sequence[Item],
     config: "RayConfig",
-    reporter: Reporter,
+    reporter: "Reporter",
     take: Callable[[Item, Result], str],
 ) -> None:
     """Run a function on each item by `map_tasks`, and show how far it is; those that fail do not keep the others.

@@ -1,54 +1,47 @@
-"""The training batches of one worker, drawn beside it by an actor that reads the images as they are needed."""
+"""The training batches of one worker: how its loader draws them, and how it gets them in order."""
 
 from collections import deque
 from collections.abc import Generator
-from functools import cached_property, partial
+from functools import partial
 from itertools import islice
-
-import torch
+from typing import Any
 
 from lr_ray.fewshot.distill import TrainingBatch
 from lr_ray.fewshot.stream import BatchMaker, ClassBuffer, ClassSchedule, episode_numbers, pack, unpack
 from lr_ray.runtime.relations import relation_targets
-from lr_ray.runtime.session import this_node, user_error
+from lr_ray.runtime.session import user_error
 from lr_ray.runtime.training_job import TrainingJob, read_shelves
 
 _STEPS_AHEAD = 8
 _MOST_AHEAD_BYTES = 256 << 20
 
 
-class BatchLoader:
-    """Draws and packs the batches of a step: every image of the schedule's window decoded once, augmented at each use."""
-
-    def __init__(self, job: TrainingJob, rank: int, world_size: int) -> None:
-        torch.set_num_threads(1)
-        self._job, self._rank, self._world_size = job, rank, world_size
-
-    @cached_property
-    def _maker(self) -> BatchMaker:
-        """Made at the first draw: of what fails there the trainer hears more than that an actor died."""
-        job = self._job
-        buffer = ClassBuffer(ClassSchedule(job.refs, job.training, seed=job.config.seed), partial(read_shelves, job))
-        return BatchMaker(
-            job.refs,
-            buffer,
-            job.training,
-            seed=job.config.seed,
-            grid_size=job.grid_size,
-            relations=relation_targets(job.config, job.files, job.feature_uris, job.grid_size) if job.feature_uris else None,
-        )
-
-    def draw(self, step: int) -> bytes:
-        """The packed batches of a step."""
-        numbers = episode_numbers(step, self._job.training, rank=self._rank, world_size=self._world_size)
-        return pack([self._maker.draw(number) for number in numbers])
+def batch_maker(job: TrainingJob) -> BatchMaker:
+    """Draws the job's batches: every image of the schedule's window is decoded once, augmented at each use."""
+    buffer = ClassBuffer(ClassSchedule(job.refs, job.training, seed=job.config.seed), partial(read_shelves, job))
+    return BatchMaker(
+        job.refs,
+        buffer,
+        job.training,
+        seed=job.config.seed,
+        grid_size=job.grid_size,
+        relations=relation_targets(job.config, job.files, job.feature_uris, job.grid_size) if job.feature_uris else None,
+    )
 
 
-def stream_batches(job: TrainingJob, *, start: int, rank: int, world_size: int) -> Generator[list[TrainingBatch], None, None]:
+def draw_packed(job: TrainingJob, maker: BatchMaker, step: int, *, rank: int, world_size: int) -> bytes:
+    """The batches of a step."""
+    return pack([maker.draw(number) for number in episode_numbers(step, job.training, rank=rank, world_size=world_size)])
+
+
+def stream_batches(job: TrainingJob, loader: Any, *, start: int, world_size: int) -> Generator[list[TrainingBatch], None, None]:
     """The batches of each step from `start` on, in order; they are being made from the call on.
 
-    A loader that is lost is started again and draws the same. Not by Ray Data: its executor would run in this process, and
-    while enough batches wait it turns idly with the interpreter's lock, which made a step 2.5 times as long.
+    Not by Ray Data: its executor would run in this process, and while enough batches wait it turns idly with the interpreter's
+    lock, which made a step 2.5 times as long.
+
+    Args:
+        loader: handle of a `BatchLoader` of this worker.
 
     Raises:
         StorageError: images that cannot be read.
@@ -57,9 +50,6 @@ def stream_batches(job: TrainingJob, *, start: int, rank: int, world_size: int) 
     """
     import ray
 
-    most = job.config.ray.max_failures
-    options = {"num_cpus": 0, "max_restarts": most, "max_task_retries": most}  # the trainers may hold all processors
-    loader = ray.remote(BatchLoader).options(**options, scheduling_strategy=this_node()).remote(job, rank, world_size)
     steps = iter(range(start, job.training.num_steps))
     waiting = deque(loader.draw.remote(step) for step in islice(steps, _steps_ahead(job, world_size)))
 

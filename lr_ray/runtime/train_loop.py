@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from lr_ray.errors import LrRayError, StorageError
+from lr_ray.errors import StorageError
 from lr_ray.fewshot.metatrain import MetaTrainer
 from lr_ray.fewshot.metric import fit_metric
 from lr_ray.fewshot.stream import distinct_names
@@ -25,24 +25,20 @@ from lr_ray.vit.backbone import load_backbone
 from lr_ray.vit.lora import average_updates
 
 
-def train_loop_per_worker(arguments: dict[str, Any]) -> None:
-    """Ray Train's entry; an error that trying again cannot mend goes to the driver, and the run ends."""
-    try:
-        _train(arguments["job"], arguments["steps"])
-    except LrRayError as error:
-        arguments["steps"].put(error)
+def train(job: TrainingJob, loader: Any, steps: Any, *, rank: int, world_size: int) -> None:
+    """Train to the end, from the last checkpoint if there is one.
 
-
-def _train(job: TrainingJob, steps: Any) -> None:
+    Args:
+        loader: handle of this worker's `BatchLoader`.
+        steps: queue that the first worker tells its metrics.
+    """
     import ray.train
     from ray.train.torch import get_device, prepare_model
 
     torch.set_num_threads(job.config.ray.cpus_per_trainer)
-    context = ray.train.get_context()
-    rank, world_size = context.get_world_rank(), context.get_world_size()
     checkpoint = ray.train.get_checkpoint()
     saved = None if checkpoint is None else read_checkpoint(job, checkpoint)
-    batches = stream_batches(job, start=saved[1]["step"] if saved else 0, rank=rank, world_size=world_size)
+    batches = stream_batches(job, loader, start=saved[1]["step"] if saved else 0, world_size=world_size)
     trainer = MetaTrainer(
         load_backbone(job.config.backbone, device=get_device()),
         job.training,

@@ -16,7 +16,8 @@ from lr_ray.report.progress import Reporter
 from lr_ray.report.trackers import TrackedRun, Tracker, open_trackers
 from lr_ray.runtime.relations import see_with_every_adapter
 from lr_ray.runtime.session import ray_session, this_node, user_error
-from lr_ray.runtime.train_loop import checkpoints_of, read_checkpoint, train_loop_per_worker
+from lr_ray.runtime.train_entry import train_loop_per_worker
+from lr_ray.runtime.train_loop import checkpoints_of, read_checkpoint
 from lr_ray.runtime.training_job import TrainingJob, joint_job, meta_lora_job, oracle_job
 from lr_ray.storage.adapters import with_digest, write_adapter
 from lr_ray.storage.filesystem import arrow_filesystem, exists, join, storage_errors
@@ -131,7 +132,7 @@ def _fit(job: TrainingJob, trackers: Sequence[Tracker], reporter: Reporter) -> t
     steps: Any = Queue(actor_options=beside_the_driver)
     trainer = TorchTrainer(
         train_loop_per_worker,
-        train_loop_config={"job": job, "steps": steps},
+        train_loop_config={"job": ray.put(job), "steps": steps, "max_failures": config.max_failures},
         torch_config=TorchConfig(backend="nccl" if config.use_gpu_in_training else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=(least, most) if (least := job.training.min_workers) and least < most else most,

@@ -12,6 +12,7 @@ from lr_ray.data.images import LabelledImages
 from lr_ray.data.load import load_data
 from lr_ray.errors import ConfigError, DataError
 from lr_ray.report.progress import Reporter
+from lr_ray.runtime.held import held_backbone
 from lr_ray.runtime.session import work_through, worker_device
 from lr_ray.storage.adapters import with_digest, write_adapter
 from lr_ray.storage.filesystem import join, list_uris
@@ -94,7 +95,7 @@ def plan_tuning(config: ExperimentConfig) -> list[TuningTask]:
 def tune_one(task: TuningTask) -> float:
     """Tune and commit one adapter; returns its accuracy on images that it did not see."""
     config, tuning = task.config, task.config.tuning
-    backbone = load_backbone(config.backbone, device=worker_device(config.ray))
+    backbone = held_backbone(config.backbone, worker_device(config.ray))
     data = _tuning_data(config)
     rng = np.random.default_rng((config.seed, task.index, 1))
     train, held_out = [], []

@@ -206,6 +206,20 @@ def test_the_prior_looks_as_often_as_told(backbone: Backbone, make_adapter: Make
     assert torch.equal(weighted.images, lazily.images)
 
 
+def test_the_prior_looks_at_means_of_areas(backbone: Backbone, make_adapter: MakeAdapter):
+    prior, looks = make_prior(), []
+    prior._network.register_forward_pre_hook(lambda _, inputs: looks.append(inputs[0].detach()))
+    for side in (None, 16):
+        run(make_adapter(), backbone, config(batch_size=100, num_steps=1, prior_px=side), prior=prior)
+    whole, half = looks
+    torch.testing.assert_close(half, whole.unfold(2, 2, 2).unfold(3, 2, 2).mean(dim=(-2, -1)))
+
+
+def test_a_config_without_a_size_for_the_prior_is_stored_as_before_there_was_one():
+    assert "prior_px" not in InversionConfig().model_dump(mode="json")
+    assert InversionConfig(prior_px=16).model_dump(mode="json")["prior_px"] == 16
+
+
 @pytest.mark.parametrize("keep_ratios", [{}, {1: 0.25}, {0: 0.5, 1: 0.5}])
 def test_patch_order_is_a_permutation(backbone: Backbone, make_adapter: MakeAdapter, keep_ratios: dict[int, float]):
     found = run(make_adapter(), backbone, config(keep_ratios=keep_ratios))

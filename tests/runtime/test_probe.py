@@ -1,5 +1,6 @@
 """`--fast auto`: what it tries, what it takes, and that a run keeps to it."""
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,9 @@ from lr_ray.cli.main import app
 from typer.testing import CliRunner
 
 from lr_ray.config import ExperimentConfig
-from lr_ray.errors import BackboneError, ClusterError, StorageError
+from lr_ray.errors import BackboneError, ClusterError, InversionError, StorageError
 from lr_ray.runtime import probe
+from lr_ray.runtime.barrier import Barrier
 from lr_ray.runtime.inversion import invert_library
 from lr_ray.runtime.probe import Arrangement, choose_by_probe
 from lr_ray.vit.backbone import Precision
@@ -107,3 +109,38 @@ def test_the_command(library: ExperimentConfig, tmp_path: Path) -> None:
     other = CliRunner().invoke(app, ["invert", "-c", str(path), "--fast", "quick"])
     assert other.exit_code == 2
     assert "auto" in other.output
+
+
+def test_nobody_passes_the_barrier_before_all_are_there():
+    async def meet() -> None:
+        barrier = Barrier(2, timeout_s=60)
+        for _ in range(2):
+            first = asyncio.create_task(barrier.wait())
+            await asyncio.sleep(0)
+            assert not first.done()
+            assert await barrier.wait()
+            assert await first
+
+    asyncio.run(meet())
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_nobody_waits_for_ever(lost: bool):
+    async def wait_in_vain() -> None:
+        barrier = Barrier(2, timeout_s=60 if lost else 0.01)
+        waiting = asyncio.create_task(barrier.wait())
+        await asyncio.sleep(0)
+        if lost:
+            await barrier.abort()
+        assert not await waiting
+        assert not await barrier.wait()
+
+    asyncio.run(wait_in_vain())
+
+
+def test_actors_that_do_not_fit_at_once_are_an_error(library: ExperimentConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three of one processor on two: the third begins when another ends."""
+    monkeypatch.setattr(probe, "_TOGETHER_S", 3.0)
+    three = Arrangement(actors=3, cpus_per_actor=1, num_gpus_per_actor=0.0)
+    with pytest.raises(InversionError, match=r"3 actors did not all get to work at once; .* leave --fast out"):
+        probe._speeds(library, three, (("fp32", 2),))
