@@ -33,6 +33,7 @@ from lr_ray.storage.adapters import read_adapter, read_adapters
 from lr_ray.storage.filesystem import exists, join, list_uris, read_many, write_bytes
 from lr_ray.storage.manifest import CONFIG_NAME
 from lr_ray.storage.measurements import read_tensors, write_episodes, write_predictions, write_tensors
+from lr_ray.storage.metric import read_metric
 from lr_ray.storage.synthetic import list_synthetic, read_classes, read_index
 from lr_ray.vit.backbone import Backbone, load_backbone
 
@@ -222,8 +223,7 @@ def _predict_from_features(
         start = time.perf_counter()
         features = data.pixels(np.arange(len(data)), load_backbone(task.config.backbone).image_px).flatten(1)
         cost = {"seconds": time.perf_counter() - start, "peak_memory_mib": 0.0, "flops_per_image": 0}
-    fitted = read_tensors(uri)[0] if (uri := task.fitted_uri or task.metric_uri) else {}
-    head = chosen.method.head(chosen.settings, fitted)
+    head = chosen.method.head(chosen.settings, _fitted(task, features.shape[1]))
     begin_peak_memory(device)
     start = time.perf_counter()
     with torch.inference_mode():
@@ -244,6 +244,14 @@ def _predict_from_features(
         "seconds": cost["seconds"] + head_s * len(episodes),
     }
     return predicted, head_s + images / images_per_s, facts
+
+
+def _fitted(task: EpisodesTask, num_features: int) -> dict[str, Tensor]:
+    """What the method's head is made of."""
+    if task.fitted_uri:
+        return read_tensors(task.fitted_uri)[0]
+    metric = read_metric(task.metric_of, num_features=num_features) if task.metric_of else None
+    return {} if metric is None else metric.tensors()
 
 
 def _predict_by_tuning(

@@ -15,9 +15,9 @@ from lr_ray.fewshot.methods.features import RAW_PIXELS, needs_of
 from lr_ray.fewshot.protocol import VaryingShape, draw_episodes
 from lr_ray.storage.adapters import list_adapters, read_adapter
 from lr_ray.storage.filesystem import exists, join, read_many
-from lr_ray.storage.manifest import CONFIG_NAME, METRIC_NAME, digest_of
+from lr_ray.storage.manifest import CONFIG_NAME, digest_of
 from lr_ray.storage.measurements import file_name
-from lr_ray.storage.metric import metric_digest
+from lr_ray.storage.metric import metric_digest, read_metric
 from lr_ray.storage.synthetic import list_synthetic
 from lr_ray.vit.backbone import load_backbone
 from lr_ray.vit.lora import check_adapter
@@ -52,7 +52,7 @@ class EpisodesTask:
     Attributes:
         features_uri: what a `FeatureMethod` reads; "" of one whose features are the pixels themselves.
         fitted_uri: what one with `fit` reads; else "".
-        metric_uri: of the metric of one that reads it; else "".
+        metric_of: folder of the meta-LoRA whose metric one reads; else "".
     """
 
     config: ExperimentConfig
@@ -63,7 +63,7 @@ class EpisodesTask:
     uri: str
     features_uri: str = ""
     fitted_uri: str = ""
-    metric_uri: str = ""
+    metric_of: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -147,7 +147,8 @@ class EvaluationPlan:
             if method.fit is not None:
                 where["fitted_uri"] = self._fitted_uri(chosen, made_of)
             elif method.metric(chosen.settings) and (digest := metric_digest(folder := self._folder_of(chosen))):
-                made_of["metric"], where["metric_uri"] = digest, join(folder, METRIC_NAME)
+                read_metric(folder, num_features=self._backbone.num_features)
+                made_of["metric"], where["metric_of"] = digest, folder
         episodes, at_once = evaluation.episodes, evaluation.episodes
         if isinstance(method, TunedMethod):
             episodes, at_once = min(episodes, evaluation.tuned_episodes), _TUNED_EPISODES_A_TASK

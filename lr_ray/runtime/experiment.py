@@ -41,7 +41,7 @@ def run_cell(cell: Cell, reporter: Reporter) -> list[dict[str, Any]]:
     with ray_session(config.ray):
         if cell.tune:
             tune_library(config, reporter)
-        if needs & {"meta_lora", "joint"}:
+        if needs & {"meta_lora", "joint", "synthetic"}:
             if cell.stand_in is None or cell.stand_in.kind in ("shuffled", "mixed"):
                 invert_library(config.model_copy(update={"synthetic": cell.inverted_root}), reporter, strict=True)
             if cell.stand_in is not None:

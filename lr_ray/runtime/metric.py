@@ -1,7 +1,7 @@
 """What a metric is fitted on: the features of a set's images, or of a part of a large set."""
 
-from collections.abc import Callable, Sequence
-from itertools import groupby
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby, islice
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from lr_ray.fewshot.stream import Shelf
 
 _CLASSES = 2000
 _IMAGES_PER_CLASS = 100
+_CLASSES_AT_ONCE = 8
 
 
 def embed_classes(
@@ -21,7 +22,7 @@ def embed_classes(
     *,
     seed: int,
 ) -> tuple[Tensor, Tensor]:
-    """(M, D) features, and the (M,) classes that they are of; a file's images in memory at a time.
+    """(M, D) features, and the (M,) classes that they are of; the images of a few classes in memory at a time.
 
     Of more than 2,000 classes, and of more than 100 images of a class, so many at random.
 
@@ -34,9 +35,16 @@ def embed_classes(
     rng = np.random.default_rng((seed, 4))
     kept = np.sort(rng.permutation(len(refs))[:_CLASSES])
     features: list[Tensor] = []
-    for _, shelf in groupby((refs[position] for position in kept), key=lambda ref: ref.file):
-        for found in read([tuple(shelf)])[0]:
+    for shelf in _shelves([refs[position] for position in kept]):
+        for found in read([shelf])[0]:
             order = np.sort(rng.permutation(len(found.images))[:_IMAGES_PER_CLASS])
             features.append(embed(found.images[torch.from_numpy(order)]).cpu())
     counts = torch.tensor([len(of_class) for of_class in features])
     return torch.cat(features), torch.arange(len(features)).repeat_interleave(counts)
+
+
+def _shelves(refs: Sequence[ClassRef]) -> Iterator[Shelf]:
+    """Each of one file."""
+    for _, of_file in groupby(refs, key=lambda ref: ref.file):
+        while shelf := tuple(islice(of_file, _CLASSES_AT_ONCE)):
+            yield shelf

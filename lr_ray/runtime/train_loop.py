@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from lr_ray.errors import StorageError
+from lr_ray.errors import AdapterError, StorageError
 from lr_ray.fewshot.metatrain import MetaTrainer
 from lr_ray.fewshot.metric import fit_metric
 from lr_ray.fewshot.stream import distinct_names
@@ -89,6 +89,8 @@ def _validate_and_report(
 def _write_metric(job: TrainingJob, trainer: MetaTrainer) -> None:
     """Fitted on what was trained on, as the best weights see it; done again, it is the same."""
     features, class_of = embed_classes(job.refs, partial(read_shelves, job), trainer.embed_by_best, seed=job.config.seed)
+    if not torch.isfinite(features).all():
+        raise AdapterError(f"{job.kind}: the trained weights give NaN or infinite features; lower training.schedule.highest")
     write_metric(job.folder, fit_metric(features, class_of))
 
 

@@ -132,6 +132,7 @@ def grid_file(tiny_experiment: ExperimentConfig, tmp_path: Path) -> Path:
         "set": {"evaluation.methods": ["recycle"], "training.num_steps": 2},
         "cells": {
             "references": {"set": {"evaluation.methods": ["nn"]}},
+            "metric": {"images": {"kind": "noise"}, "set": {"evaluation.methods": ["nn-metric"]}},
             "noise": {"images": {"kind": "noise"}},
         },
     }
@@ -144,6 +145,7 @@ def test_a_grid_through_the_command_line(grid_file: Path, tmp_path: Path):
     summary = json.loads(first.stdout)
     assert [(row["cell"], row["method"]) for row in summary] == [
         ("references", "nn"),
+        ("metric", "nn-metric"),
         ("noise", "recycle"),
     ]
     for row in summary:
@@ -168,7 +170,7 @@ def test_only_the_cells_asked_for(grid_file: Path):
 
 
 def test_an_unknown_cell_is_an_error_before_any_work(grid_file: Path, tmp_path: Path):
-    with pytest.raises(ConfigError, match="cell 'noises' is not in the grid; there are references, noise"):
+    with pytest.raises(ConfigError, match="cell 'noises' is not in the grid; there are references, metric, noise"):
         run_grid(load_grid(grid_file), ["noises"], QUIET)
     assert not (tmp_path / "grid").exists()
 

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import lr_ray
 from lr_ray.config import ExperimentConfig
 from lr_ray.data.load import load_data
 from lr_ray.errors import AdapterError, ConfigError, EpisodeError, StorageError
+from lr_ray.fewshot.episodes import EpisodeShape, draw_test_episodes
+from lr_ray.fewshot.evaluate import episode_accuracies
 from lr_ray.fewshot.methods import (
     Adapt,
     Adaptation,
@@ -24,10 +28,15 @@ from lr_ray.fewshot.methods import (
     TunedMethod,
     known_methods,
 )
+from lr_ray.fewshot.metric import Metric, fit_metric
 from lr_ray.fewshot.protocol import VaryingShape
+from lr_ray.model import Model
 from lr_ray.runtime.evaluation import evaluate_methods, predict_episodes
 from lr_ray.runtime.evaluation_plan import EvaluationPlan
 from lr_ray.runtime.experiment import run_experiment
+from lr_ray.storage.measurements import read_tensors
+from lr_ray.storage.metric import write_metric
+from lr_ray.storage.synthetic import list_synthetic, read_pool
 from lr_ray.vit.backbone import load_backbone
 from lr_ray.vit.tokens import encode_pixels
 from tests.jobs import QUIET, changed, snapshot
@@ -144,6 +153,42 @@ def test_a_method_that_is_measured_alone_is_compared_with_what_was(tiny_experime
     Path(meta_lora, "adapter_model.safetensors").write_bytes(b"")
     with pytest.raises(AdapterError, match="run/meta_lora: damaged"):
         measure(tiny_experiment, "nn")
+
+
+def accuracy_of(model: Model, config: ExperimentConfig) -> float:
+    """Of nearest class centre on what the model makes of the test images, in per cent."""
+    assert config.data.test is not None
+    data, (shape,) = load_data(config.data.test), config.evaluation.shapes
+    assert isinstance(shape, EpisodeShape)
+    episodes = draw_test_episodes(data.labels, shape, num_episodes=config.evaluation.episodes, seed=config.seed)
+    features = model.embed(data.pixels(range(len(data)), model.backbone.image_px))
+    return round(100 * float(episode_accuracies(features, episodes, shape).mean()), 2)
+
+
+def test_recycling_is_measured_in_the_metric_that_came_with_it(tiny_experiment: ExperimentConfig, meta_lora: str) -> None:
+    recycle, plain = measure(tiny_experiment, "recycle", "recycle:metric=false")
+    model = lr_ray.load(meta_lora)
+    assert model.metric is not None
+    assert recycle["accuracy"] == accuracy_of(model, tiny_experiment)
+    assert plain["accuracy"] == accuracy_of(replace(model, metric=None), tiny_experiment) != recycle["accuracy"]
+    assert recycle["digest"] != plain["digest"]
+
+    write_metric(meta_lora, replace(model.metric, mean=model.metric.mean + 1))
+    with pytest.raises(AdapterError, match="not the one that the meta-LoRA's manifest names"):
+        measure(tiny_experiment, "recycle")
+
+
+def test_a_metric_is_fitted_on_the_synthetic_images(inverted: ExperimentConfig) -> None:
+    """By hand, in other batches than there."""
+    (row,) = measure(inverted, "nn-metric")
+    (file,) = Path(inverted.output_root, "evaluation").glob("fitted-nn-metric-*.safetensors")
+    fitted = Metric.of(read_tensors(str(file))[0])
+    evaluation = inverted.evaluation
+    model = Model(backbone=load_backbone(inverted.backbone), precision=evaluation.precision, batch_size=evaluation.batch_size)
+    pool = read_pool(inverted.synthetic_root, list_synthetic(inverted.synthetic_root))
+    metric = fit_metric(model.embed(pool.images), torch.from_numpy(pool.class_of))
+    torch.testing.assert_close(fitted.tensors(), metric.tensors(), rtol=0.05, atol=0.05)
+    assert row["accuracy"] == accuracy_of(replace(model, metric=fitted), inverted)
 
 
 def test_a_meta_lora_of_another_backbone_is_refused(tiny_experiment: ExperimentConfig, meta_lora: str) -> None:

@@ -20,6 +20,7 @@ def refs_of(counts: Sequence[int], *, per_file: int = 2) -> list[ClassRef]:
 def read(shelves: Sequence[tuple[ClassRef, ...]]) -> list[list[ClassImages]]:
     """Each image is its class and its number."""
     assert all(len({ref.file for ref in shelf}) == 1 for shelf in shelves)
+    assert sum(map(len, shelves)) <= 8, "in memory together"
     return [
         [
             ClassImages(
@@ -42,6 +43,11 @@ def test_all_images_of_a_small_set() -> None:
     features, class_of = embed_classes(refs_of([3, 1, 2]), read, embed, seed=0)
     assert features.tolist() == [[0, 0], [0, 1], [0, 2], [1, 0], [2, 0], [2, 1]]
     assert class_of.tolist() == [0, 0, 0, 1, 2, 2]
+
+
+def test_few_classes_in_memory_at_a_time() -> None:
+    features, class_of = embed_classes(refs_of([1] * 20, per_file=20), read, embed, seed=0)
+    assert features[:, 0].tolist() == class_of.tolist() == list(range(20))
 
 
 def test_some_of_a_large_one(monkeypatch: pytest.MonkeyPatch) -> None:
