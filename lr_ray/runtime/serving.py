@@ -4,7 +4,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,7 +61,7 @@ def served(config: ServingConfig) -> Iterator[str]:
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     with ThreadPoolExecutor(max_workers=1) as beside:
-        loading = beside.submit(_look_at, config.meta_loras)  # here first, for one line of error; meanwhile Ray starts
+        loading = beside.submit(_look_at, config)  # here first, for one line of error; meanwhile Ray starts
         with local_ray(dashboard=False, libraries=False):
             from ray import serve
             from ray.serve.config import HTTPOptions
@@ -96,7 +96,7 @@ def build_application(arguments: dict[str, Any]) -> Any:
     except (ValidationError, TypeError) as error:
         raise ConfigError(f"args of the application: {error}") from error
     check_exposure(config)
-    return application(config, *_look_at(config.meta_loras))
+    return application(config, *_look_at(config))
 
 
 def write_serve_config(config: ServingConfig, path: Path) -> None:
@@ -140,11 +140,11 @@ def check_exposure(config: ServingConfig) -> None:
         )
 
 
-def _look_at(meta_loras: Mapping[str, str]) -> tuple[Catalogue, int]:
+def _look_at(config: ServingConfig) -> tuple[Catalogue, int]:
     """The models, loaded once and let go, and the side of their images."""
     from lr_ray.serving.multiplex import load_multiplex  # timm takes seconds
 
-    loaded = load_multiplex(meta_loras)
+    loaded = load_multiplex(config.meta_loras, precision=config.precision)
     return loaded.catalogue, loaded.image_px
 
 

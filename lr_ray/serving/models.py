@@ -19,7 +19,7 @@ class ServedModel:
 
     Attributes:
         name: as requests give it.
-        digest: of its weights; tasks belong to it.
+        digest: of all that its features depend on; tasks belong to it.
     """
 
     name: str
