@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
 
 from lr_ray.errors import ClusterError, ConfigError
 from lr_ray.runtime.deployments import APP_NAME, ServingConfig, application
@@ -91,10 +90,7 @@ def build_application(arguments: dict[str, Any]) -> Any:
 
     Raises: as `served`, and ConfigError for arguments that are not those.
     """
-    try:
-        config = ServingConfig(**arguments)
-    except (ValidationError, TypeError) as error:
-        raise ConfigError(f"args of the application: {error}") from error
+    config = ServingConfig.of(arguments)
     check_exposure(config)
     return application(config, *_look_at(config))
 

@@ -1,5 +1,6 @@
 """How the service is deployed: what Ray Serve is asked for, and the configs for `serve deploy` and KubeRay."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def test_serve_build_writes_what_ray_serve_takes(meta_lora: str, tmp_path: Path,
     ("options", "message"),
     [
         (["--replicas", "0"], "--replicas '0': give a number from 1, or MIN:MAX such as 1:4"),
-        (["--replicas", "4:1"], "--replicas '4:1'"),
+        (["--replicas", "4:1"], "4 replicas, 1 at most; give the fewest first, such as 1 and 4"),
         (["--replicas", "1:"], "--replicas '1:'"),
         (["--precision", "int8"], "--precision 'int8': give fp32, bf16 or auto"),
         (["--host", "0.0.0.0"], "--host 0.0.0.0 is reached from other machines"),
@@ -86,10 +87,27 @@ def test_what_serve_build_refuses(meta_lora: str, tmp_path: Path, options: list[
     assert not (tmp_path / "serve.yaml").exists()
 
 
-@pytest.mark.parametrize("changes", [{"replica": 2}, {"replicas": 0}, {"precision": "int8"}, {"meta_loras": 3}])
-def test_arguments_of_a_config_are_checked(changes: dict[str, Any]):
-    with pytest.raises(ConfigError, match="args of the application"):
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"replica": 2}, "replica = 2: Unexpected keyword argument; allowed are meta_loras, tasks, keys, host, port, replicas"),
+        ({"replicas": 0}, "replicas = 0: Input should be greater than or equal to 1"),
+        ({"precision": "int8"}, "precision = 'int8': Input should be 'auto', 'fp32' or 'bf16'"),
+        ({"meta_loras": 3}, "meta_loras = 3: Input should be a valid mapping"),
+        ({"meta_loras": {}}, "no meta-LoRA; give the folder of one"),
+        ({"meta_loras": {"backbone": "/x"}}, "model name 'backbone' means the plain backbone"),
+        ({"meta_loras": {"a b": "/x"}}, "model name 'a b': give 1 to 63 of"),
+        ({"replicas": 3, "max_replicas": 1}, "3 replicas, 1 at most; give the fewest first, such as 1 and 4"),
+    ],
+)
+def test_arguments_of_a_config_are_checked(changes: dict[str, Any], message: str):
+    with pytest.raises(ConfigError, match=re.escape(message)):
         build_application({"meta_loras": {"x": "/x"}, "tasks": "/tasks", **changes})
+
+
+def test_a_missing_argument_is_named():
+    with pytest.raises(ConfigError, match="args of the application: tasks: Missing required argument"):
+        build_application({"meta_loras": {"x": "/x"}})
 
 
 def test_the_rayservice_serves_what_ray_serve_takes():
