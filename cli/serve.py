@@ -117,7 +117,7 @@ def _config(
         raise ConfigError(f"serving needs a package that is not installed ({error}); `pip install 'lr-ray[serve]'`") from error
     least, _, most = replicas.partition(":")
     counts = [int(text) if text.isascii() and text.isdigit() else 0 for text in ([least, most] if ":" in replicas else [least])]
-    if min(counts) < 1 or counts != sorted(counts):
+    if not all(counts):
         raise ConfigError(f"--replicas {replicas!r}: give a number from 1, or MIN:MAX such as 1:4")
     if precision not in (None, "auto", "fp32", "bf16"):
         raise ConfigError(f"--precision {precision!r}: give fp32, bf16 or auto")

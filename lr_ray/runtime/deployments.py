@@ -14,15 +14,15 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from fastapi import FastAPI
-from pydantic import ConfigDict, Field, TypeAdapter
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from lr_ray.errors import RequestError
+from lr_ray.errors import ConfigError, RequestError
 from lr_ray.serving.api import make_app
 from lr_ray.serving.keys import Keyring
 from lr_ray.serving.metrics import Metrics, Pass
-from lr_ray.serving.models import Catalogue
+from lr_ray.serving.models import Catalogue, check_names
 from lr_ray.serving.service import Service
 from lr_ray.serving.store import TaskStore
 from lr_ray.serving.tracing import tracer_of_environment
@@ -57,6 +57,9 @@ class ServingConfig:
         cpus_per_replica: processors of each; None shares out those that Ray has.
         gpus_per_replica: GPUs of each, or a share of one; None shares out those that Ray has, one for each at most.
         precision: of the passes; None for that of the meta-LoRA's run.
+
+    Raises:
+        ConfigError: names that meta-LoRAs cannot have, or none; fewer replicas at most than at least.
     """
 
     meta_loras: Mapping[str, str]
@@ -69,6 +72,30 @@ class ServingConfig:
     cpus_per_replica: int | None = Field(default=None, ge=1)
     gpus_per_replica: float | None = Field(default=None, ge=0)
     precision: Literal["auto", "fp32", "bf16"] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> "ServingConfig":
+        check_names(self.meta_loras)
+        if self.max_replicas is not None and self.max_replicas < self.replicas:
+            raise ConfigError(f"{self.replicas} replicas, {self.max_replicas} at most; give the fewest first, such as 1 and 4")
+        return self
+
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any]) -> "ServingConfig":
+        """Of arguments as a person wrote them.
+
+        Raises:
+            ConfigError: unknown, missing, or of another kind or range; names that meta-LoRAs cannot have.
+        """
+        try:
+            return cls(**arguments)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            where = ".".join(map(str, first["loc"]))
+            given = "" if first["type"] == "missing" else f" = {first['input']!r}"
+            allowed = ", ".join(cls.__dataclass_fields__)
+            more = f"; allowed are {allowed}" if first["type"] == "unexpected_keyword_argument" else ""
+            raise ConfigError(f"args of the application: {where}{given}: {first['msg']}{more}") from error
 
     def arguments(self) -> dict[str, Any]:
         """As JSON."""

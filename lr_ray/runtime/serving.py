@@ -4,14 +4,13 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
 
 from lr_ray.errors import ClusterError, ConfigError
 from lr_ray.runtime.deployments import APP_NAME, ServingConfig, application
@@ -19,6 +18,8 @@ from lr_ray.runtime.session import local_ray
 from lr_ray.serving.keys import read_keys
 from lr_ray.serving.models import Catalogue
 from lr_ray.serving.problems import is_loopback
+from lr_ray.serving.tracing import check_tracing
+from lr_ray.storage.filesystem import write_bytes
 from lr_ray.storage.manifest import read_meta_lora_manifest
 
 _logger = logging.getLogger("lr_ray.serving")
@@ -52,24 +53,28 @@ def served(config: ServingConfig) -> Iterator[str]:
     Raises:
         AdapterError, BackboneError, StorageError: a meta-LoRA cannot be loaded.
         ClusterError: Ray cannot be started or joined, runs a Serve of its own, or the port is taken.
-        ConfigError: another host than this machine without keys, an unusable file of keys, or meta-LoRAs that do not share
-            a backbone and an image size.
+        ConfigError: another host than this machine without keys, an unusable file of keys, tracing without what it needs, or
+            meta-LoRAs that do not share a backbone and an image size.
     """
     check_exposure(config)
+    check_tracing()
     for path in config.meta_loras.values():
         read_meta_lora_manifest(path)
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     with ThreadPoolExecutor(max_workers=1) as beside:
-        loading = beside.submit(_look_at, config.meta_loras)  # here first, for one line of error; meanwhile Ray starts
+        loading = beside.submit(_look_at, config)  # here first, for one line of error; meanwhile Ray starts
         with local_ray(dashboard=False, libraries=False):
             from ray import serve
             from ray.serve.config import HTTPOptions
 
             for noisy in ("ray.serve", "ray._common"):
                 logging.getLogger(noisy).setLevel(logging.ERROR)
-            if serve.status().applications:
-                raise ClusterError("Ray Serve runs applications already on this Ray; end them, or start this on another Ray")
+            found = serve.status()
+            if found.applications or found.proxies:  # which listen where they were told, not where this is
+                raise ClusterError(
+                    "Ray Serve runs already on this Ray; end it (`serve shutdown`), or start this on another Ray"
+                )
             try:
                 http = HTTPOptions(host=config.host, port=config.port)
                 serve.start(proxy_location="HeadOnly", http_options=http, logging_config=_quiet())
@@ -89,22 +94,21 @@ def build_application(arguments: dict[str, Any]) -> Any:
     Args:
         arguments: of `ServingConfig`; host and port are Serve's own there.
 
-    Raises: as `served`, and ConfigError for arguments that are not those.
+    Raises: as `served`, and ConfigError for arguments that are not those, or without keys.
     """
-    try:
-        config = ServingConfig(**arguments)
-    except (ValidationError, TypeError) as error:
-        raise ConfigError(f"args of the application: {error}") from error
-    check_exposure(config)
-    return application(config, *_look_at(config.meta_loras))
+    config = ServingConfig.of(arguments)
+    _check_keys(config)
+    check_tracing()
+    return application(config, *_look_at(config))
 
 
 def write_serve_config(config: ServingConfig, path: Path) -> None:
     """A config of Ray Serve that `serve run` and `serve deploy` take.
 
-    Raises: as `served`.
+    Raises: as `served`; ConfigError also without keys; StorageError also where it cannot be written.
     """
-    check_exposure(config)
+    _check_keys(config)
+    check_tracing()
     for meta_lora in config.meta_loras.values():
         read_meta_lora_manifest(meta_lora)
     arguments = {name: value for name, value in config.arguments().items() if value is not None}
@@ -121,8 +125,7 @@ def write_serve_config(config: ServingConfig, path: Path) -> None:
             }
         ],
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+    write_bytes(str(path), yaml.safe_dump(content, sort_keys=False, allow_unicode=True).encode())
 
 
 def check_exposure(config: ServingConfig) -> None:
@@ -140,11 +143,25 @@ def check_exposure(config: ServingConfig) -> None:
         )
 
 
-def _look_at(meta_loras: Mapping[str, str]) -> tuple[Catalogue, int]:
+def _check_keys(config: ServingConfig) -> None:
+    """Raise where there are no keys: Ray Serve listens where its own `http_options` say, or did when it was started.
+
+    Raises:
+        ConfigError: see there.
+    """
+    if config.keys is None:
+        raise ConfigError(
+            "no keys: under Ray Serve's own commands the service needs them, for Serve may listen where others reach it; add "
+            "--keys FILE (`lr-ray serve key add NAME` makes one), or use `lr-ray serve start` for this machine only"
+        )
+    check_exposure(config)
+
+
+def _look_at(config: ServingConfig) -> tuple[Catalogue, int]:
     """The models, loaded once and let go, and the side of their images."""
     from lr_ray.serving.multiplex import load_multiplex  # timm takes seconds
 
-    loaded = load_multiplex(meta_loras)
+    loaded = load_multiplex(config.meta_loras, precision=config.precision)
     return loaded.catalogue, loaded.image_px
 
 

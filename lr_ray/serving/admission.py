@@ -1,14 +1,15 @@
 """How many requests are worked on at once, how many wait for that, and the end of it all."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from lr_ray.errors import RequestError
-from lr_ray.serving.problems import problem
+from lr_ray.errors import LrRayError, RequestError
+from lr_ray.serving.problems import refusal
 
 _GUARDED = "/v1/"
 
@@ -80,11 +81,16 @@ class Gate:
 
 
 class Admission:
-    """ASGI middleware: everything below /v1/ passes the gate before its body is read; health and metrics always pass."""
+    """ASGI middleware: everything below /v1/ passes the gate before its body is read; health and metrics always pass.
 
-    def __init__(self, app: ASGIApp, *, gate: Gate) -> None:
+    What its headers alone tell against is refused before, so that it takes no place and no memory.
+    """
+
+    def __init__(self, app: ASGIApp, *, gate: Gate, check: Callable[[Headers], object]) -> None:
+        """Args: app; gate; check, which raises for headers that tell against a request."""
         self.app = app
         self.gate = gate
+        self.check = check
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
@@ -92,8 +98,11 @@ class Admission:
             await self.app(scope, receive, send)
             return
         try:
+            self.check(Headers(scope=scope))
             async with self.gate.passage():
                 await self.app(scope, receive, send)
-        except RequestError as error:  # of the gate: the application answers its own
-            headers = {"Retry-After": str(error.retry_after_s)} | ({"Connection": "close"} if self.gate.draining else {})
-            await problem(error.status, str(error), scope["state"]["request_id"], headers)(scope, receive, send)
+        except LrRayError as error:  # of the check or the gate: the application answers its own
+            response = refusal(error, scope["state"]["request_id"])
+            if self.gate.draining:
+                response.headers["Connection"] = "close"
+            await response(scope, receive, send)

@@ -146,7 +146,7 @@ class ModelAnswer(BaseModel):
     """A model that the service has."""
 
     name: str = Field(description="For ?model=NAME.")
-    digest: str = Field(description="SHA-256 of the backbone's weights and the meta-LoRA's.")
+    digest: str = Field(description="SHA-256 of the backbone's weights, the meta-LoRA's, its metric, and the precision.")
     default: bool = Field(description="Whether it answers requests that name none.")
 
 

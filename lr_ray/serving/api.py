@@ -24,7 +24,7 @@ from lr_ray.serving.metrics import Measure
 from lr_ray.serving.models import ServedModel
 from lr_ray.serving.page import page
 from lr_ray.serving.problems import Guard, add_problem_handlers
-from lr_ray.serving.service import PROBLEM, Caller, CallerHere, Service, ServiceHere
+from lr_ray.serving.service import PROBLEM, Caller, CallerHere, Service, ServiceHere, announced_bytes, too_large
 from lr_ray.serving.state import state
 from lr_ray.serving.tasks import Support, Task
 
@@ -37,7 +37,7 @@ def make_app(service: Service) -> FastAPI:
     app.include_router(_v1)
     app.include_router(page)
     add_problem_handlers(app)
-    app.add_middleware(Admission, gate=service.gate)
+    app.add_middleware(Admission, gate=service.gate, check=service.check_headers)
     app.add_middleware(Guard, local_only=service.keyring is None)
     app.add_middleware(Measure, metrics=service.metrics)
     return app
@@ -77,20 +77,19 @@ async def _read_body(request: Request, service: Service, caller: Caller) -> byte
     """The body, no more of it in memory than is allowed.
 
     Raises:
-        RequestError: 413 too large; 429 more bytes than the key may send now.
+        RequestError: 408 too slow; 413 too large; 429 more bytes than the key may send now.
     """
-    most = service.limits.body_bytes
-    too_large = RequestError(f"the body is larger than {most} bytes; send less at once", 413)
-    declared = request.headers.get("content-length", "")
-    announced = int(declared) if declared.isdecimal() and len(declared) < 20 else 0
-    if announced > most:
-        raise too_large
+    limits, announced = service.limits, announced_bytes(request.headers)
     _charge(service, caller, announced)
     content = bytearray()
-    async for chunk in request.stream():
-        content += chunk
-        if len(content) > most:
-            raise too_large
+    try:
+        async with asyncio.timeout(limits.body_s):
+            async for chunk in request.stream():
+                content += chunk
+                if len(content) > limits.body_bytes:
+                    raise too_large(limits)
+    except TimeoutError as error:
+        raise RequestError(f"the body did not come in {limits.body_s:g} s; send less at once", 408) from error
     _charge(service, caller, max(0, len(content) - announced))
     return bytes(content)
 

@@ -61,7 +61,7 @@ class Client:
             transport: httpx's, for certificates or proxies of one's own.
 
         Raises:
-            ConfigError: not the URL of a service.
+            ConfigError: not the URL of a service, or a key that cannot be one.
         """
         try:
             parsed = httpx.URL(url)
@@ -69,7 +69,7 @@ class Client:
             parsed = httpx.URL()
         if parsed.scheme not in ("http", "https") or not parsed.host:
             raise ConfigError(f"{url!r} is no URL of a service; give one such as http://127.0.0.1:8000")
-        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        headers = {} if key is None else {"Authorization": f"Bearer {_checked(key)}"}
         self._url = url
         self._patience_s = patience_s
         self._http = httpx.Client(base_url=url, headers=headers, timeout=timeout_s, transport=transport)
@@ -197,7 +197,8 @@ class Client:
             try:
                 response = self._http.send(request)
             except httpx.TransportError as error:
-                reason = str(error) or type(error).__name__
+                shown = "" if isinstance(error, httpx.LocalProtocolError) else str(error)  # that quotes headers, so keys
+                reason = shown or type(error).__name__
                 raise ServiceError(f"{self._url} cannot be reached ({reason}); is it up, and the URL right?") from error
             wait_s = _wait_s(response, attempt)
             if response.status_code not in _TRY_LATER or attempt == _ATTEMPTS - 1 or wait_s > left_s:
@@ -207,6 +208,14 @@ class Client:
         if not response.is_success:
             raise _problem(response)
         return response
+
+
+def _checked(key: str) -> str:
+    """The key without the white space around it, such as the end of the line that it was read from; never shown."""
+    key = key.strip()
+    if not (key.isascii() and key.isprintable() and key) or " " in key:
+        raise ConfigError("the key has characters that no key has, or none; give it as `lr-ray serve key add` showed it")
+    return key
 
 
 def _wait_s(response: httpx.Response, attempt: int) -> float:

@@ -28,6 +28,7 @@ class Limits:
 
     Attributes:
         body_bytes: of the whole body, as it comes and, of a zip, unpacked.
+        body_s: in which all of the body is to come.
         image_bytes: of one encoded image.
         image_pixels: of one image.
         pixels: of all images together.
@@ -37,6 +38,7 @@ class Limits:
     """
 
     body_bytes: int = 32 * MIB
+    body_s: float = 60.0
     image_bytes: int = 10 * MIB
     image_pixels: int = 25_000_000
     pixels: int = 400_000_000

@@ -1,7 +1,7 @@
 """Which models a service has: meta-LoRAs of one backbone, by name, and that backbone without any."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from lr_ray.errors import ConfigError, RequestError
@@ -19,7 +19,7 @@ class ServedModel:
 
     Attributes:
         name: as requests give it.
-        digest: of its weights; tasks belong to it.
+        digest: of all that its features depend on; tasks belong to it.
     """
 
     name: str
@@ -66,6 +66,23 @@ class Catalogue:
         return next(model for model in self.models if model.digest == digest)
 
 
+def check_names(names: Collection[str]) -> None:
+    """Raise where meta-LoRAs cannot have these names.
+
+    Raises:
+        ConfigError: there are none, or one that cannot be.
+    """
+    if not names:
+        raise ConfigError("no meta-LoRA; give the folder of one that `lr-ray train` wrote, such as runs/demo/meta_lora")
+    for name in names:
+        if not _NAME.fullmatch(name):
+            raise ConfigError(
+                f"model name {name!r}: give 1 to 63 of A-Z, a-z, 0-9, '.', '_' and '-', the first a letter or digit"
+            )
+        if name == BACKBONE:
+            raise ConfigError(f"model name {name!r} means the plain backbone, which is always served; give another")
+
+
 def name_meta_loras(arguments: Sequence[str]) -> dict[str, str]:
     """Paths by name, of `PATH` or `NAME=PATH`, in their order.
 
@@ -74,23 +91,17 @@ def name_meta_loras(arguments: Sequence[str]) -> dict[str, str]:
     Raises:
         ConfigError: none at all; a name that cannot be, or is given twice.
     """
-    if not arguments:
-        raise ConfigError("no meta-LoRA; give the folder of one that `lr-ray train` wrote, such as runs/demo/meta_lora")
     given = [(match["name"], match["path"]) if (match := _GIVEN.fullmatch(text)) else (None, text) for text in arguments]
-    taken = [BACKBONE, *(name for name, _ in given if name is not None)]
-    for name in taken[1:]:
-        if not _NAME.fullmatch(name):
-            raise ConfigError(
-                f"model name {name!r}: give 1 to 63 of A-Z, a-z, 0-9, '.', '_' and '-', the first a letter or digit"
-            )
-        if taken.count(name) > 1:
-            reason = "means the plain backbone, which is always served" if name == BACKBONE else "is given twice"
-            raise ConfigError(f"model name {name!r} {reason}; give another, as NAME=PATH")
+    named = [name for name, _ in given if name is not None]
+    if twice := [name for name in named if named.count(name) > 1]:
+        raise ConfigError(f"model name {twice[0]!r} is given twice; give another, as NAME=PATH")
+    taken = [BACKBONE, *named]
     found = {}
     for name, path in given:
         if name is None:
             taken.append(name := _free_name(path, taken))
         found[name] = path
+    check_names(found)
     return found
 
 

@@ -12,8 +12,7 @@ from torch import Tensor
 from lr_ray.errors import ConfigError
 from lr_ray.model import Model, load_parts
 from lr_ray.serving.models import BACKBONE, Catalogue, ServedModel
-from lr_ray.storage.filesystem import join, read_bytes
-from lr_ray.storage.manifest import WEIGHTS_NAME, digest_of
+from lr_ray.storage.manifest import digest_of
 from lr_ray.vit.backbone import Precision
 from lr_ray.vit.lora import Adapter, merged
 
@@ -84,6 +83,9 @@ class Multiplex:
 def load_multiplex(meta_loras: Mapping[str, str], device: str = "cpu", *, precision: Precision | None = None) -> Multiplex:
     """The meta-LoRAs, and their backbone as `backbone`.
 
+    A digest covers all that features depend on but the device, so that it is the same in every process that loads them;
+    of the precision as it is asked for (`auto` stays `auto`).
+
     Args:
         meta_loras: folders or URIs by name; the first is the default.
         device: as torch names it.
@@ -105,16 +107,17 @@ def load_multiplex(meta_loras: Mapping[str, str], device: str = "cpu", *, precis
                 f"{first.image_px} px; one service has one backbone and image size: start another service for it"
             )
         evaluation = parts.evaluation
+        passes = precision or evaluation.precision
         models[name] = Model(
             backbone=first,
-            precision=precision or evaluation.precision,
+            precision=passes,
             batch_size=evaluation.batch_size,
             metric=parts.metric,
         )
         adapters[name] = parts.adapter
-        made_of = [first.digest, digest_of(read_bytes(join(path, WEIGHTS_NAME)).hex()), parts.manifest.get("metric")]
-        served.append(ServedModel(name=name, digest=digest_of([part for part in made_of if part])))
+        made_of = [first.identity, parts.adapter.spec.digest, parts.manifest.get("metric"), passes]
+        served.append(ServedModel(name=name, digest=digest_of(made_of)))
     default = next(iter(models.values()))
-    backbone = ServedModel(name=BACKBONE, digest=digest_of(default.backbone.identity))
+    backbone = ServedModel(name=BACKBONE, digest=digest_of([default.backbone.identity, default.precision]))
     catalogue = Catalogue(models=(*served, backbone), num_features=default.backbone.num_features)
     return Multiplex(catalogue=catalogue, models=models | {BACKBONE: replace(default, metric=None)}, adapters=adapters)

@@ -107,13 +107,21 @@ def add_problem_handlers(app: FastAPI) -> None:
 
 
 async def _of_ours(request: Request, error: Exception) -> Response:
+    assert isinstance(error, LrRayError)
+    return refusal(error, _id_of(request))
+
+
+def refusal(error: LrRayError, request_id: str) -> Response:
+    """The response to what an error of ours ends."""
     if not isinstance(error, RequestError):  # its message may name files
-        logger.error("request %s: %s: %s", _id_of(request), type(error).__name__, error)
-        return problem(503, "the service cannot reach what it needs; come again", _id_of(request), {"Retry-After": "5"})
+        logger.error("request %s: %s: %s", request_id, type(error).__name__, error)
+        return problem(503, "the service cannot reach what it needs; come again", request_id, {"Retry-After": "5"})
     headers = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    return problem(error.status, str(error), _id_of(request), headers)
+    if error.status == 408:
+        headers["Connection"] = "close"
+    return problem(error.status, str(error), request_id, headers)
 
 
 async def _of_starlette(request: Request, error: Exception) -> Response:

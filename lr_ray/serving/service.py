@@ -8,6 +8,7 @@ from typing import Annotated
 
 import torch
 from fastapi import Depends, Header, Request
+from starlette.datastructures import Headers
 from torch import Tensor
 
 from lr_ray.errors import RequestError
@@ -26,6 +27,17 @@ _NOBODY = "local"
 """Owner of the tasks where there are no keys."""
 _READY_S = 2.0
 _READY_TIMEOUT_S = 10.0
+
+
+def announced_bytes(headers: Headers) -> int:
+    """Of the body, by `Content-Length`; 0 where there is none that is a number."""
+    declared = headers.get("content-length", "")
+    return int(declared) if declared.isascii() and declared.isdecimal() and len(declared) < 20 else 0
+
+
+def too_large(limits: Limits) -> RequestError:
+    """413, for a body."""
+    return RequestError(f"the body is larger than {limits.body_bytes} bytes; send less at once", 413)
 
 
 @dataclass(kw_only=True)
@@ -58,6 +70,25 @@ class Service:
     metrics: Metrics = field(default_factory=Metrics)
     _ready_s: float = -_READY_S
     _asking: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    def check_headers(self, headers: Headers) -> Key | None:
+        """Whose request it is; None where there are no keys. Nothing is charged.
+
+        Raises:
+            ConfigError: the file of keys is gone or damaged.
+            RequestError: 401 no valid key; 413 a body is announced that is too large.
+        """
+        key = self.identify(headers.get("authorization"))
+        if announced_bytes(headers) > self.limits.body_bytes:
+            raise too_large(self.limits)
+        return key
+
+    def identify(self, authorization: str | None) -> Key | None:
+        """Whose key the header shows; None where there are no keys. Raises as `Keyring.identify`."""
+        if self.keyring is None:
+            return None
+        scheme, _, secret = (authorization or "").partition(" ")
+        return self.keyring.identify(secret.strip() if scheme.lower() == "bearer" else None)
 
     async def features(self, pixels: Tensor, model: str) -> Tensor:
         """As `embed`, timed."""
@@ -109,10 +140,7 @@ ServiceHere = Annotated[Service, Depends(_service)]
 async def _key(
     service: ServiceHere, authorization: Annotated[str | None, Header(include_in_schema=False)] = None
 ) -> Key | None:
-    if service.keyring is None:
-        return None
-    scheme, _, secret = (authorization or "").partition(" ")
-    return service.keyring.identify(secret.strip() if scheme.lower() == "bearer" else None)
+    return service.identify(authorization)
 
 
 KeyHere = Annotated[Key | None, Depends(_key)]

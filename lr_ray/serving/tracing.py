@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from importlib import import_module
 from typing import TYPE_CHECKING, Protocol
 
 from lr_ray.errors import ConfigError
@@ -10,6 +11,7 @@ from lr_ray.errors import ConfigError
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
 
+_MODULES = ("opentelemetry.sdk.trace", "opentelemetry.exporter.otlp.proto.http.trace_exporter")
 _ENDPOINT = "OTEL_EXPORTER_OTLP_ENDPOINT"
 _TRACE_HEADERS = ("traceparent", "tracestate")
 Name = Callable[[str, int], None]
@@ -39,21 +41,34 @@ class _NoTracer:
 no_tracer: Tracer = _NoTracer()
 
 
-def tracer_of_environment() -> Tracer:
-    """That which the environment asks for; without an endpoint nothing is imported.
+def check_tracing() -> None:
+    """Raise where the environment asks for spans that cannot be made.
 
     Raises:
         ConfigError: there is an endpoint and OpenTelemetry is not installed.
     """
     if not os.environ.get(_ENDPOINT):
-        return no_tracer
+        return
     try:
-        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-        from opentelemetry.sdk.resources import Resource
-        from opentelemetry.sdk.trace import TracerProvider
-        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+        for module in _MODULES:
+            import_module(module)
     except ModuleNotFoundError as error:
         raise ConfigError(f"{_ENDPOINT} is set, but {error.name} is not installed; `pip install 'lr-ray[otel]'`") from error
+
+
+def tracer_of_environment() -> Tracer:
+    """That which the environment asks for; without an endpoint nothing is imported.
+
+    Raises: as `check_tracing`.
+    """
+    check_tracing()
+    if not os.environ.get(_ENDPOINT):
+        return no_tracer
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+    from opentelemetry.sdk.resources import Resource
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
     provider = TracerProvider(resource=Resource.create({"service.name": os.environ.get("OTEL_SERVICE_NAME", "lr-ray")}))
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
     return OpenTelemetry(provider)

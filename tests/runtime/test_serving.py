@@ -100,7 +100,7 @@ def test_the_answers_are_those_of_load_also_after_a_replica_is_killed(
 
         with httpx.Client(base_url=url, headers={"host": "evil.example"}) as foreign:
             assert foreign.get("/v1/tasks").status_code == 403
-        with pytest.raises(ClusterError, match="Ray Serve runs applications already"), served(config):
+        with pytest.raises(ClusterError, match="Ray Serve runs already on this Ray; end it"), served(config):
             pass
         assert client.get("/v1/tasks").json()["tasks"][0]["id"] == task["id"]
         counted = dict(line.rsplit(" ", 1) for line in client.get("/metrics").text.splitlines() if not line.startswith("#"))

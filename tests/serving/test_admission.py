@@ -1,7 +1,8 @@
 """The gate: so many at once, so many in line, problem+json for the others; and at the end those under way are finished."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 
 import httpx
 import pytest
@@ -130,3 +131,36 @@ def test_what_is_refused_frees_its_place(service: Service, connect: Callable[...
     for _ in range(3):
         assert client.post("/v1/tasks", content=b"", headers={"content-type": "x"}).status_code == 415
     assert service.gate.under_way == 0
+
+
+def test_a_body_that_does_not_come_frees_its_place(service: Service):
+    service.gate, service.limits = Gate(at_once=1, in_line=0), replace(service.limits, body_s=0.05)
+    never = asyncio.Event()
+
+    async def stalled() -> AsyncIterator[bytes]:
+        yield png()[:10]
+        await never.wait()
+
+    async def scene() -> None:
+        transport = httpx.ASGITransport(make_app(service))
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
+            found = await client.post("/v1/embeddings", content=stalled(), headers={"content-type": "image/png"})
+            assert (found.status_code, found.headers["connection"]) == (408, "close")
+            assert found.json()["detail"] == "the body did not come in 0.05 s; send less at once"
+            assert service.gate.under_way == 0
+            assert (await client.get("/v1/models")).status_code == 200
+
+    asyncio.run(scene())
+
+
+def test_what_headers_tell_against_does_not_reach_the_gate(service: Service, keyed: Callable[..., TestClient]):
+    service.gate = Gate(at_once=0, in_line=0)
+    ann = keyed("ann", requests_per_minute=1)
+    body = {"content": b"", "headers": {"content-length": "400001", "content-type": "image/png"}}
+    for _ in range(2):  # and costs nothing
+        assert ann.post("/v1/embeddings", **body).status_code == 413
+    refused = ann.post("/v1/embeddings", **(body | {"headers": body["headers"] | {"authorization": "Bearer x"}}))
+    assert (refused.status_code, refused.headers["www-authenticate"]) == (401, "Bearer")
+    assert ann.get("/v1/models").status_code == 503
+    service.gate.at_once = 1
+    assert [ann.get("/v1/models").status_code for _ in range(2)] == [200, 429]

@@ -114,6 +114,28 @@ def test_the_key_opens_and_is_not_shown(service: Service, tmp_path: Path):
     )
 
 
+def test_the_key_may_come_with_the_end_of_its_line(service: Service, tmp_path: Path):
+    secret = add_key(tmp_path / "keys.json", "ann")
+    service.keyring = Keyring(path=tmp_path / "keys.json")
+    with Client(URL, f" {secret}\r\n", transport=InProcess(service)) as client:
+        assert client.tasks() == []
+
+
+@pytest.mark.parametrize("key", ["lrray_SEC\nRET", "lrray_SEC RET", "lrray_SECRÉT", "lrray_SEC\0RET", "\n", ""])
+def test_a_key_that_cannot_be_is_not_shown(key: str):
+    with pytest.raises(ConfigError, match="the key has characters that no key has, or none") as caught:
+        Client(URL, key)
+    assert "lrray_SEC" not in str(caught.value)
+
+
+def test_headers_that_cannot_be_sent_are_not_shown():
+    def refuse(_request: httpx.Request) -> httpx.Response:
+        raise httpx.LocalProtocolError("Illegal header value b'Bearer lrray_SECRET'")
+
+    with pytest.raises(ServiceError, match=r"cannot be reached \(LocalProtocolError\)"):
+        Client(URL, transport=httpx.MockTransport(refuse)).models()
+
+
 def test_what_is_put_off_is_asked_again(waits: list[float]):
     late = httpx.Response(429, headers={"retry-after": "7"})
     busy, done = httpx.Response(503), httpx.Response(200, json={"tasks": []})

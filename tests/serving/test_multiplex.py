@@ -1,5 +1,6 @@
 """Several meta-LoRAs on one backbone: each answers as if it were alone, and names are found for them."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,17 @@ def test_digests_tell_models_apart(two: dict[str, str]):
     assert len(set(catalogue.digests)) == 3
     assert catalogue.num_features == 192
     assert load_multiplex({"renamed": two["two"]}).catalogue.digests == catalogue.digests[1:]
+
+
+def test_a_digest_covers_precision_and_alpha(two: dict[str, str]):
+    path = Path(two["two"]) / "adapter_config.json"
+    before, wide = (load_multiplex(two, precision=precision).catalogue.digests for precision in ("bf16", "fp32"))
+    assert not set(before) & set(wide)
+    facts = json.loads(path.read_text())
+    patterns = {name: 2 * alpha for name, alpha in facts["alpha_pattern"].items()}
+    path.write_text(json.dumps(facts | {"lora_alpha": 2 * facts["lora_alpha"], "alpha_pattern": patterns}))
+    after = load_multiplex(two, precision="bf16").catalogue.digests
+    assert [a == b for a, b in zip(before, after, strict=True)] == [True, False, True]
 
 
 def test_another_image_size_is_another_service(two: dict[str, str]):
