@@ -59,7 +59,8 @@ def local_ray(*, num_cpus: int | None = None, dashboard: bool = True, libraries:
         dashboard: without it, Ray is there seconds sooner.
         libraries: import Ray Data and Ray Train, which takes seconds too.
     """
-    kept = (num_cpus or os.cpu_count() or 1) + _BESIDE_THE_TASKS
+    cpus = num_cpus or os.cpu_count() or 1
+    kept = min(cpus + _BESIDE_THE_TASKS, 5 * cpus - 3)  # from 5 for each processor on, Ray writes a warning to stdout
     for name, value in {**_ENVIRONMENT, "RAY_num_workers_soft_limit": str(kept)}.items():
         os.environ.setdefault(name, value)
     options = {"num_cpus": num_cpus, "_node_ip_address": "127.0.0.1", "include_dashboard": dashboard}
