@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lr_ray.errors import ConfigError, RequestError
 from lr_ray.serving.api import make_app
+from lr_ray.serving.batches import Batcher
 from lr_ray.serving.keys import Keyring
 from lr_ray.serving.metrics import Metrics, Pass
 from lr_ray.serving.models import Catalogue, check_names
@@ -32,9 +33,10 @@ BACKBONE = "backbone"
 APPLICATION = "application"
 _GROUP = 32
 """Images of a request that travel to a replica together."""
-_GROUPS_PER_PASS = 8
-_WAIT_S = 0.005
-"""How long a pass waits for images of other requests."""
+_ONGOING = 64
+"""Groups that a replica has at once; more replicas are wanted where each has an eighth of that."""
+_IMAGES_PER_PASS = {"cpu": 64, "cuda": 256}
+"""By device; on processors more together are no faster, and the next wait longer."""
 _ATTEMPTS = 6
 _BEYOND_THE_GATE = 512
 """Requests that Ray Serve lets into the application and has wait before it: more than the gate does, which answers the
@@ -191,10 +193,10 @@ def backbone_options(config: ServingConfig, resources: Mapping[str, float]) -> d
     count: dict[str, Any] = {"num_replicas": config.replicas}
     if config.max_replicas is not None:
         scaling = {"min_replicas": config.replicas, "initial_replicas": config.replicas, "max_replicas": config.max_replicas}
-        count = {"autoscaling_config": {**scaling, "target_ongoing_requests": _GROUPS_PER_PASS}}
+        count = {"autoscaling_config": {**scaling, "target_ongoing_requests": _ONGOING // 8}}
     return count | {
         "ray_actor_options": {"num_cpus": cpus / 2, "num_gpus": gpus},
-        "max_ongoing_requests": 4 * _GROUPS_PER_PASS,
+        "max_ongoing_requests": _ONGOING,
         "max_queued_requests": -1,  # the gate has let them in
         "max_surge_percent": 0 if gpus else 100,
         "health_check_period_s": 2,
@@ -218,14 +220,15 @@ def application(config: ServingConfig, catalogue: Catalogue, image_px: int) -> A
             torch.set_num_threads(threads)
             self._multiplex = load_multiplex(config.meta_loras, device, precision=config.precision)
             self._names = {model.digest: model.name for model in self._multiplex.catalogue.models}
+            self._passes = Batcher(self._embed, size=lambda asked: len(asked[0]), most=_IMAGES_PER_PASS[device])
 
         async def embed(self, group: np.ndarray, model: str) -> tuple[np.ndarray, Pass | None] | None:
             """Features of (n, 3, H, W) images; None where this replica has not that model."""
             name = self._names.get(model)
-            return None if name is None else await self._embed(group, name)
+            return None if name is None else await self._passes.ask((group, name))
 
-        @serve.batch(max_batch_size=_GROUPS_PER_PASS, batch_wait_timeout_s=_WAIT_S)  # type: ignore[untyped-decorator]
-        async def _embed(self, groups: list[np.ndarray], names: list[str]) -> list[tuple[np.ndarray, Pass | None]]:
+        async def _embed(self, asked: list[tuple[np.ndarray, str]]) -> list[tuple[np.ndarray, Pass | None]]:
+            groups, names = [group for group, _ in asked], [name for _, name in asked]
             start = time.perf_counter()
             found = await asyncio.to_thread(self._multiplex.embed_groups, groups, names)
             told = Pass(images=sum(map(len, groups)), groups=len(groups), seconds=time.perf_counter() - start)
