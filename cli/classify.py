@@ -33,7 +33,7 @@ def classify(
     from lr_ray.serving.local import classify_folder
 
     task, found = classify_folder(load(meta_lora), support, query, temperature=temperature)
-    threshold = task.threshold()
+    threshold = task.threshold
     if reject and threshold is None:
         raise DataError(f"--reject: every class in {support} has one image; give two of some class, or leave --reject out")
     if json:

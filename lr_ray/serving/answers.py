@@ -63,7 +63,7 @@ class TaskAnswer(BaseModel):
             version=task.version,
             created=datetime.fromtimestamp(created_s, UTC),
             expires=datetime.fromtimestamp(created_s + bounds.age_s, UTC),
-            threshold=support.threshold(),
+            threshold=support.threshold,
             classes=[
                 ClassAnswer(name=name, images=count, prototype=vector)
                 for name, count, vector in zip(support.class_names, support.counts.tolist(), vectors, strict=True)

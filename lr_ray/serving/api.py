@@ -5,7 +5,8 @@ from collections.abc import Callable
 from typing import Annotated, Any
 from urllib.parse import quote
 
-from fastapi import APIRouter, FastAPI, Header, Query, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, Header, Query, Request, Response
+from fastapi.security import HTTPBearer
 from torch import Tensor
 
 from lr_ray.errors import RequestError
@@ -34,7 +35,8 @@ def make_app(service: Service) -> FastAPI:
     app = FastAPI(title="LR-Ray", version="1", docs_url=None, redoc_url=None, description=_ABOUT)
     app.state.service = service
     app.include_router(state)
-    app.include_router(_v1)
+    keyed = [] if service.keyring is None else [Depends(_bearer)]
+    app.include_router(_v1, dependencies=keyed)
     app.include_router(page)
     add_problem_handlers(app)
     app.add_middleware(Admission, gate=service.gate, check=service.check_headers)
@@ -43,6 +45,8 @@ def make_app(service: Service) -> FastAPI:
     return app
 
 
+_bearer = HTTPBearer(auto_error=False, description="An API key.")
+"""Tells in /openapi.json how; who asks is found out in `Service.identify`."""
 _ABOUT = (
     "Few-shot classification without training: labelled images make a task, others get its nearest class. "
     "Images are PNG, JPEG or WebP, as multipart files, base64 in JSON, or a zip. Errors are problem+json (RFC 9457)."
@@ -146,21 +150,30 @@ async def create_task(
     model = service.models.find(model_name)
     support = await _support(request, service, caller, model)
     _check_two(support.class_names)
-    task = await asyncio.to_thread(service.store.create, caller.owner, support, caller.bounds, model=model.digest)
-    response.headers["Location"] = f"/v1/tasks/{quote(task.task_id)}"
-    response.headers["ETag"] = f'"{task.version}"'
-    return _told(task, service, caller)
+
+    def work() -> TaskAnswer:
+        return _told(service.store.create(caller.owner, support, caller.bounds, model=model.digest), service, caller)
+
+    answer = await asyncio.to_thread(work)
+    response.headers["Location"] = f"/v1/tasks/{quote(answer.id)}"
+    response.headers["ETag"] = f'"{answer.version}"'
+    return answer
 
 
 def _told(task: Task, service: Service, caller: Caller, *, prototypes: bool = False) -> TaskAnswer:
+    """Not for the event loop: the threshold of 1,000 classes takes long."""
     return TaskAnswer.of(task, caller.bounds, model=service.models.of_digest(task.model).name, prototypes=prototypes)
 
 
 @_v1.get("/tasks")
 async def list_tasks(service: ServiceHere, caller: CallerHere) -> TasksAnswer:
     """All tasks of the key, oldest first."""
-    tasks = await asyncio.to_thread(service.store.list, caller.owner, caller.bounds)
-    return TasksAnswer(tasks=[_told(task, service, caller) for task in tasks])
+
+    def work() -> TasksAnswer:
+        tasks = service.store.list(caller.owner, caller.bounds)
+        return TasksAnswer(tasks=[_told(task, service, caller) for task in tasks])
+
+    return await asyncio.to_thread(work)
 
 
 @_v1.get("/tasks/{task_id}")
@@ -168,9 +181,14 @@ async def get_task(
     task_id: str, response: Response, service: ServiceHere, caller: CallerHere, prototypes: bool = False
 ) -> TaskAnswer:
     """A task, with `?prototypes=true` its prototypes too."""
-    task = await asyncio.to_thread(service.store.read, caller.owner, task_id, caller.bounds)
-    response.headers["ETag"] = f'"{task.version}"'
-    return _told(task, service, caller, prototypes=prototypes)
+
+    def work() -> TaskAnswer:
+        task = service.store.read(caller.owner, task_id, caller.bounds)
+        return _told(task, service, caller, prototypes=prototypes)
+
+    answer = await asyncio.to_thread(work)
+    response.headers["ETag"] = f'"{answer.version}"'
+    return answer
 
 
 @_v1.delete("/tasks/{task_id}", status_code=204)
@@ -266,7 +284,7 @@ async def _answer(
 
     def work() -> ClassifyAnswer:
         predictions = support.classify(queries, temperature=temperature)
-        return ClassifyAnswer.of(files, predictions, support.threshold(), top=top)
+        return ClassifyAnswer.of(files, predictions, support.threshold, top=top)
 
     with service.metrics.stage("prototypes"):
         return await asyncio.to_thread(work)

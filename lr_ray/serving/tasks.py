@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ class Prediction:
     rejected: bool | None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Support:
     """Classes by the sums of their support features, in float64: what is added can be taken away, in any order.
 
@@ -100,6 +101,7 @@ class Support:
             counts=self.counts[kept],
         )
 
+    @cached_property
     def threshold(self) -> float | None:
         """The distance beyond which a query is none of these; None if no class has two images that differ.
 
@@ -131,7 +133,7 @@ class Support:
         """
         distances = -prototype_logits(queries.float(), self.prototypes)
         probabilities = (-temperature * distances).softmax(dim=1)
-        threshold = self.threshold()
+        threshold = self.threshold
         order = distances.argsort(dim=1, stable=True)
         columns = zip(order.tolist(), distances.gather(1, order).tolist(), probabilities.gather(1, order).tolist(), strict=True)
         return [

@@ -2,6 +2,7 @@
 
 import logging
 import re
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -62,7 +63,7 @@ def test_a_task_and_its_prototypes(client: TestClient):
     assert answer.headers["location"] == f"/v1/tasks/{task['id']}"
     assert answer.headers["etag"] == '"1"'
     assert [(c["name"], c["images"], c["prototype"]) for c in task["classes"]] == [("dark", 2, None), ("light", 2, None)]
-    assert task["threshold"] == pytest.approx(support.threshold())
+    assert task["threshold"] == pytest.approx(support.threshold)
     whole = client.get(answer.headers["location"], params={"prototypes": "true"}).json()
     torch.testing.assert_close(torch.tensor([c["prototype"] for c in whole["classes"]]), support.prototypes)
     assert client.get("/v1/tasks").json() == {"tasks": [task]}
@@ -122,11 +123,11 @@ def test_classes_and_images_are_added_and_removed(client: TestClient):
     assert added.headers["etag"] == '"2"'
     whole = expected({"dark": DARK, "grey/50 %": GREY, "light": LIGHT[:2]})
     assert [(c["name"], c["images"]) for c in added.json()["classes"]] == [("dark", 3), ("grey/50 %", 3), ("light", 2)]
-    assert added.json()["threshold"] == pytest.approx(whole.threshold())
+    assert added.json()["threshold"] == pytest.approx(whole.threshold)
     removed = client.delete(f"{url}/classes/grey%2F50%20%25")
     assert removed.status_code == 200, removed.text
     assert [(c["name"], c["images"]) for c in removed.json()["classes"]] == [("dark", 3), ("light", 2)]
-    assert removed.json()["threshold"] == pytest.approx(expected({"dark": DARK, "light": LIGHT[:2]}).threshold())
+    assert removed.json()["threshold"] == pytest.approx(expected({"dark": DARK, "light": LIGHT[:2]}).threshold)
     problem(client.delete(f"{url}/classes/grey"), 404)
     problem(client.delete(f"{url}/classes/dark"), 422)
     assert client.delete(url).status_code == 204
@@ -411,3 +412,31 @@ def test_what_is_this_machine(host: str, here: bool):
 @pytest.mark.parametrize("host", ["::", "10.0.0.1", "example.org", "", "localhost.example", "127.0.0.1.nip.io"])
 def test_what_is_not(host: str):
     assert not is_loopback(host)
+
+
+def test_thresholds_are_worked_out_once_and_off_the_event_loop(client: TestClient, monkeypatch: pytest.MonkeyPatch):
+    found: list[threading.Thread] = []
+    cdist = torch.cdist
+
+    def noted(*arguments: Any, **options: Any) -> Tensor:
+        found.append(threading.current_thread())
+        return cdist(*arguments, **options)
+
+    monkeypatch.setattr(torch, "cdist", noted)
+    task = client.post("/v1/tasks", json=as_json(SUPPORT)).json()
+    for _ in range(3):
+        assert client.get("/v1/tasks").json()["tasks"] == [task]
+        assert client.get(f"/v1/tasks/{task['id']}").json() == task
+    assert len(found) == 2  # as it was made, and as it was read
+    assert all(thread.name.startswith("asyncio_") for thread in found)
+
+
+def test_the_description_says_how_to_authenticate(client: TestClient, keyed: Callable[..., TestClient]):
+    assert "securitySchemes" not in client.get("/openapi.json").json()["components"]
+    ann = keyed("ann")
+    told = ann.get("/openapi.json").json()
+    assert told["components"]["securitySchemes"]["HTTPBearer"]["scheme"] == "bearer"
+    assert told["paths"]["/v1/tasks"]["post"]["security"] == [{"HTTPBearer": []}]
+    assert "security" not in told["paths"]["/healthz"]["get"]
+    refused = ann.get("/v1/tasks", headers={"authorization": "Basic x"})
+    assert (refused.status_code, refused.headers["www-authenticate"]) == (401, "Bearer")

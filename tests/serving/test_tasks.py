@@ -52,25 +52,25 @@ def test_prototypes_are_the_means_in_the_order_of_names():
 def test_the_threshold_by_hand():
     """a: −1 and 1, b: 9 and 11. Left out, each is 2 away from the other; to the other class's centre 9 or 11."""
     support = Support.of(torch.tensor([[-1.0], [1.0], [9.0], [11.0]]), ["a", "a", "b", "b"])
-    assert support.threshold() == pytest.approx(math.sqrt(2 * math.sqrt((81 + 121) / 2)))
+    assert support.threshold == pytest.approx(math.sqrt(2 * math.sqrt((81 + 121) / 2)))
 
 
 @pytest.mark.parametrize("shots", [(2, 2), (5, 5, 5), (1, 4), (3, 1, 7, 2), (1, 1, 1, 2)])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_threshold_is_that_of_the_loops(shots: tuple[int, ...], seed: int):
     features, labels = drawn(*shots, seed=seed)
-    assert Support.of(features, labels).threshold() == pytest.approx(naive_threshold(features, labels), rel=1e-9)
+    assert Support.of(features, labels).threshold == pytest.approx(naive_threshold(features, labels), rel=1e-9)
 
 
 def test_no_threshold_at_one_shot():
     features, labels = drawn(1, 1, 1)
     support = Support.of(features, labels)
-    assert support.threshold() is None
+    assert support.threshold is None
     assert [found.rejected for found in support.classify(features)] == [None, None, None]
 
 
 def test_no_threshold_of_the_same_image_twice():
-    assert Support.of(torch.tensor([[1.0], [1.0], [5.0]]), ["a", "a", "b"]).threshold() is None
+    assert Support.of(torch.tensor([[1.0], [1.0], [5.0]]), ["a", "a", "b"]).threshold is None
 
 
 def test_the_threshold_tells_known_classes_from_unknown():
@@ -97,7 +97,7 @@ def test_probabilities_distances_and_order():
             assert columns == row.argsort(descending=True).tolist()
             torch.testing.assert_close(torch.tensor(found.distances), -row[columns])
             torch.testing.assert_close(torch.tensor(found.probabilities), (temperature * row).softmax(dim=0)[columns])
-            assert found.rejected == (found.distances[0] > support.threshold())
+            assert found.rejected == (found.distances[0] > support.threshold)
 
 
 @pytest.mark.parametrize("cut", [1, 3, 8])
@@ -109,7 +109,7 @@ def test_added_in_parts_is_the_same_as_at_once(cut: int):
     assert torch.equal(parts.counts, whole.counts)
     torch.testing.assert_close(parts.sums, whole.sums, rtol=1e-14, atol=1e-14)
     assert torch.equal(parts.prototypes, whole.prototypes)
-    assert parts.threshold() == pytest.approx(whole.threshold(), rel=1e-12)
+    assert parts.threshold == pytest.approx(whole.threshold, rel=1e-12)
 
 
 def test_a_class_added_and_removed_leaves_what_was_there():

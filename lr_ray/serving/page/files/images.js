@@ -26,7 +26,7 @@ export async function takeImage(file) {
 async function shrink(file) {
   let bitmap;
   try {
-    bitmap = await createImageBitmap(file);
+    bitmap = await createImageBitmap(file, { imageOrientation: "none" }); // as the service, which ignores EXIF's
   } catch {
     return file; // the service says what is wrong with it
   }

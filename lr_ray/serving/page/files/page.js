@@ -150,6 +150,7 @@ async function classify() {
 /** What else is wanted of the answer: the other opinion, features, attention. */
 async function complete() {
   const asked = answer;
+  if (!asked) return; // the sample came in its place
   if (byId("compare").checked && asked.model !== BACKBONE && !asked.plainRows) {
     asked.plainRows = (await classifyOnce(BACKBONE, asked.classes, asked.queries)).results;
     render();
