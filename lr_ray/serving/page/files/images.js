@@ -26,7 +26,7 @@ export async function takeImage(file) {
 async function shrink(file) {
   let bitmap;
   try {
-    bitmap = await createImageBitmap(file, { imageOrientation: "none" }); // as the service, which ignores EXIF's
+    bitmap = await createImageBitmap(file); // turned as EXIF says, whatever is asked for
   } catch {
     return file; // the service says what is wrong with it
   }
