@@ -20,8 +20,6 @@ _ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process that asks the cloud whether it takes this machine away
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
-_BESIDE_THE_TASKS = 12
-"""Processes of Ray's own and of actors, for which no idle worker is ended: the next task would import everything again."""
 
 _SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by Ray in a submitted job, whose workers have the environment that it was submitted with."""
@@ -59,9 +57,7 @@ def local_ray(*, num_cpus: int | None = None, dashboard: bool = True, libraries:
         dashboard: without it, Ray is there seconds sooner.
         libraries: import Ray Data and Ray Train, which takes seconds too.
     """
-    cpus = num_cpus or os.cpu_count() or 1
-    kept = min(cpus + _BESIDE_THE_TASKS, 5 * cpus - 3)  # from 5 for each processor on, Ray writes a warning to stdout
-    for name, value in {**_ENVIRONMENT, "RAY_num_workers_soft_limit": str(kept)}.items():
+    for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     options = {"num_cpus": num_cpus, "_node_ip_address": "127.0.0.1", "include_dashboard": dashboard}
     with _session("local", options, libraries=libraries) as url:
