@@ -5,22 +5,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bench.uploads import (  # noqa: F401 -- tests of the service take them from here
-    animated,
-    base64_of,
-    chunk,
-    encoded,
-    encrypted_zip,
-    jpeg_of,
-    json_body,
-    linked_zip,
-    multipart,
-    picture,
-    png,
-    png_of,
-    zipped,
-)
-
 
 class Bomb:
     """Unpickled, it would leave a file."""

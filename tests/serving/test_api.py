@@ -13,6 +13,7 @@ import torch
 from starlette.testclient import TestClient
 from torch import Tensor
 
+from bench.uploads import base64_of, json_body, multipart, png, zipped
 from lr_ray.errors import RequestError, StorageError
 from lr_ray.serving.api import Service
 from lr_ray.serving.images import Upload, decode_uploads
@@ -20,7 +21,7 @@ from lr_ray.serving.problems import is_loopback
 from lr_ray.serving.store import Bounds, TaskStore
 from lr_ray.serving.tasks import Support
 from tests.serving.conftest import CATALOGUE, LIMITS
-from tests.serving.pictures import base64_of, features_of, json_body, multipart, png, zipped
+from tests.serving.pictures import features_of
 
 DARK, LIGHT, GREY = [png(i) for i in range(3)], [png(i, shade=190) for i in range(3)], [png(i, shade=90) for i in range(3)]
 SUPPORT = {"dark": DARK[:2], "light": LIGHT[:2]}

@@ -11,11 +11,11 @@ import httpx
 import pytest
 import torch
 
+from bench.uploads import png
 from lr_ray.errors import ConfigError, DataError, ServiceError
 from lr_ray.serving.api import Service, make_app
 from lr_ray.serving.client import Client
 from lr_ray.serving.keys import Keyring, add_key
-from tests.serving.pictures import png
 
 CLASSES = {'dark "1"/☃': [png(0), png(1)], "query": [png(i, shade=190) for i in range(2)]}
 URL = "http://127.0.0.1:8000"

@@ -23,6 +23,7 @@ from starlette.testclient import TestClient
 from torch import Tensor
 
 import lr_ray
+from bench.uploads import png
 from lr_ray.model import Model
 from lr_ray.serving.api import Service, make_app
 from lr_ray.serving.client import Client
@@ -32,7 +33,6 @@ from lr_ray.serving.multiplex import Multiplex
 from lr_ray.serving.store import TaskStore
 from lr_ray.vit.backbone import BackboneConfig, load_backbone
 from lr_ray.vit.lora import Adapter, AdapterSpec, LowRank
-from tests.serving.pictures import png
 
 PAGE = Path(str(importlib.resources.files("lr_ray.serving.page")))
 SAMPLE = PAGE / "sample"

@@ -15,13 +15,7 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from bench.hostile import hostile_requests
-from lr_ray.data.images import read_pixels
-from lr_ray.errors import RequestError
-from lr_ray.serving.bodies import read_episode, read_queries, read_support
-from lr_ray.serving.images import Limits, Upload, decode_uploads
-from tests.serving.conftest import LIMITS
-from tests.serving.pictures import (
-    Bomb,
+from bench.uploads import (
     animated,
     base64_of,
     chunk,
@@ -36,6 +30,12 @@ from tests.serving.pictures import (
     png_of,
     zipped,
 )
+from lr_ray.data.images import read_pixels
+from lr_ray.errors import RequestError
+from lr_ray.serving.bodies import read_episode, read_queries, read_support
+from lr_ray.serving.images import Limits, Upload, decode_uploads
+from tests.serving.conftest import LIMITS
+from tests.serving.pictures import Bomb
 
 GIF = encoded(picture(0), "GIF")
 SVG = b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"><script>alert(1)</script></svg>'

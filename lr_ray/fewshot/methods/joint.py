@@ -1,14 +1,10 @@
 """`joint`: plain supervision on the synthetic images, all classes at once, in the place of episodes."""
 
-from lr_ray.fewshot.methods import FeatureMethod
 from lr_ray.fewshot.methods.features import JOINT
-from lr_ray.fewshot.methods.nn_metric import MetaLoRASettings, centre_in_metric
+from lr_ray.fewshot.methods.nn_metric import meta_lora_method
 
-METHOD = FeatureMethod(
-    name="joint",
-    source="Hu et al., LoRA Recycle, CVPR 2025, arXiv 2412.02220: its ablation",
-    settings=MetaLoRASettings,
-    features=lambda _settings: JOINT,
-    head=lambda _settings, trained: centre_in_metric(trained),
-    metric=lambda settings: bool(settings.metric),
+METHOD = meta_lora_method(
+    "joint",
+    JOINT,
+    "Hu et al., LoRA Recycle, CVPR 2025, arXiv 2412.02220: its ablation",
 )

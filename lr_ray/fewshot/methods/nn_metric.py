@@ -38,6 +38,18 @@ def centre_in_metric(trained: Mapping[str, Tensor]) -> Head:
     return lambda support, labels, queries: nearest_centre(metric(support), labels, metric(queries))
 
 
+def meta_lora_method(name: str, features: str, source: str) -> FeatureMethod:
+    """Nearest class centre with a meta-LoRA that LR-Ray trained, in the metric that was kept with it."""
+    return FeatureMethod(
+        name=name,
+        source=source,
+        settings=MetaLoRASettings,
+        features=lambda _settings: features,
+        head=lambda _settings, trained: centre_in_metric(trained),
+        metric=lambda settings: bool(settings.metric),
+    )
+
+
 METHOD = FeatureMethod(
     name="nn-metric",
     source="a control of this project; the covariance within classes: Hatch et al., Interspeech 2006; the mean: SimpleShot",

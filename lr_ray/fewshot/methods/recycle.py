@@ -1,14 +1,10 @@
 """`recycle`: nearest class centre on the features of backbone + meta-LoRA, in their metric; the method of this project."""
 
-from lr_ray.fewshot.methods import FeatureMethod
 from lr_ray.fewshot.methods.features import RECYCLE
-from lr_ray.fewshot.methods.nn_metric import MetaLoRASettings, centre_in_metric
+from lr_ray.fewshot.methods.nn_metric import meta_lora_method
 
-METHOD = FeatureMethod(
-    name="recycle",
-    source="Hu et al., LoRA Recycle, CVPR 2025, arXiv 2412.02220, as docs/method.md changes it",
-    settings=MetaLoRASettings,
-    features=lambda _settings: RECYCLE,
-    head=lambda _settings, trained: centre_in_metric(trained),
-    metric=lambda settings: bool(settings.metric),
+METHOD = meta_lora_method(
+    "recycle",
+    RECYCLE,
+    "Hu et al., LoRA Recycle, CVPR 2025, arXiv 2412.02220, as docs/method.md changes it",
 )
