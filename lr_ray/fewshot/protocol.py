@@ -119,9 +119,7 @@ def layout_of(num_support: np.ndarray, num_query: int) -> tuple[np.ndarray, np.n
     return ways, is_query
 
 
-def draw_episodes(
-    labels: np.ndarray, shape: EpisodeShape | VaryingShape, *, num_episodes: int, seed: int
-) -> list[DrawnEpisode]:
+def draw_episodes(labels: np.ndarray, shape: TestShape, *, num_episodes: int, seed: int) -> list[DrawnEpisode]:
     """Seeded test episodes, the same for every method.
 
     Args:

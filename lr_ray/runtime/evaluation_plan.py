@@ -9,10 +9,9 @@ from lr_ray.config import ExperimentConfig
 from lr_ray.data.images import LabelledImages
 from lr_ray.data.load import load_data
 from lr_ray.errors import ConfigError
-from lr_ray.fewshot.episodes import EpisodeShape
 from lr_ray.fewshot.methods import ChosenMethod, FeatureMethod, Ingredient, TunedMethod, expand, find_method
 from lr_ray.fewshot.methods.features import RAW_PIXELS, needs_of
-from lr_ray.fewshot.protocol import VaryingShape, draw_episodes
+from lr_ray.fewshot.protocol import TestShape, draw_episodes
 from lr_ray.storage.adapters import list_adapters, read_adapter
 from lr_ray.storage.filesystem import exists, join, read_many
 from lr_ray.storage.manifest import CONFIG_NAME, digest_of
@@ -57,7 +56,7 @@ class EpisodesTask:
 
     config: ExperimentConfig
     label: str
-    shape: EpisodeShape | VaryingShape
+    shape: TestShape
     start: int
     stop: int
     uri: str
@@ -75,7 +74,7 @@ class Measurement:
     """
 
     chosen: ChosenMethod
-    shape: EpisodeShape | VaryingShape
+    shape: TestShape
     digest: str
     tasks: tuple[EpisodesTask, ...]
 
@@ -118,20 +117,20 @@ class EvaluationPlan:
             "precision": self.config.evaluation.precision,
         }
 
-    def reference(self, shape: EpisodeShape | VaryingShape) -> Measurement | None:
+    def reference(self, shape: TestShape) -> Measurement | None:
         """Recycling on this shape, whether it is to be measured or was; None if it cannot have been."""
         if not exists(join(self.config.meta_lora_root, CONFIG_NAME)):
             return None
         self._ingredient("meta_lora", REFERENCE)
         return self._measure(find_method(REFERENCE), shape)
 
-    def episodes_uri(self, shape: EpisodeShape | VaryingShape) -> str:
+    def episodes_uri(self, shape: TestShape) -> str:
         """Where the episodes of a shape are stored for other programs."""
         drawn = {"data": self._shared["data"], "shape": shape.model_dump(), "seed": self.config.seed}
         digest = digest_of({**drawn, "episodes": self.config.evaluation.episodes})
         return join(self._root, file_name(f"episodes-{shape.name}", digest, ".parquet"))
 
-    def _measure(self, chosen: ChosenMethod, shape: EpisodeShape | VaryingShape) -> Measurement:
+    def _measure(self, chosen: ChosenMethod, shape: TestShape) -> Measurement:
         evaluation, method = self.config.evaluation, chosen.method
         made_of: dict[str, Any] = {
             **self._shared,

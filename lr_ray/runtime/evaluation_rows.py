@@ -9,7 +9,7 @@ import numpy as np
 from lr_ray.errors import StorageError
 from lr_ray.fewshot.episodes import EpisodeShape
 from lr_ray.fewshot.evaluate import AccuracyReport, is_right, paired_difference
-from lr_ray.fewshot.protocol import DrawnEpisode, VaryingShape, draw_episodes
+from lr_ray.fewshot.protocol import DrawnEpisode, TestShape, draw_episodes
 from lr_ray.runtime.evaluation_plan import REFERENCE, EvaluationPlan, Measurement
 from lr_ray.storage.filesystem import join, list_uris, read_if_there
 from lr_ray.storage.measurements import read_predictions
@@ -53,7 +53,7 @@ def merge_rows(known: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) 
 def rows_of(plan: EvaluationPlan) -> list[dict[str, Any]]:
     """Of the measurements that are whole, compared with recycling if that was ever measured."""
     done = list_uris(join(plan.config.output_root, "evaluation"), suffix="")
-    references: dict[EpisodeShape | VaryingShape, tuple[str, np.ndarray]] = {}
+    references: dict[TestShape, tuple[str, np.ndarray]] = {}
     for shape in plan.config.evaluation.shapes:
         reference = plan.reference(shape)
         if reference is not None and all(task.uri in done for task in reference.tasks):
@@ -115,7 +115,7 @@ def _row(plan: EvaluationPlan, measurement: Measurement) -> tuple[dict[str, Any]
     return row, report.accuracies
 
 
-def _shape_keys(shape: EpisodeShape | VaryingShape, episodes: Sequence[DrawnEpisode]) -> dict[str, Any]:
+def _shape_keys(shape: TestShape, episodes: Sequence[DrawnEpisode]) -> dict[str, Any]:
     """What a row says of its episodes' shape; of a varying one the means, and the accuracy of guessing."""
     if isinstance(shape, EpisodeShape):
         return {"n_way": shape.n_way, "n_shot": shape.n_shot, "n_query": shape.n_query}
