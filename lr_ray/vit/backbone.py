@@ -103,7 +103,8 @@ def load_backbone(config: BackboneConfig, *, device: torch.device | str = "cpu")
     image_px = check_architecture(architecture, config)
     arguments["num_classes"] = 0
     if config.pretrained or config.weights is not None:
-        model, source = _load_pretrained(architecture, arguments | {"img_size": image_px}, config)
+        arguments |= {"img_size": image_px, "weight_init": "skip"}  # random weights would only be replaced
+        model, source = _load_pretrained(architecture, arguments, config)
     else:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
