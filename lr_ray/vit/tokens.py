@@ -8,6 +8,8 @@ from functools import partial
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
+from timm.layers import PatchEmbed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -110,7 +112,7 @@ def encode(
     if unknown := [layer for layer in keep_ratios if not 0 <= layer <= last]:
         raise ConfigError(f"keep_ratios: the backbone has blocks 0 to {last}, not {unknown[0]}; remove that key")
     num_prefix: int = model.num_prefix_tokens
-    tokens = _embed_patches(model, images)
+    tokens = embed_patches(model, images)
     positions = torch.arange(tokens.shape[1] - num_prefix, device=images.device).expand(images.shape[0], -1)
     if keep_indices is not None:
         positions = keep_indices.to(images.device)
@@ -135,9 +137,20 @@ def encode(
     return Encoding(features=features, patch_order=torch.cat([positions, *dropped], dim=1) if rank_patches else None)
 
 
-def _embed_patches(model: VisionTransformer, images: Tensor) -> Tensor:
-    """(B, N, D) tokens that enter the first block."""
-    tokens: Tensor = model.norm_pre(model._pos_embed(model.patch_embed(images)))
+def embed_patches(model: VisionTransformer, images: Tensor) -> Tensor:
+    """(B, 3, H, W) normalised images → (B, N, D) tokens that enter the first block.
+
+    Patches that do not overlap are a matrix product away from their tokens. As a convolution, which they are in timm, the
+    way back to the pixels takes a processor up to ten times as long.
+    """
+    embed = model.patch_embed
+    if type(embed) is PatchEmbed:
+        rows, columns = embed.grid_size
+        patches = images.unflatten(3, (columns, -1)).unflatten(2, (rows, -1)).permute(0, 2, 4, 1, 3, 5)
+        projected = embed.norm(F.linear(patches.flatten(3).flatten(1, 2), embed.proj.weight.flatten(1), embed.proj.bias))
+    else:
+        projected = embed(images)
+    tokens: Tensor = model.norm_pre(model._pos_embed(projected))
     return tokens
 
 
@@ -183,7 +196,7 @@ def attention_map(backbone: Backbone, images: Tensor, *, precision: Precision) -
     """
     model = backbone.model
     with torch.no_grad(), autocast(backbone.device, precision):
-        tokens = _embed_patches(model, backbone.normalize(images))
+        tokens = embed_patches(model, backbone.normalize(images))
         *before, last = model.blocks
         for block in before:
             tokens = _transform(block, _attend(block, tokens))

@@ -13,6 +13,7 @@ from lr_ray.fewshot.methods import Adapt, Adaptation, FewShotTask, MethodInputs,
 from lr_ray.fewshot.methods.episode_tuning import HeadStart, Tuning, episodes_at_once, tune_with_linear_heads, within_memory
 from lr_ray.section import Section
 from lr_ray.vit.backbone import autocast
+from lr_ray.vit.tokens import embed_patches
 
 
 class VPTSettings(Section):
@@ -55,7 +56,7 @@ def encode_prompted(model: VisionTransformer, images: Tensor, prompts: list[nn.P
     """
     num_prefix: int = model.num_prefix_tokens
     with torch.no_grad():
-        tokens = model.norm_pre(model._pos_embed(model.patch_embed(images)))
+        tokens = embed_patches(model, images)
     last, num_before = len(model.blocks) - 1, 0
     for index, block in enumerate(model.blocks):
         if index < len(prompts):

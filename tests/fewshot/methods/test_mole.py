@@ -56,7 +56,7 @@ def test_balance_holds_gates_together(inputs: MethodInputs, make_task: Callable[
             seen.extend(layer.logits[0].softmax(0).detach() for layer in module.modules() if hasattr(layer, "logits"))
 
         with method.method.adapt(inputs, method.settings) as adapt:
-            handle = inputs.backbone.model.patch_embed.register_forward_pre_hook(
+            handle = inputs.backbone.model.blocks[0].norm1.register_forward_pre_hook(
                 lambda *_args, watch=watch: watch(inputs.backbone.model, None)
             )
             adapt([task], [1])
