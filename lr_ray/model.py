@@ -52,8 +52,8 @@ class Model:
         """(N, D) float32 features on the CPU, in the metric if there is one.
 
         Args:
-            images: N of them. Of PIL images and files the short side is resized (bicubic) to the model's `image_px` and
-                the central square taken; a tensor is used as it is.
+            images: N of them. PIL images and files are turned as their EXIF says, their short side is resized (bicubic) to
+                the model's `image_px` and the central square taken; a tensor is used as it is.
 
         Raises:
             DataError: no images, an unreadable one, or a tensor of another shape or dtype.
