@@ -5,6 +5,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from lr_ray.config import RayConfig
 from lr_ray.data.folder import is_image
 from lr_ray.errors import AdapterError, DataError, LrRayError, RequestError, StorageError
-from lr_ray.model import load_parts
+from lr_ray.model import Model, load_parts
 from lr_ray.report.progress import Reporter
 from lr_ray.runtime.board import start_board
 from lr_ray.runtime.session import actor_pool, fields_of, ray_session, user_error, worker_device
@@ -89,11 +90,18 @@ class ClassificationActor:
     """Holds the backbone; classifies one piece at a time and commits its rows."""
 
     def __init__(self, job: ClassificationJob, config: RayConfig, board: Any) -> None:
-        parts = load_parts(job.meta_lora, worker_device(config))
         self._job, self._board, self._max_failures = job, board, config.max_failures
-        self._digest, self._model = parts.digest(), parts.merged()
+        self._device = worker_device(config)
         self._num_threads = max(_LEAST_THREADS, config.cpus_per_actor)
         self._limits = Limits()
+
+    @cached_property
+    def _model(self) -> Model:
+        """Loaded with the first piece: an error of a constructor would be tracebacks of Ray's, and no line."""
+        parts = load_parts(self._job.meta_lora, self._device)
+        if parts.digest() != self._job.model:
+            raise AdapterError(f"meta-LoRA {self._job.meta_lora} changed, or is another one on another machine; run again")
+        return parts.merged()
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """One row of `Piece` fields → num_rows, num_errors, error; one row."""
@@ -118,11 +126,9 @@ class ClassificationActor:
         return sum("error" in row for row in rows)
 
     def _begin(self, piece: Piece) -> None:
-        """Raise if another model is here, or if the piece cost too many workers: Ray Data would try it again for ever."""
+        """Raise if the piece cost too many workers: Ray Data would try it again for ever."""
         import ray
 
-        if self._digest != self._job.model:
-            raise AdapterError(f"meta-LoRA {self._job.meta_lora} changed, or is another one on another machine; run again")
         if ray.get(self._board.begin.remote(piece.uri, "")) > self._max_failures + 1:
             raise StorageError(
                 f"{piece.uri}: its worker was lost {self._max_failures + 1} times; memory ran out, or an image between "
@@ -132,9 +138,10 @@ class ClassificationActor:
     def _rows(self, piece: Piece) -> list[dict[str, Any]]:
         """Images are read and decoded while those before them are classified."""
         rows: list[dict[str, Any]] = []
+        batch_size = self._model.batch_size
         with ThreadPoolExecutor(self._num_threads) as pool:
             decoded = zip(piece.names, pool.map(self._decode, piece.names, piece.sizes), strict=True)
-            while part := list(islice(decoded, self._model.batch_size)):
+            while part := list(islice(decoded, batch_size)):
                 rows += self._answer(part)
         return rows
 

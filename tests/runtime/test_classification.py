@@ -9,6 +9,7 @@ from itertools import repeat
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from lr_ray.cli.main import app
@@ -167,7 +168,10 @@ def test_an_actor_gives_up_what_would_be_wrong_or_go_on_for_ever(meta_lora: str,
     with pytest.raises(StorageError, match=r"part\.parquet: its worker was lost 1 times; .* between 'a\.png' and 'gone\.png'"):
         ClassificationActor(job, config, board).commit(piece)
     with pytest.raises(AdapterError, match="changed, or is another one on another machine"):
-        ClassificationActor(replace(job, model="another"), config, board).commit(piece)
+        ClassificationActor(replace(job, model="another"), config, start_board()).commit(piece)
+    batch = {name: np.array([value]) for name, value in asdict(piece).items()}
+    absent = ClassificationActor(replace(job, meta_lora=str(folder)), config, start_board())(batch)
+    assert absent["error"][0].startswith(f"{folder} is no adapter")
 
 
 REFUSED: dict[str, tuple[dict[str, str], str]] = {
