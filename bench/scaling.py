@@ -24,9 +24,9 @@ from bench.driver_memory import make_library
 from lr_ray.config import ExperimentConfig, RayConfig
 from lr_ray.report.progress import Reporter
 from lr_ray.runtime.board import start_board
-from lr_ray.runtime.inversion import InversionActor, actor_pool
+from lr_ray.runtime.inversion import InversionActor
 from lr_ray.runtime.inversion_plan import InversionItem, plan_inversion
-from lr_ray.runtime.session import ray_session
+from lr_ray.runtime.session import actor_pool, ray_session
 from lr_ray.storage.manifest import versions
 
 RESULTS = Path(__file__).parent / "results"

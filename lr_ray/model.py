@@ -19,7 +19,7 @@ from lr_ray.fewshot.protonet import class_centres, prototype_logits
 from lr_ray.section import Section
 from lr_ray.storage.adapters import read_adapter
 from lr_ray.storage.filesystem import join
-from lr_ray.storage.manifest import MANIFEST_NAME, read_meta_lora_manifest
+from lr_ray.storage.manifest import MANIFEST_NAME, digest_of, read_meta_lora_manifest
 from lr_ray.storage.metric import read_metric
 from lr_ray.vit.backbone import Backbone, BackboneConfig, Precision, load_backbone
 from lr_ray.vit.lora import Adapter, check_adapter, merge
@@ -52,8 +52,8 @@ class Model:
         """(N, D) float32 features on the CPU, in the metric if there is one.
 
         Args:
-            images: N of them. Of PIL images and files the short side is resized (bicubic) to the model's `image_px` and
-                the central square taken; a tensor is used as it is.
+            images: N of them. PIL images and files are turned as their EXIF says, their short side is resized (bicubic) to
+                the model's `image_px` and the central square taken; a tensor is used as it is.
 
         Raises:
             DataError: no images, an unreadable one, or a tensor of another shape or dtype.
@@ -161,6 +161,21 @@ class Parts:
     manifest: dict[str, Any]
     evaluation: EvaluationConfig
 
+    def digest(self, precision: Precision | None = None) -> str:
+        """SHA-256 of all that features depend on but the device, so that it is the same wherever the model is loaded.
+
+        Args:
+            precision: as it is asked for (`auto` stays `auto`); None for that of the run.
+        """
+        passes = precision or self.evaluation.precision
+        return digest_of([self.backbone.identity, self.adapter.spec.digest, self.manifest.get("metric"), passes])
+
+    def merged(self) -> Model:
+        """The model. W + ΔW stands in place of W in the backbone of these parts from then on."""
+        merge(self.backbone.model, self.adapter.updates())
+        passes = self.evaluation
+        return Model(backbone=self.backbone, precision=passes.precision, batch_size=passes.batch_size, metric=self.metric)
+
 
 def load(path: str | os.PathLike[str], device: str = "cpu") -> Model:
     """The backbone that a meta-LoRA was trained on, with the meta-LoRA merged into it.
@@ -175,10 +190,7 @@ def load(path: str | os.PathLike[str], device: str = "cpu") -> Model:
         ConfigError: no such device.
         StorageError: not readable.
     """
-    parts = load_parts(path, device)
-    merge(parts.backbone.model, parts.adapter.updates())
-    evaluation = parts.evaluation
-    return Model(backbone=parts.backbone, precision=evaluation.precision, batch_size=evaluation.batch_size, metric=parts.metric)
+    return load_parts(path, device).merged()
 
 
 def load_parts(path: str | os.PathLike[str], device: str = "cpu") -> Parts:

@@ -1,7 +1,9 @@
 """A folder of class folders."""
 
 import hashlib
-from pathlib import Path
+import io
+from collections.abc import Callable, Iterable
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 from PIL import Image
@@ -12,33 +14,51 @@ from lr_ray.errors import DataError
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
+def is_image(name: str) -> bool:
+    """By the end of its name."""
+    return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
+
+
 def load_folder(folder: Path) -> LabelledImages:
     """Each sub-folder is a class, each image file in it (not deeper) an image of that class.
 
     Raises:
         DataError: no sub-folder with images.
     """
-    classes = {
-        child.name: sorted(file for file in child.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
-        for child in sorted(folder.iterdir())
-        if child.is_dir()
-    }
-    classes = {name: files for name, files in classes.items() if files}
-    if not classes:
-        raise DataError(f"data {folder}: no class folders with images in it; expected {folder}/CLASS/IMAGE.png")
-    files = [file for members in classes.values() for file in members]
+    files = (file for child in folder.iterdir() if child.is_dir() for file in child.iterdir())
+    names = [file.relative_to(folder).as_posix() for file in files]
+    return class_folders(str(folder), names, lambda name: (folder / name).read_bytes())
+
+
+def class_folders(root: str, names: Iterable[str], read: Callable[[str], bytes]) -> LabelledImages:
+    """As `load_folder`, of a folder that may be anywhere.
+
+    Args:
+        root: the folder.
+        names: of its files, relative to it; those that are not CLASS/IMAGE are left out.
+        read: name → content.
+
+    Raises:
+        DataError: none is CLASS/IMAGE.
+    """
+    parts = [tuple(name.split("/")) for name in names if is_image(name)]
+    members = sorted(found for found in parts if len(found) == 2)
+    if not members:
+        raise DataError(f"data {root}: no class folders with images in it; expected {root}/CLASS/IMAGE.png")
+    files = ["/".join(found) for found in members]
+    class_names, labels = np.unique([found[0] for found in members], return_inverse=True)
 
     def digest() -> str:
         total = hashlib.sha256()
         for file in files:
-            total.update(f"{file.relative_to(folder)}|".encode() + hashlib.sha256(file.read_bytes()).digest())
+            total.update(f"{file}|".encode() + hashlib.sha256(read(file)).digest())
         return total.hexdigest()
 
     return LabelledImages(
-        name=f"{folder.parent.name}/{folder.name}" if folder.parent.name else folder.name,
-        class_names=tuple(classes),
-        labels=np.repeat(np.arange(len(classes)), [len(members) for members in classes.values()]),
-        describe=lambda index: str(files[index]),
-        open_image=lambda index: Image.open(files[index]),
+        name="/".join(part for part in PurePosixPath(root).parts[-2:] if part != "/"),
+        class_names=tuple(str(name) for name in class_names),
+        labels=labels,
+        describe=lambda index: f"{root}/{files[index]}",
+        open_image=lambda index: Image.open(io.BytesIO(read(files[index]))),
         digest=digest,
     )

@@ -1,18 +1,22 @@
 """Real labelled images, whatever they come from."""
 
+import struct
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from lr_ray.errors import DataError
 from lr_ray.section import ClassPatterns, Section, match_classes
 
 MAX_PIXELS = 50_000_000
+_UNREADABLE_EXIF = (KeyError, SyntaxError, TypeError, ValueError, ZeroDivisionError, struct.error)
+"""What Pillow raises on EXIF that it cannot read, as it catches it itself where it looks for a JPEG's resolution."""
 
 
 class DataConfig(Section):
@@ -51,7 +55,7 @@ class LabelledImages:
         return len(self.labels)
 
     def pixels(self, indices: Sequence[int] | np.ndarray, image_px: int) -> Tensor:
-        """(n, 3, image_px, image_px) uint8: RGB, short side resized (bicubic), centre cropped.
+        """(n, 3, image_px, image_px) uint8: RGB, turned as EXIF says, short side resized (bicubic), centre cropped.
 
         Raises:
             DataError: an image that does not decode, or is too large to be one.
@@ -90,7 +94,7 @@ class LabelledImages:
 def read_pixels(
     indices: Iterable[int], image_px: int, *, open_image: Callable[[int], Image.Image], describe: Callable[[int], str]
 ) -> Tensor:
-    """(n, 3, image_px, image_px) uint8: RGB, short side resized (bicubic), centre cropped.
+    """(n, 3, image_px, image_px) uint8: RGB, turned as EXIF says, short side resized (bicubic), centre cropped.
 
     Args:
         indices: n of them, at least one.
@@ -125,8 +129,16 @@ def read_pixels(
 
 
 def square_pixels(image: Image.Image, image_px: int) -> Tensor:
-    """(3, image_px, image_px) uint8: RGB, short side resized (bicubic), centre cropped."""
-    return torch.from_numpy(np.array(fit_square(image.convert("RGB"), image_px))).permute(2, 0, 1)
+    """(3, image_px, image_px) uint8: RGB, turned as EXIF says, short side resized (bicubic), centre cropped."""
+    return torch.from_numpy(np.array(fit_square(upright(image), image_px))).permute(2, 0, 1)
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """A copy in RGB, turned as its EXIF orientation says; EXIF that cannot be read says nothing, as in a browser."""
+    copied = image.convert("RGB")
+    with suppress(*_UNREADABLE_EXIF):
+        ImageOps.exif_transpose(copied, in_place=True)
+    return copied
 
 
 def fit_square(image: Image.Image, side_px: int) -> Image.Image:

@@ -3,7 +3,7 @@
 import hashlib
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,14 +14,14 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
-from lr_ray.config import ExperimentConfig, RayConfig
+from lr_ray.config import ExperimentConfig
 from lr_ray.errors import InversionError, LrRayError, StorageError
 from lr_ray.inversion.invert import invert
 from lr_ray.inversion.priors import BatchNormPrior, load_prior
 from lr_ray.report.progress import Reporter
 from lr_ray.runtime.board import StepWriter, read_board, start_board
 from lr_ray.runtime.inversion_plan import PARTIAL, InversionItem, committed, plan_inversion
-from lr_ray.runtime.session import ray_session, user_error, worker_device
+from lr_ray.runtime.session import actor_pool, fields_of, ray_session, user_error, worker_device
 from lr_ray.storage.adapters import read_adapter
 from lr_ray.storage.filesystem import delete, exists, read_if_there, write_bytes
 from lr_ray.storage.synthetic import read_rows, write_synthetic
@@ -30,8 +30,6 @@ from lr_ray.vit.lora import check_adapter
 
 if TYPE_CHECKING:
     from ray.data import Dataset
-
-_MOST_BLOCKS = 4000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,7 +61,7 @@ class InversionActor:
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """One row of `InversionItem` fields → adapter_id, uri, num_images, loss_ce, error; one row."""
-        item = item_of(batch)
+        item = InversionItem(**fields_of(batch))
         try:
             rows = self.commit(item)
             num_images, loss_ce, error = rows.num_rows, pa.compute.mean(rows["loss_ce"]).as_py(), ""
@@ -125,12 +123,7 @@ class ImageActor:
 
     def __call__(self, batch: dict[str, Any]) -> pa.Table:
         """One row of `InversionItem` fields → the rows of its file."""
-        return self._actor.commit(item_of(batch))
-
-
-def item_of(batch: dict[str, Any]) -> InversionItem:
-    """The item in a batch of one row."""
-    return InversionItem(**{name: values.tolist()[0] for name, values in batch.items()})
+        return self._actor.commit(InversionItem(**fields_of(batch)))
 
 
 class PartialFile:
@@ -252,31 +245,3 @@ def load_prior_of(config: ExperimentConfig, device: str) -> BatchNormPrior | Non
     """What the config's inversion looks at its images with, if it does."""
     name = config.inversion.prior_in_use
     return None if name is None else load_prior(name, device=device)
-
-
-def actor_pool(items: Sequence[InversionItem], config: RayConfig, actor: type, *arguments: Any) -> "Dataset":
-    """What actors make of the items, as they finish; Ray Data runs an item again whose actor or node was lost.
-
-    Args:
-        actor: a class, called with a batch of one row of `InversionItem` fields.
-        arguments: of its constructor.
-    """
-    import ray
-    from ray.data import ActorPoolStrategy, DataContext
-
-    DataContext.get_current().enable_progress_bars = False
-    cluster = ray.cluster_resources()
-    fits = int(cluster.get("CPU", 1) // config.cpus_per_actor)
-    if config.num_gpus_per_actor:
-        fits = min(fits, int(cluster.get("GPU", 0) / config.num_gpus_per_actor))
-    largest = max(config.min_actors, min(len(items), config.max_actors or fits))
-    rows = ray.data.from_items([asdict(item) for item in items], override_num_blocks=min(len(items), _MOST_BLOCKS))
-    found: Dataset = rows.map_batches(
-        actor,
-        fn_constructor_args=arguments,
-        batch_size=1,
-        num_cpus=config.cpus_per_actor,
-        num_gpus=config.num_gpus_per_actor,
-        compute=ActorPoolStrategy(min_size=config.min_actors, max_size=largest, initial_size=largest),
-    )
-    return found

@@ -4,11 +4,14 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lr_ray.errors import ClusterError, LrRayError
 
 if TYPE_CHECKING:  # torch takes seconds to import, and some of Ray's processes have no need of it
+    from ray.data import Dataset
+
     from lr_ray.config import RayConfig
     from lr_ray.report.progress import Reporter
 
@@ -23,6 +26,8 @@ _ENVIRONMENT = {
 
 _SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by Ray in a submitted job, whose workers have the environment that it was submitted with."""
+
+_MOST_BLOCKS = 4000
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -131,6 +136,40 @@ def map_tasks(
             yield item, ray.get(finished)
         except ray.exceptions.RayError as error:
             yield item, user_error(error)
+
+
+def actor_pool(items: Sequence[Any], config: "RayConfig", actor: type, *arguments: Any) -> "Dataset":
+    """What actors make of the items, as they finish; Ray Data runs an item again whose actor or node was lost.
+
+    Args:
+        items: dataclasses.
+        actor: a class, called with a batch of one row of an item's fields.
+        arguments: of its constructor.
+    """
+    import ray
+    from ray.data import ActorPoolStrategy, DataContext
+
+    DataContext.get_current().enable_progress_bars = False
+    cluster = ray.cluster_resources()
+    fits = int(cluster.get("CPU", 1) // config.cpus_per_actor)
+    if config.num_gpus_per_actor:
+        fits = min(fits, int(cluster.get("GPU", 0) / config.num_gpus_per_actor))
+    largest = max(config.min_actors, min(len(items), config.max_actors or fits))
+    rows = ray.data.from_items([asdict(item) for item in items], override_num_blocks=min(len(items), _MOST_BLOCKS))
+    found: Dataset = rows.map_batches(
+        actor,
+        fn_constructor_args=arguments,
+        batch_size=1,
+        num_cpus=config.cpus_per_actor,
+        num_gpus=config.num_gpus_per_actor,
+        compute=ActorPoolStrategy(min_size=config.min_actors, max_size=largest, initial_size=largest),
+    )
+    return found
+
+
+def fields_of(batch: dict[str, Any]) -> dict[str, Any]:
+    """The fields of the item in a batch of one row."""
+    return {name: values.tolist()[0] for name, values in batch.items()}
 
 
 def work_through(

@@ -79,6 +79,16 @@ def decode_uploads(uploads: Sequence[Upload], image_px: int, limits: Limits) -> 
     return torch.stack([_pixels(upload, image, image_px) for upload, image in zip(uploads, opened, strict=True)])
 
 
+def check_bytes(name: str, num_bytes: int, limits: Limits) -> None:
+    """Raise where an encoded image has more bytes than one may have.
+
+    Raises:
+        RequestError: 413.
+    """
+    if num_bytes > limits.image_bytes:
+        raise RequestError(f"image {shown(name)} has {num_bytes} bytes; at most {limits.image_bytes} are allowed", 413)
+
+
 def shown(name: str) -> str:
     """A stranger's name, as a message quotes it: printable, and not long."""
     return repr(name if len(name) <= 60 else name[:59] + "…")
@@ -87,8 +97,7 @@ def shown(name: str) -> str:
 def _open(upload: Upload, limits: Limits) -> Image.Image:
     """The image with nothing but its header read."""
     what, content = f"image {shown(upload.name)}", upload.content
-    if len(content) > limits.image_bytes:
-        raise RequestError(f"{what} has {len(content)} bytes; at most {limits.image_bytes} are allowed", 413)
+    check_bytes(upload.name, len(content), limits)
     kind = _format_of(content)
     if kind is None:
         raise RequestError(f"{what} is no PNG, JPEG or WebP; {_UNLIKE}", 415)

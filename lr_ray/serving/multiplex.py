@@ -83,8 +83,7 @@ class Multiplex:
 def load_multiplex(meta_loras: Mapping[str, str], device: str = "cpu", *, precision: Precision | None = None) -> Multiplex:
     """The meta-LoRAs, and their backbone as `backbone`.
 
-    A digest covers all that features depend on but the device, so that it is the same in every process that loads them;
-    of the precision as it is asked for (`auto` stays `auto`).
+    Digests are those of `Parts.digest`.
 
     Args:
         meta_loras: folders or URIs by name; the first is the default.
@@ -115,8 +114,7 @@ def load_multiplex(meta_loras: Mapping[str, str], device: str = "cpu", *, precis
             metric=parts.metric,
         )
         adapters[name] = parts.adapter
-        made_of = [first.identity, parts.adapter.spec.digest, parts.manifest.get("metric"), passes]
-        served.append(ServedModel(name=name, digest=digest_of(made_of)))
+        served.append(ServedModel(name=name, digest=parts.digest(precision)))
     default = next(iter(models.values()))
     backbone = ServedModel(name=BACKBONE, digest=digest_of([default.backbone.identity, default.precision]))
     catalogue = Catalogue(models=(*served, backbone), num_features=default.backbone.num_features)

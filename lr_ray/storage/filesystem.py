@@ -242,15 +242,43 @@ def list_sizes(uri: str) -> dict[str, int]:
         StorageError: it, or a folder below it, cannot be listed.
     """
 
-    def sizes(store: AbstractFileSystem, path: str) -> dict[str, int]:
-        root = path.rstrip("/") + "/"
-        with _absent_is_fine():
-            found = store.find(root, detail=True)
-            files = sorted(file for file in found if file.startswith(root) and not file.endswith("/"))
-            return {file.removeprefix(root): _known_size(found[file]) for file in files}
-        return {}
+    return _run("list", uri, _sizes, _local_sizes)
 
-    return _run("list", uri, sizes, _local_sizes)
+
+def _sizes(store: AbstractFileSystem, path: str) -> dict[str, int]:
+    root = path.rstrip("/") + "/"
+    with _absent_is_fine():
+        found = store.find(root, detail=True)
+        files = sorted(file for file in found if file.startswith(root) and not file.endswith("/"))
+        return {file.removeprefix(root): _known_size(found[file]) for file in files}
+    return {}
+
+
+def list_marks(uri: str) -> dict[str, tuple[int, str]]:
+    """As `list_sizes`, for millions of files; beside the bytes S3's ETag, elsewhere an empty string."""
+
+    def unmarked(sizes: dict[str, int]) -> dict[str, tuple[int, str]]:
+        return {name: (size, "") for name, size in sizes.items()}
+
+    def marks(store: AbstractFileSystem, path: str) -> dict[str, tuple[int, str]]:
+        return dict(_s3_marks(store, path)) if "s3" in store.protocol else unmarked(_sizes(store, path))
+
+    return _run("list", uri, marks, lambda path: unmarked(_local_sizes(path)))
+
+
+def _s3_marks(store: AbstractFileSystem, path: str) -> Iterator[tuple[str, tuple[int, str]]]:
+    """By the page: `find` holds 1 to 10 kB of each file until all are there, this 260 bytes."""
+    bucket, _, key = path.partition("/")
+    prefix = key.rstrip("/") + "/" if key else ""
+    after: dict[str, str] = {}
+    while True:
+        page = store.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, **after)
+        for found in page.get("Contents", ()):
+            if not found["Key"].endswith("/"):
+                yield found["Key"].removeprefix(prefix), (found["Size"], found["ETag"])
+        if not page["IsTruncated"]:
+            return
+        after = {"ContinuationToken": page["NextContinuationToken"]}
 
 
 def _local_sizes(root: str) -> dict[str, int]:

@@ -33,7 +33,7 @@ OPTIONS = {
         "--config", "-c", "--set", "--data", "--classes", "--adapters", "--output", "-o", "--method",
         "--cluster", "--up", "--json",
     },
-    "classify": {"META_LORA", "--support", "--query", "--reject", "--temperature", "--json"},
+    "classify": {"META_LORA", "--support", "--query", "--reject", "--temperature", "--output", "-o", "--json"},
     "export": {"META_LORA", "--format", "--to", "--json"},
     "push": {"META_LORA", "REPO_ID", "--format", "--private", "--dry-run", "--json"},
     "report": {"--config", "-c", "--set", "--synthetic", "--output", "-o", "--watch", "--json"},

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from lr_ray.cli.main import app
-from PIL import Image
+from PIL import ExifTags, Image
 from typer.testing import CliRunner, Result
 
 import lr_ray
@@ -85,6 +85,18 @@ def test_one_image_and_another_temperature(meta_lora: str, folders: tuple[Path, 
     assert 0.5 <= flat["probability"] < 0.6 < row["probability"]
 
 
+def test_a_photograph_is_classified_as_it_is_shown(meta_lora: str, folders: tuple[Path, Path]):
+    support, query = folders
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.fromarray(np.random.default_rng(7).integers(0, 255, (30, 44, 3), np.uint8)).save(query / "turned.jpg", exif=exif)
+    Image.open(query / "turned.jpg").transpose(Image.Transpose.ROTATE_270).save(query / "upright.png")
+    Image.open(query / "turned.jpg").save(query / "lying.png")
+    found = answer("classify", meta_lora, "--support", support, "--query", query)["results"]
+    rows = {row.pop("file"): row for row in found}
+    assert rows["turned.jpg"] == rows["upright.png"] != rows["lying.png"]
+
+
 def test_what_cannot_be_classified_is_one_line(meta_lora: str, folders: tuple[Path, Path], tmp_path: Path):
     support, query = folders
     (tmp_path / "empty").mkdir()
@@ -101,6 +113,7 @@ def test_what_cannot_be_classified_is_one_line(meta_lora: str, folders: tuple[Pa
         ((support, tmp_path / "empty"), "no images in it"),
         ((support, tmp_path / "bad"), "x.png does not decode"),
         ((tmp_path / "single", query, "--reject"), "every class in"),
+        ((support, "s3://bucket/images"), "only a batch job reads images from there; add --output"),
     ):
         done = run("classify", meta_lora, "--support", arguments[0], "--query", *arguments[1:])
         assert isinstance(done.exception, DataError) or "--query" in message, done.exception

@@ -22,8 +22,9 @@ from lr_ray.config import ExperimentConfig
 from lr_ray.errors import AdapterError, InversionError, StorageError
 from lr_ray.report.progress import UnderWay
 from lr_ray.runtime.board import Board, start_board
-from lr_ray.runtime.inversion import InversionActor, PartialFile, actor_pool, invert_library
+from lr_ray.runtime.inversion import InversionActor, PartialFile, invert_library
 from lr_ray.runtime.inversion_plan import plan_inversion
+from lr_ray.runtime.session import actor_pool
 from lr_ray.storage.adapters import list_adapters, read_adapters
 from lr_ray.storage.synthetic import list_synthetic, read_pool
 from tests.jobs import QUIET, changed, kill_worker, snapshot

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from starlette.testclient import TestClient
 
 from bench.hostile import hostile_requests
@@ -59,6 +59,40 @@ def test_pixels_are_those_of_files(mode: str, kind: str):
         pytest.skip(f"{kind} has no {mode}")
     expected = read_pixels([0], 16, open_image=lambda _: Image.open(io.BytesIO(content)), describe=str)
     assert torch.equal(decode_uploads([Upload(name="x.gif", content=content)], 16, Limits()), expected)
+
+
+TURNS = {
+    1: None,
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+    9: None,
+}  # which way a photograph of each EXIF orientation is to be turned; 9 is none
+
+
+@pytest.mark.parametrize("orientation", TURNS)
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_photographs_are_turned_as_exif_says(orientation: int, kind: str):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    picture(3, size=(50, 31)).save(photograph := io.BytesIO(), kind, exif=exif)
+    stored = Image.open(io.BytesIO(encoded(picture(3, size=(50, 31)), kind))).convert("RGB")
+    turn = TURNS[orientation]
+    expected = read_pixels([0], 16, open_image=lambda _: stored if turn is None else stored.transpose(turn), describe=str)
+    assert torch.equal(decode_uploads([Upload(name="", content=photograph.getvalue())], 16, Limits()), expected)
+    assert torch.equal(read_pixels([0], 16, open_image=lambda _: Image.open(photograph), describe=str), expected)
+
+
+def test_exif_that_cannot_be_read_says_nothing():
+    picture(3).save(content := io.BytesIO(), "JPEG", exif=b"Exif\0\0no TIFF at all")
+    found, expected = (
+        decode_uploads([Upload(name="", content=c)], 16, Limits()) for c in (content.getvalue(), encoded(picture(3), "JPEG"))
+    )
+    assert torch.equal(found, expected)
 
 
 def test_a_photograph_of_two_views_shows_its_first():

@@ -16,6 +16,7 @@ from lr_ray.storage.filesystem import (
     file_size,
     join,
     list_files,
+    list_marks,
     list_sizes,
     list_uris,
     open_file,
@@ -184,6 +185,7 @@ def test_sizes(tmp_path: Path, scheme: str):
     (tmp_path / "link").symlink_to("b/c.bin")
     os.mkfifo(tmp_path / "pipe")
     assert list_sizes(root) == {"a": 0, "b/c.bin": 4, "link": 4}
+    assert list_marks(root) == {"a": (0, ""), "b/c.bin": (4, ""), "link": (4, "")}
     assert [file_size(f"{root}/{name}") for name in ("a", "b/c.bin", "link")] == [0, 4, 4]
     assert [file_size(f"{root}/{name}") for name in ("b", "pipe", "absent", "a/below", "b/self")] == [None] * 5
     with open_file(f"{root}/b/c.bin") as file:

@@ -21,6 +21,7 @@ from lr_ray.storage.filesystem import (
     delete,
     exists,
     list_files,
+    list_marks,
     list_uris,
     read_bytes,
     read_if_there,
@@ -85,6 +86,28 @@ def test_what_another_process_writes_is_seen(bucket: str) -> None:
     boto3.client("s3").put_object(Bucket=bucket[5:], Key="a.bin", Body=b"one")
     assert list_files(bucket, suffix="") == ["a.bin"]
     assert read_bytes(f"{bucket}/a.bin") == b"one"
+
+
+def test_marks_come_by_the_page_and_differ_with_the_content(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = get_filesystem_class("s3")
+    call = store.call_s3
+    monkeypatch.setattr(store, "call_s3", lambda self, *words, **options: call(self, *words, **options, MaxKeys=2))
+    for name in ("a/z.png", "a.png", "a/b/ü+ %.png", "a/folder/", "ab.png", "a/y.png"):
+        boto3.client("s3").put_object(Bucket=bucket.removeprefix("s3://"), Key=f"q/{name}", Body=name.encode())
+
+    marks = list_marks(f"{bucket}/q")
+
+    assert [(name, size) for name, (size, _) in marks.items()] == [
+        (name, len(name.encode())) for name in ("a.png", "a/b/ü+ %.png", "a/y.png", "a/z.png", "ab.png")
+    ]
+    assert list_marks(f"{bucket}/q/a/").keys() == {"b/ü+ %.png", "y.png", "z.png"}
+    assert list_marks(bucket).keys() == {f"q/{name}" for name in marks}
+    assert list_marks(f"{bucket}/absent") == {}
+    write_bytes(f"{bucket}/q/ab.png", b"AB.png")
+    changed = list_marks(f"{bucket}/q")
+    assert {name for name in marks if marks[name] != changed[name]} == {"ab.png"}
+    with pytest.raises(StorageError, match="cannot list s3://absent-bucket: there is no bucket 'absent-bucket'"):
+        list_marks("s3://absent-bucket")
 
 
 def test_list_files_is_recursive_sorted_and_relative(bucket: str) -> None:
