@@ -33,6 +33,14 @@ def markdown(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def variant_of(row: Row) -> str:
+    """The cell, for its own meta-LoRA; else the method."""
+    method, _, options = row["method"].partition(":")
+    if method != "recycle":
+        return str(row["method"])
+    return f"{row['cell']}, {options}" if options else str(row["cell"])
+
+
 def interval(row: Row) -> str:
     return f"{row['accuracy']:.2f} ± {row['ci95']:.2f}"
 
@@ -46,7 +54,7 @@ def main() -> None:
         rows = json.loads((folder / "results.json").read_text())
         shutil.copy(folder / "results.json", RESULTS / f"{folder.name}.json")
         if "cell" in rows[0]:
-            named = [row | {"variant": row["cell"] if row["method"] == "recycle" else row["method"]} for row in rows]
+            named = [row | {"variant": variant_of(row)} for row in rows]
             print(f"{folder.name}\n\n{markdown(named)}\n")
             shutil.copy(folder / "gain.png", PICTURES / f"{folder.name}.png")
             continue
