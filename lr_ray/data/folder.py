@@ -19,6 +19,19 @@ def is_image(name: str) -> bool:
     return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
 
 
+def check_names(root: str, names: Iterable[str]) -> None:
+    """Raise where a name could not be written down.
+
+    Raises:
+        DataError: it is not UTF-8.
+    """
+    for name in names:
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"{root}: the file name {name!r} is not UTF-8; rename it") from error
+
+
 def load_folder(folder: Path) -> LabelledImages:
     """Each sub-folder is a class, each image file in it (not deeper) an image of that class.
 
@@ -39,13 +52,14 @@ def class_folders(root: str, names: Iterable[str], read: Callable[[str], bytes])
         read: name → content.
 
     Raises:
-        DataError: none is CLASS/IMAGE.
+        DataError: none is CLASS/IMAGE, or a name is not UTF-8.
     """
     parts = [tuple(name.split("/")) for name in names if is_image(name)]
     members = sorted(found for found in parts if len(found) == 2)
     if not members:
         raise DataError(f"data {root}: no class folders with images in it; expected {root}/CLASS/IMAGE.png")
     files = ["/".join(found) for found in members]
+    check_names(root, files)
     class_names, labels = np.unique([found[0] for found in members], return_inverse=True)
 
     def digest() -> str:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lr_ray.config import RayConfig
-from lr_ray.data.folder import is_image
+from lr_ray.data.folder import check_names, is_image
 from lr_ray.errors import AdapterError, DataError, LrRayError, RequestError, StorageError
 from lr_ray.model import Model, load_parts
 from lr_ray.report.progress import Reporter
@@ -129,6 +129,10 @@ class ClassificationActor:
         """Raise if the piece cost too many workers: Ray Data would try it again for ever."""
         import ray
 
+        if "://" not in self._job.query and not os.path.isdir(self._job.query):
+            raise StorageError(
+                f"--query {self._job.query} is not on node {ray.util.get_node_ip_address()}; give what all nodes see"
+            )
         if ray.get(self._board.begin.remote(piece.uri, "")) > self._max_failures + 1:
             raise StorageError(
                 f"{piece.uri}: its worker was lost {self._max_failures + 1} times; memory ran out, or an image between "
@@ -220,6 +224,12 @@ def classify_prefix(
     if todo:
         with ray_session(_ray_config()):
             errors += _classify_all(todo, job, reporter)
+        written = list_uris(join(output, ROWS), suffix=".parquet")
+        if lost := [piece.uri for piece in todo if piece.uri not in written]:
+            raise StorageError(
+                f"{len(lost)} files, such as {lost[0]}, were written on nodes that do not share {output}; give an --output "
+                "that all nodes see, such as s3://bucket/answers"
+            )
     return ClassificationReport(output=join(output, ROWS), files=len(pieces), rows=len(marks), errors=errors)
 
 
@@ -230,11 +240,7 @@ def _list_images(query: str) -> dict[str, tuple[int, str]]:
     marks = {name: mark for name, mark in list_marks(query).items() if is_image(name)}
     if not marks:
         raise DataError(f"--query {query}: no images below it; give a folder of images, or a URI such as s3://bucket/images")
-    for name in marks:
-        try:
-            name.encode()
-        except UnicodeEncodeError as error:
-            raise DataError(f"--query {query}: the file name {name!r} is not UTF-8; rename it") from error
+    check_names(f"--query {query}", marks)
     return marks
 
 
@@ -256,7 +262,8 @@ def _ray_config() -> RayConfig:
 
 def _share_of(nodes: Sequence[dict[str, Any]], config: RayConfig) -> RayConfig:
     """What an actor takes: where nodes have GPUs, one and its part of the node's processors; else a processor."""
-    found = [node["Resources"] for node in nodes if node["Alive"] and node["Resources"].get("GPU", 0) >= 1]
+    alive = [node["Resources"] for node in nodes if node["Alive"]]
+    found = [resources for resources in alive if min(resources.get("GPU", 0), resources.get("CPU", 0)) >= 1]
     if not found:
         return config
     cpus = min(int(resources.get("CPU", 0) // resources["GPU"]) for resources in found)

@@ -80,7 +80,8 @@ def _session(address: str, options: dict[str, Any], *, libraries: bool = True) -
         context = ray.init(address, logging_level="error", log_to_driver=False, **options)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise ClusterError(
-            f"Ray at {address!r}: {error}; ray.address is 'local', 'auto' or the address of a running cluster"
+            f"Ray at {address!r}: {' '.join(str(error).split())}; the address (ray.address, or RAY_ADDRESS) is 'local', 'auto' "
+            "or host:port of a running cluster"
         ) from error
     if libraries:
         import ray.data

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lr_ray.data.folder import class_folders, is_image, load_folder
 from lr_ray.data.images import LabelledImages
 from lr_ray.errors import DataError
@@ -39,11 +41,11 @@ def embed_support(model: Model, labelled: LabelledImages, *, reject: bool) -> Su
         DataError: an image that does not decode; with `reject`, no class has two images that differ.
     """
     names = [labelled.class_names[label] for label in labelled.labels]
-    task = Support.of(model.embed(labelled.pixels(range(len(labelled)), model.backbone.image_px)), names)
+    image_px, batch = model.backbone.image_px, model.batch_size
+    parts = [range(start, min(start + batch, len(labelled))) for start in range(0, len(labelled), batch)]
+    task = Support.of(torch.cat([model.embed(labelled.pixels(part, image_px)) for part in parts]), names)
     if reject and task.threshold is None:
-        raise DataError(
-            f"--reject: every class in {labelled.name} has one image; give two of some class, or leave --reject out"
-        )
+        raise DataError("--reject: every class of --support has one image; give two of some class, or leave --reject out")
     return task
 
 

@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -24,8 +25,7 @@ from aiohttp import ClientError, ClientPayloadError
 from botocore import exceptions as boto
 from botocore.parsers import ResponseParserError
 from fsspec import AbstractFileSystem
-from fsspec.core import url_to_fs
-from fsspec.registry import known_implementations
+from fsspec.registry import get_filesystem_class, known_implementations
 from pyarrow import fs
 
 from lr_ray.errors import StorageError
@@ -35,6 +35,7 @@ _PATIENCE_S = 30.0
 """After this long no body is asked for again."""
 _CONNECT_TIMEOUT_S, _READ_TIMEOUT_S = 5.0, 15.0
 _READERS = 8
+_S3 = ("s3://", "s3a://")
 
 _TORN = (
     ClientPayloadError,
@@ -108,7 +109,9 @@ def read_if_there(uri: str) -> bytes | None:
         return None
 
     def read_local(path: str) -> bytes | None:
-        return Path(path).read_bytes() if os.path.isfile(path) else None
+        with _absent_is_fine():
+            return Path(path).read_bytes() if _local_size(path) is not None else None
+        return None
 
     return _run("read", uri, read, read_local)
 
@@ -128,7 +131,7 @@ def write_bytes(uri: str, content: bytes) -> None:
 
 def _write_local(path: str, content: bytes) -> None:
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    temporary = f"{path}.{uuid.uuid4().hex}.tmp"
+    temporary = _beside(path)
     try:
         with open(temporary, "wb") as file:
             file.write(content)
@@ -137,6 +140,12 @@ def _write_local(path: str, content: bytes) -> None:
         os.replace(temporary, path)
     finally:
         Path(temporary).unlink(missing_ok=True)
+
+
+def _beside(path: str) -> str:
+    """A free name in the same folder, hidden: what a killed writer leaves is no file of a Parquet data set."""
+    folder, name = os.path.split(path)
+    return f"{folder}/.{name}.{uuid.uuid4().hex}.tmp"
 
 
 def create_bytes(uri: str, content: bytes) -> bool:
@@ -165,7 +174,7 @@ def create_bytes(uri: str, content: bytes) -> bool:
 
 
 def _create_local(path: str, content: bytes) -> bool:
-    temporary = f"{path}.{uuid.uuid4().hex}.tmp"
+    temporary = _beside(path)
     try:
         _write_local(temporary, content)
         os.link(temporary, path)
@@ -255,30 +264,31 @@ def _sizes(store: AbstractFileSystem, path: str) -> dict[str, int]:
 
 
 def list_marks(uri: str) -> dict[str, tuple[int, str]]:
-    """As `list_sizes`, for millions of files; beside the bytes S3's ETag, elsewhere an empty string."""
+    """As `list_sizes`, for millions of files; beside the bytes S3's ETag, elsewhere an empty string.
 
-    def unmarked(sizes: dict[str, int]) -> dict[str, tuple[int, str]]:
-        return {name: (size, "") for name, size in sizes.items()}
+    S3 is listed by the page: `find` holds 1 to 10 kB of each file until all are there, this 260 bytes.
+    """
+    if not uri.startswith(_S3):
+        return {name: (size, "") for name, size in list_sizes(uri).items()}
+    marks: dict[str, tuple[int, str]] = {}
+    after: dict[str, str] | None = {}
+    with storage_errors("list", uri):
+        while after is not None:
+            found, after = _run_remote(uri, partial(_s3_page, after=after))
+            marks |= found
+    return marks
 
-    def marks(store: AbstractFileSystem, path: str) -> dict[str, tuple[int, str]]:
-        return dict(_s3_marks(store, path)) if "s3" in store.protocol else unmarked(_sizes(store, path))
 
-    return _run("list", uri, marks, lambda path: unmarked(_local_sizes(path)))
-
-
-def _s3_marks(store: AbstractFileSystem, path: str) -> Iterator[tuple[str, tuple[int, str]]]:
-    """By the page: `find` holds 1 to 10 kB of each file until all are there, this 260 bytes."""
+def _s3_page(
+    store: AbstractFileSystem, path: str, *, after: dict[str, str]
+) -> tuple[dict[str, tuple[int, str]], dict[str, str] | None]:
+    """Some of the marks, and how to ask for the next; None after the last."""
     bucket, _, key = path.partition("/")
     prefix = key.rstrip("/") + "/" if key else ""
-    after: dict[str, str] = {}
-    while True:
-        page = store.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, **after)
-        for found in page.get("Contents", ()):
-            if not found["Key"].endswith("/"):
-                yield found["Key"].removeprefix(prefix), (found["Size"], found["ETag"])
-        if not page["IsTruncated"]:
-            return
-        after = {"ContinuationToken": page["NextContinuationToken"]}
+    page = store.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, **after)
+    files = (found for found in page.get("Contents", ()) if not found["Key"].endswith("/"))
+    marks = {found["Key"].removeprefix(prefix): (found["Size"], found["ETag"]) for found in files}
+    return marks, {"ContinuationToken": page["NextContinuationToken"]} if page["IsTruncated"] else None
 
 
 def _local_sizes(root: str) -> dict[str, int]:
@@ -384,21 +394,24 @@ def _absent_is_fine() -> Iterator[None]:
 
 
 def _run(verb: str, uri: str, remote: Callable[[AbstractFileSystem, str], Result], local: Callable[[str], Result]) -> Result:
-    """The one or the other action on the URI's path; a response that breaks off is asked for again."""
+    """The one or the other action on the URI's path."""
     with storage_errors(verb, uri):
-        if (path := _local_path(uri)) is not None:
-            return local(path)
-        store, path = _open_store(uri, max_concurrency=1)
-        store.retries = 1  # of s3fs: they would multiply botocore's
-        start = time.monotonic()
-        for attempt in range(_ATTEMPTS - 1):
-            try:
-                return remote(store, path)
-            except _TORN:
-                if time.monotonic() - start > _PATIENCE_S:
-                    raise
-                time.sleep(random.uniform(0, 0.2 * 2**attempt))
-        return remote(store, path)
+        return _run_remote(uri, remote) if (path := _local_path(uri)) is None else local(path)
+
+
+def _run_remote(uri: str, action: Callable[[AbstractFileSystem, str], Result]) -> Result:
+    """The action; a response that breaks off is asked for again."""
+    store, path = _open_store(uri, max_concurrency=1)
+    store.retries = 1  # of s3fs: they would multiply botocore's
+    start = time.monotonic()
+    for attempt in range(_ATTEMPTS - 1):
+        try:
+            return action(store, path)
+        except _TORN:
+            if time.monotonic() - start > _PATIENCE_S:
+                raise
+            time.sleep(random.uniform(0, 0.2 * 2**attempt))
+    return action(store, path)
 
 
 def _local_path(uri: str) -> str | None:
@@ -414,23 +427,27 @@ def _local_path(uri: str) -> str | None:
 
 
 def _open_store(uri: str, **s3_options: Any) -> tuple[AbstractFileSystem, str]:
-    """fsspec's filesystem, which it keeps for later calls with the same options, and the path in it."""
+    """fsspec's filesystem, which it keeps for later calls with the same options, and the path in it.
+
+    Not by `url_to_fs`, to which `::` in a name chains two URLs.
+    """
     scheme, _, path = uri.partition("://")
     if scheme not in known_implementations:
         raise ValueError(f"unknown scheme {scheme}://")
     if not path.strip("/") or path.startswith("/"):
         raise ValueError(f"{scheme}:// needs the name of a bucket")
-    if scheme in ("s3", "s3a"):
+    if uri.startswith(_S3):
         retries = {"mode": "standard", "total_max_attempts": int(os.environ.get("AWS_MAX_ATTEMPTS", _ATTEMPTS))}
         timeouts = {"connect_timeout": _CONNECT_TIMEOUT_S, "read_timeout": _READ_TIMEOUT_S}
         s3_options["config_kwargs"] = {"retries": retries, **timeouts}
     else:
         s3_options = {}
     try:
-        store, path = url_to_fs(uri, use_listings_cache=False, **s3_options)
+        kind = get_filesystem_class(scheme)
+        store = kind(**kind._get_kwargs_from_urls(uri), use_listings_cache=False, **s3_options)
     except ImportError as error:
         package = known_implementations[scheme]["class"].partition(".")[0]
         raise StorageError(
             f"cannot use {uri}: {scheme}:// needs a package that is not installed ({error}); `pip install {package}`"
         ) from error
-    return store, path
+    return store, str(kind._strip_protocol(uri))

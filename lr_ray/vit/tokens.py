@@ -144,7 +144,7 @@ def embed_patches(model: VisionTransformer, images: Tensor) -> Tensor:
     way back to the pixels takes a processor up to ten times as long.
     """
     embed = model.patch_embed
-    if type(embed) is PatchEmbed:
+    if type(embed) is PatchEmbed and embed.flatten:
         rows, columns = embed.grid_size
         patches = images.unflatten(3, (columns, -1)).unflatten(2, (rows, -1)).permute(0, 2, 4, 1, 3, 5)
         projected = embed.norm(F.linear(patches.flatten(3).flatten(1, 2), embed.proj.weight.flatten(1), embed.proj.bias))

@@ -44,7 +44,6 @@ BAD = {
     "strip.png": (encoded(picture(0, size=(400, 2))), "a side may be 64 times the other"),
 }
 FILES = GOOD | {name: content for name, (content, _) in BAD.items()}
-Classify = Callable[..., classification.ClassificationReport]
 
 
 def save(root: str, files: dict[str, bytes]) -> str:
@@ -127,9 +126,9 @@ def check_on_s3(meta_lora: str, expected: list[dict[str, Any]], bucket: str, s3:
     with pytest.raises(StorageError, match=r"(Access Denied|Forbidden); check the rights on it .*what was finished is kept$"):
         run()
     s3.set_faults(())
-    first = contents(output)
-    assert len(first) == 3  # with the claim
-    lost, kept = sorted(first.keys() - {"claim.json"})
+    first = contents(output)  # an actor that was still starting may write one more, now or later
+    lost, *kept = sorted(first.keys() - {"claim.json"})
+    assert kept
     delete(f"{output}/{lost}")
     s3.set_faults(())
 
@@ -137,7 +136,7 @@ def check_on_s3(meta_lora: str, expected: list[dict[str, Any]], bucket: str, s3:
 
     assert summary == {"output": f"{output}/rows", "files": 5, "rows": len(FILES), "errors": len(BAD)}
     whole = contents(output)
-    assert commits() == sorted(whole.keys() - {"claim.json", kept})
+    assert commits() == sorted(whole.keys() - {"claim.json", *kept})
     assert {name: whole[name] for name in first} == first
     assert rows_of(output) == [near(row) for row in expected]
     s3.set_faults(())

@@ -110,6 +110,13 @@ def test_marks_come_by_the_page_and_differ_with_the_content(bucket: str, monkeyp
         list_marks("s3://absent-bucket")
 
 
+def test_names_are_no_urls_of_urls(bucket: str) -> None:
+    for name in ("a::b.png", "file::x://y"):
+        write_bytes(f"{bucket}/q/{name}", name.encode())
+        assert read_bytes(f"{bucket}/q/{name}") == name.encode()
+    assert list_marks(f"{bucket}/q").keys() == {"a::b.png", "file::x://y"}
+
+
 def test_list_files_is_recursive_sorted_and_relative(bucket: str) -> None:
     for name in ("b.json", "a/z.json", "a/b/c.json", "a/x.txt", "json", "folder/", "ab/c.json"):
         boto3.client("s3").put_object(Bucket=bucket[5:], Key=f"run/{name}", Body=b"")

@@ -104,6 +104,7 @@ def test_class_attention_is_the_first_row_of_the_full_softmax_matrix(make_backbo
         {"init_values": 0.1},
         {"qk_norm": True},
         {"pre_norm": True},
+        {"dynamic_img_size": True},
     ],
 )
 def test_encode_without_sparsity_is_timms_own_forward(make_backbone, images, vit_args):
