@@ -112,7 +112,7 @@ def test_what_cannot_be_classified_is_one_line(meta_lora: str, folders: tuple[Pa
         ((tmp_path / "one", query), "one class only"),
         ((support, tmp_path / "empty"), "no images in it"),
         ((support, tmp_path / "bad"), "x.png does not decode"),
-        ((tmp_path / "single", query, "--reject"), "every class in"),
+        ((tmp_path / "single", query, "--reject"), "every class of --support"),
         ((support, "s3://bucket/images"), "only a batch job reads images from there; add --output"),
     ):
         done = run("classify", meta_lora, "--support", arguments[0], "--query", *arguments[1:])

@@ -185,7 +185,7 @@ REFUSED: dict[str, tuple[dict[str, str], str]] = {
     "an output below a file": ({"output": "query/a.png/out"}, "cannot write .*/query/a.png/out/claim.json: Not a directory"),
     "support of one class": ({"support": "one"}, "one has one class only, 'dark'; give images of two or more"),
     "support without classes": ({"support": "file://{folder}/one/dark"}, "no class folders with images in it"),
-    "support of one image a class": ({"support": "single"}, "--reject: every class in .*single has one image"),
+    "support of one image a class": ({"support": "single"}, "--reject: every class of --support has one image"),
     "damaged support": ({"support": "damaged"}, "damaged/dark/0.png does not decode"),
     "a name that is not UTF-8": ({"query": "odd"}, r"the file name '\\udcff\.png' is not UTF-8; rename it"),
     "no meta-LoRA": ({"meta_lora": "query"}, "query is no adapter"),
