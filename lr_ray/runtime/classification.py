@@ -126,7 +126,7 @@ class ClassificationActor:
         return sum("error" in row for row in rows)
 
     def _begin(self, piece: Piece) -> None:
-        """Raise if the piece cost too many workers: Ray Data would try it again for ever."""
+        """Raise if the images are not here, or the piece cost too many workers: Ray Data would try it again for ever."""
         import ray
 
         if "://" not in self._job.query and not os.path.isdir(self._job.query):
@@ -210,13 +210,13 @@ def classify_prefix(
     job = ClassificationJob(meta_lora=meta_lora, model=model, support=task, temperature=temperature, reject=reject, query=query)
     settings = {"temperature": temperature, "reject": reject}
     shared = {"step": "classify", "model": model, "support": labelled.digest(), **settings}
-    marks = _list_images(query)
-    pieces = _pieces(marks, shared, join(output, ROWS), files_per_piece)
+    marks, rows = _list_images(query), join(output, ROWS)
+    pieces = _pieces(marks, shared, rows, files_per_piece)
     size = {"files": len(marks), "bytes": sum(num_bytes for num_bytes, _ in marks.values())}
     listed = size | {"digest": digest_of([piece.uri.rsplit("/", 1)[-1] for piece in pieces])}
     given = {"meta_lora": meta_lora, "support": support, "query": query}
     claim_folder(output, shared | {"files_per_piece": files_per_piece, "query": listed}, config=given | settings)
-    there = list_uris(join(output, ROWS), suffix=".parquet")
+    there = list_uris(rows, suffix=".parquet")
     done, todo = [piece for piece in pieces if piece.uri in there], [piece for piece in pieces if piece.uri not in there]
     kept = sum(len(piece.names) for piece in done)
     reporter.say(f"classify: {len(marks)} images by {len(task.class_names)} classes into {output}, {kept} done already")
@@ -224,13 +224,13 @@ def classify_prefix(
     if todo:
         with ray_session(_ray_config()):
             errors += _classify_all(todo, job, reporter)
-        written = list_uris(join(output, ROWS), suffix=".parquet")
-        if lost := [piece.uri for piece in todo if piece.uri not in written]:
+        there = list_uris(rows, suffix=".parquet")
+        if lost := [piece.uri for piece in todo if piece.uri not in there]:
             raise StorageError(
                 f"{len(lost)} files, such as {lost[0]}, were written on nodes that do not share {output}; give an --output "
                 "that all nodes see, such as s3://bucket/answers"
             )
-    return ClassificationReport(output=join(output, ROWS), files=len(pieces), rows=len(marks), errors=errors)
+    return ClassificationReport(output=rows, files=len(pieces), rows=len(marks), errors=errors)
 
 
 def _list_images(query: str) -> dict[str, tuple[int, str]]:

@@ -251,16 +251,15 @@ def list_sizes(uri: str) -> dict[str, int]:
         StorageError: it, or a folder below it, cannot be listed.
     """
 
-    return _run("list", uri, _sizes, _local_sizes)
+    def sizes(store: AbstractFileSystem, path: str) -> dict[str, int]:
+        root = path.rstrip("/") + "/"
+        with _absent_is_fine():
+            found = store.find(root, detail=True)
+            files = sorted(file for file in found if file.startswith(root) and not file.endswith("/"))
+            return {file.removeprefix(root): _known_size(found[file]) for file in files}
+        return {}
 
-
-def _sizes(store: AbstractFileSystem, path: str) -> dict[str, int]:
-    root = path.rstrip("/") + "/"
-    with _absent_is_fine():
-        found = store.find(root, detail=True)
-        files = sorted(file for file in found if file.startswith(root) and not file.endswith("/"))
-        return {file.removeprefix(root): _known_size(found[file]) for file in files}
-    return {}
+    return _run("list", uri, sizes, _local_sizes)
 
 
 def list_marks(uri: str) -> dict[str, tuple[int, str]]:
