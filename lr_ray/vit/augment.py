@@ -23,6 +23,8 @@ class AugmentationConfig(Section):
     """Strength of rotation (up to 0.6 rad at 1), scale and shear (0.6) and shift (a quarter of the side); edges extend."""
     crop: float = Field(default=0.0, ge=0, lt=1)
     """Zoom in so far that this share of the side is cut at most, at a random place; then back to size."""
+    thickness: float = Field(default=0.0, ge=0, le=1, exclude_if=lambda share: share == 0)  # older digests hold
+    """Probability that what is dark grows or shrinks by a pixel all around, as often one as the other."""
     blur: float = Field(default=0.0, ge=0, le=1)
     """Probability of losing fine detail: down-sampled to between a third and the whole of the side, and up again."""
     colour: float = Field(default=0.0, ge=0, le=1)
@@ -93,6 +95,8 @@ def _move(pixels: Tensor, config: AugmentationConfig, generator: torch.Generator
 def _recolour(pixels: Tensor, config: AugmentationConfig, generator: torch.Generator) -> Tensor:
     """What changes their values."""
     device, batch = pixels.device, len(pixels)
+    if config.thickness:
+        pixels = _thicken(pixels, config.thickness, generator)
     if config.blur:
         pixels = _blur(pixels, config.blur, generator)
     if config.colour:
@@ -140,6 +144,14 @@ def _crop(pixels: Tensor, share: float, generator: torch.Generator) -> Tensor:
     theta[:, 0, 0] = theta[:, 1, 1] = scale
     theta[:, :, 2] = centre
     return _sample(pixels, theta)
+
+
+def _thicken(pixels: Tensor, probability: float, generator: torch.Generator) -> Tensor:
+    """The darkest or the brightest of each pixel and the eight around it, in a random part of the batch."""
+    changed, darker = (_strikes(len(pixels), share, generator).to(pixels.device) for share in (probability, 0.5))
+    darkest, brightest = -F.max_pool2d(-pixels, 3, 1, 1), F.max_pool2d(pixels, 3, 1, 1)
+    grown_or_shrunk = torch.where(darker[:, None, None, None], darkest, brightest)
+    return torch.where(changed[:, None, None, None], grown_or_shrunk, pixels)
 
 
 def _blur(pixels: Tensor, probability: float, generator: torch.Generator) -> Tensor:

@@ -5,8 +5,17 @@ import torch
 
 from lr_ray.vit.augment import AugmentationConfig, augment, random_views
 
-OFF = {"roll": 0.0, "flip": False, "affine": 0.0, "crop": 0.0, "blur": 0.0, "colour": 0.0, "negative": 0.0, "noise": 0.0}
-BOUNDED = {"roll": 0.25, "flip": True, "affine": 0.4, "crop": 0.4, "blur": 1.0, "colour": 1.0, "negative": 0.5}
+BOUNDED = {
+    "roll": 0.25,
+    "flip": True,
+    "affine": 0.4,
+    "crop": 0.4,
+    "thickness": 0.8,
+    "blur": 1.0,
+    "colour": 1.0,
+    "negative": 0.5,
+}
+OFF = {**dict.fromkeys(BOUNDED, 0.0), "flip": False, "noise": 0.0}
 ON = {**BOUNDED, "noise": 0.2}
 
 
@@ -179,6 +188,17 @@ def test_an_affine_view_moves_a_mark_but_keeps_the_ground_around_it():
         assert centre.max() > 1.5, "shifted both ways"
     ground = torch.full((8, 3, 32, 32), 0.25)
     torch.testing.assert_close(views_of(ground, affine=1.0), ground)
+
+
+def test_a_mark_gets_a_pixel_thicker_or_thinner_or_stays():
+    marks = torch.full((600, 3, 16, 16), 255, dtype=torch.uint8)
+    marks[:, :, 4:10, 5:9] = 0
+    views, _, _ = augment(marks, None, AugmentationConfig(**OFF | {"thickness": 0.6}), grid_size=(4, 4), generator=seeded())
+    dark = (views[:, 0] == 0).sum(dim=(1, 2))
+    assert set(dark.tolist()) == {4 * 2, 6 * 4, 8 * 6}
+    shares = [(dark == pixels).float().mean().item() for pixels in (8, 24, 48)]
+    assert shares == pytest.approx([0.3, 0.4, 0.3], abs=0.06)
+    assert set(views.unique().tolist()) == {0, 1}
 
 
 def test_negatives_strike_with_their_probability():
