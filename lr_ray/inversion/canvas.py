@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lr_ray.vit.backbone import Backbone
 
-CanvasName = Literal["pixels", "spectrum", "two-colour"]
+CanvasName = Literal["pixels", "spectrum", "two-colour", "strokes"]
 _COLOURS = ((0.26, 0.09, 0.02), (0.27, 0.00, -0.05), (0.27, -0.09, 0.03))
 """Columns: what RGB values of natural images vary along, most first (Olah et al., Feature Visualization, 2017)."""
 
@@ -119,8 +119,54 @@ class TwoColourCanvas:
         return torch.where(dark_ground, 1 - stretched, stretched).expand_as(pixels)
 
 
-CANVASES: dict[CanvasName, type[PixelCanvas] | type[SpectrumCanvas] | type[TwoColourCanvas]] = {
+class StrokesCanvas:
+    """Four Bézier curves of one width, black on white: what writing and signs are made of.
+
+    37 numbers an image, with which nothing but a shape can be drawn.
+    """
+
+    num_strokes, samples, edge_px = 4, 16, 0.8
+
+    def __init__(self, batch: int, backbone: Backbone, *, generator: torch.Generator) -> None:
+        device, side = backbone.device, backbone.image_px
+        self._backbone = backbone
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(batch, *shape, generator=generator).to(device)
+
+        self._points = draw(self.num_strokes, 4, 2).requires_grad_()
+        self._width = draw(1).requires_grad_()
+        self._presence = (1 + draw(self.num_strokes)).requires_grad_()
+        t = torch.linspace(0, 1, self.samples, device=device)
+        self._basis = torch.stack([(1 - t) ** 3, 3 * t * (1 - t) ** 2, 3 * t**2 * (1 - t), t**3], dim=1)
+        centres = (torch.arange(side, device=device) + 0.5) / side
+        self._places = torch.cartesian_prod(centres, centres)
+
+    def parameters(self) -> list[Tensor]:
+        return [self._points, self._width, self._presence]
+
+    def draw(self) -> Tensor:
+        """(B, 3, H, W) normalised."""
+        side = self._backbone.image_px
+        curves = self._basis @ (0.1 + 0.8 * self._points.sigmoid())
+        distance = torch.cdist(self._places, curves.flatten(1, 2)).unflatten(2, (self.num_strokes, self.samples)).amin(3)
+        half_width = 0.02 + 0.05 * self._width.sigmoid()[..., None]
+        inked = torch.sigmoid((half_width - distance) * side / self.edge_px) * self._presence.sigmoid()[:, None]
+        ground = (1 - inked).prod(dim=2).unflatten(1, (side, side))
+        return self._backbone.normalize(ground[:, None].expand(-1, 3, -1, -1))
+
+    def after_step(self) -> None:
+        """Nothing: the sigmoid keeps the range."""
+
+    @staticmethod
+    def finish(pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) pixels in [0, 1] with sharp edges, which the search cannot have."""
+        return torch.sigmoid(14 * (pixels - 0.5))
+
+
+CANVASES: dict[CanvasName, type[PixelCanvas] | type[SpectrumCanvas] | type[TwoColourCanvas] | type[StrokesCanvas]] = {
     "pixels": PixelCanvas,
     "spectrum": SpectrumCanvas,
     "two-colour": TwoColourCanvas,
+    "strokes": StrokesCanvas,
 }

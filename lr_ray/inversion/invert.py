@@ -51,7 +51,8 @@ class InversionConfig(Section):
     """Weight of the mean squared pixel (the paper: 0)."""
     canvas: CanvasName = "pixels"
     """What is optimised: `pixels` (the paper); `spectrum`: Fourier coefficients, low frequencies first, for natural
-    images; or `two-colour`: a smooth mask between two colours, kept as black on white, for marks on a ground."""
+    images; `two-colour`: a smooth mask between two colours, kept as black on white, for marks on a ground; or `strokes`:
+    Bézier curves, black on white, for writing."""
     views: AugmentationConfig = AugmentationConfig(roll=0.125, flip=True)
     """What every step sees of the images (the paper: rolled by up to 1/8 of the side, mirrored half of the time)."""
     keep_ratios: dict[int, float] = {}

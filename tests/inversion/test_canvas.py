@@ -47,6 +47,15 @@ def test_a_canvas_can_show_a_dark_mark_on_a_bright_ground(backbone, name):
     assert loss < 0.02
 
 
+def test_strokes_are_black_on_white_with_sharp_edges(backbone):
+    canvas = CANVASES["strokes"](6, backbone, generator=seeded())
+    pixels = backbone.denormalize(canvas.draw().detach())
+    finished = canvas.finish(pixels)
+    assert torch.equal(pixels[:, :1].expand_as(pixels), pixels)
+    assert 0.7 < finished.median() <= finished.max() <= 1
+    assert ((finished > 0.1) & (finished < 0.9)).float().mean() < 0.5 * ((pixels > 0.1) & (pixels < 0.9)).float().mean()
+
+
 @pytest.mark.parametrize("name", ["pixels", "spectrum"])
 def test_pixels_are_kept_as_they_are(name):
     pixels = torch.rand(2, 3, 8, 8, generator=seeded())
