@@ -98,6 +98,8 @@ class ExperimentConfig(Section):
     """Folder or URI of adapters in PEFT's format; default `OUTPUT/adapters`, where `lr-ray tune` puts them."""
     synthetic: str | None = None
     """Folder or URI of the synthetic images; default `OUTPUT/synthetic`."""
+    metric_synthetic: str | None = Field(default=None, exclude_if=lambda folder: folder is None)
+    """Folder or URI of the images of `metric_inversion`; default `OUTPUT/metric_synthetic`."""
     relations: str | None = None
     """Folder or URI of what the adapters make of those images, where relations are learnt; default `OUTPUT/relations`."""
     seed: int = 0
@@ -106,6 +108,10 @@ class ExperimentConfig(Section):
     data: DataSection = DataSection()
     tuning: TuneConfig = TuneConfig()
     inversion: InversionConfig = InversionConfig()
+    metric_inversion: InversionConfig | None = Field(
+        default=None, exclude_if=lambda section: section is None
+    )  # older digests hold
+    """Of more images, that nothing is trained on: the metric is learnt from them; default from those of `inversion`."""
     training: TrainConfig = TrainConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     ray: RayConfig = RayConfig()
@@ -122,6 +128,14 @@ class ExperimentConfig(Section):
     @property
     def synthetic_root(self) -> str:
         return self.synthetic or f"{self.output_root.rstrip('/')}/synthetic"
+
+    @property
+    def for_metric(self) -> "ExperimentConfig":
+        """The same experiment with the images that the metric is learnt from in the place of those to train on."""
+        if self.metric_inversion is None:
+            return self
+        root = self.metric_synthetic or f"{self.output_root.rstrip('/')}/metric_synthetic"
+        return self.model_copy(update={"synthetic": root, "inversion": self.metric_inversion, "metric_inversion": None})
 
     @property
     def relations_root(self) -> str:
@@ -208,7 +222,7 @@ def _with_absolute_paths(config: ExperimentConfig) -> ExperimentConfig:
         return data.model_copy(update={"source": absolute(data.source)})
 
     data = {name: located(getattr(config.data, name)) for name in DataSection.model_fields}
-    paths = {name: absolute(getattr(config, name)) for name in ("adapters", "synthetic", "relations")}
+    paths = {name: absolute(getattr(config, name)) for name in ("adapters", "synthetic", "metric_synthetic", "relations")}
     backbone = config.backbone.model_copy(update={"weights": absolute(config.backbone.weights)})
     sections = {"data": config.data.model_copy(update=data), "backbone": backbone}
     return config.model_copy(update={**sections, **paths, "output": absolute(config.output_root)})

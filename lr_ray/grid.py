@@ -133,7 +133,11 @@ def plan_cell(grid: GridConfig, name: str, seed: int) -> Cell:
     library = {**drawn, "tuning": config.tuning.model_dump(mode="json"), "data": tune.model_dump(mode="json") if tune else None}
     inverted = {**drawn, "adapters": config.adapters or library, "inversion": config.inversion.model_dump(mode="json")}
     images = {**inverted, "images": cell.images.model_dump(mode="json")} if cell.images else inverted
+    if cell.images:  # in the place of all that are inverted
+        config = config.model_copy(update={"metric_inversion": None})
     measured = {**images, "training": config.training.model_dump(mode="json")}
+    if for_metric := config.metric_inversion and {**inverted, "inversion": config.metric_inversion.model_dump(mode="json")}:
+        measured["for_metric"] = for_metric
 
     def folder(kind: str, inputs: dict[str, Any]) -> str:
         return join(grid.output_root, kind, digest_of(inputs)[:12])
@@ -144,6 +148,7 @@ def plan_cell(grid: GridConfig, name: str, seed: int) -> Cell:
     paths = {
         "adapters": adapters,
         "synthetic": folder("synthetic", images),
+        "metric_synthetic": folder("synthetic", for_metric) if for_metric else None,
         "relations": join(grid.output_root, "relations"),
         "output": output,
     }

@@ -13,9 +13,10 @@ from lr_ray.fewshot.protocol import VaryingShape
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 SHAPE_KEYS = "n_way, n_shot, n_query; or ways, max_query, max_support, max_support_per_class"
-VIEW_KEYS = "roll, flip, affine, crop, blur, colour, negative, noise"
+VIEW_KEYS = "roll, flip, affine, crop, thickness, blur, colour, negative, noise"
 TOP_KEYS = (
-    "name, output, adapters, synthetic, relations, seed, backbone, data, tuning, inversion, training, evaluation, ray, tracking"
+    "name, output, adapters, synthetic, metric_synthetic, relations, seed, backbone, data, tuning, inversion, "
+    "metric_inversion, training, evaluation, ray, tracking"
 )
 
 Load = Callable[..., ExperimentConfig]
@@ -74,6 +75,19 @@ def test_the_folders_of_a_run_lie_in_its_output(load: Load):
     assert config.synthetic_root == "s3://bucket/run/synthetic"
     assert config.meta_lora_root == "s3://bucket/run/meta_lora"
     assert config.oracle_root == "s3://bucket/run/oracle"
+
+
+def test_the_metric_is_learnt_from_the_images_to_train_on_or_from_others(load: Load):
+    config = load("name: a\noutput: /a\n")
+    assert config.for_metric is config
+    assert "metric_inversion" not in config.resolved()
+    assert "metric_synthetic" not in config.resolved()
+    config = load("name: a\noutput: /a\nmetric_inversion: {canvas: strokes}\n")
+    assert config.for_metric.inversion.canvas == "strokes"
+    assert config.for_metric.synthetic_root == "/a/metric_synthetic"
+    assert config.for_metric.for_metric.synthetic_root == "/a/metric_synthetic"
+    named = load("name: a\nmetric_synthetic: /b\nmetric_inversion: {}\n")
+    assert named.for_metric.synthetic_root == "/b"
 
 
 def test_named_folders_replace_those_of_the_output(load: Load):

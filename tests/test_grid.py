@@ -69,6 +69,9 @@ def test_cells_share_adapters_and_images_as_far_as_they_agree(write):
                 "inverted otherwise": {"set": {"inversion.num_steps": 7}},
                 "tuned otherwise": {"set": {"tuning.num_adapters": 7}},
                 "shuffled": {"images": {"kind": "shuffled"}},
+                "metric on others": {"set": {"metric_inversion.num_steps": 9}},
+                "and trained otherwise": {"set": {"metric_inversion.num_steps": 9, "training.num_steps": 7}},
+                "metric on shuffled": {"set": {"metric_inversion.num_steps": 9}, "images": {"kind": "shuffled"}},
                 "measured otherwise": {"set": {"evaluation.methods": ["nn"]}},
             }
         )
@@ -86,6 +89,11 @@ def test_cells_share_adapters_and_images_as_far_as_they_agree(write):
     assert shared("shuffled") == (True, False)
     assert cells["shuffled"].inverted_root == plain.synthetic_root
     assert shared("measured otherwise") == (True, True)
+    assert shared("metric on others") == (True, True)
+    assert cells["metric on others"].config.for_metric.inversion.num_steps == 9
+    roots = {cells[name].config.for_metric.synthetic_root for name in ("plain", "metric on others", "and trained otherwise")}
+    assert roots == {plain.synthetic_root, cells["metric on others"].config.metric_synthetic}
+    assert cells["metric on shuffled"].config.for_metric.synthetic_root == cells["shuffled"].config.synthetic_root
     assert len({cell.config.output_root for cell in cells.values()}) == len(cells)
     assert plan_cell(grid, "plain", 1).config.adapters_root != plain.adapters_root
     assert all(cell.tune for cell in cells.values())

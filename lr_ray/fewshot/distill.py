@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from lr_ray.fewshot.episodes import Episode, EpisodeShape
+from lr_ray.fewshot.metric import MetricConfig
 from lr_ray.fewshot.protonet import Distance, class_centres, prototype_logits
 from lr_ray.fewshot.relations import RelationsConfig, relation_loss
 from lr_ray.section import Section
@@ -87,6 +88,10 @@ class TrainConfig(Section):
     """Share of the synthetic images' patches that enter the student, most attended first."""
     augmentation: AugmentationConfig = AugmentationConfig()
     """Of the training images."""
+    metric: MetricConfig = Field(
+        default=MetricConfig(), exclude_if=lambda metric: metric == MetricConfig()
+    )  # older digests hold
+    """That the classes are told apart in afterwards."""
     schedule: ScheduleConfig = ScheduleConfig()
     """Of the learning rate."""
     precision: Precision = "auto"

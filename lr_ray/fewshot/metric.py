@@ -1,7 +1,8 @@
-"""A metric learnt from the images that the meta-LoRA was trained on: directions in which images of one class differ count less.
+"""A metric learnt from the images that the meta-LoRA was trained on: directions in which images of one kind differ count less.
 
 No part of the paper. z = λ · (x − m) W / ‖(x − m) W‖, W = (Σ + s · tr(Σ) / D · I)^(−power / 2), with Σ the covariance of
-features within classes, m their mean, and λ the mean of ‖x − m‖, so that distances are about as long as they were.
+features among the views of an image (or the images of a class), m their mean, and λ the mean of ‖x − m‖, so that distances
+are about as long as they were.
 """
 
 from collections.abc import Mapping
@@ -9,10 +10,25 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 
-POWER, SHRINKAGE = 0.5, 0.1
-"""Chosen on `train` classes of CIFAR-FS that no LoRA knew (docs/method.md)."""
+from lr_ray.section import Section
+from lr_ray.vit.augment import AugmentationConfig
+
+
+class MetricConfig(Section):
+    """How the metric is learnt (docs/method.md has what each value is worth)."""
+
+    power: float = Field(default=0.5, ge=0)
+    """Of the covariance; 0: only the mean is taken off and lengths are made equal; 1: all directions alike."""
+    shrinkage: float = Field(default=0.1, gt=0)
+    """Of that covariance towards one that is the same in all directions."""
+    views_per_image: int = Field(default=0, ge=0)
+    """Views of each synthetic image: the covariance is of how views of one image differ. 0, and always for real images: of how
+    the images of a class do, as they are."""
+    views: AugmentationConfig = AugmentationConfig()
+    """How they are drawn."""
 
 
 METRIC_TENSORS = ("mean", "weight", "length")
@@ -46,23 +62,21 @@ class Metric:
         return cls(**{name: tensors[name] for name in METRIC_TENSORS})
 
 
-def fit_metric(features: Tensor, class_of: Tensor, *, power: float = POWER, shrinkage: float = SHRINKAGE) -> Metric:
+def fit_metric(features: Tensor, kind_of: Tensor, config: MetricConfig) -> Metric:
     """The metric of some images.
 
     Args:
         features: (M, D) float32, on the CPU.
-        class_of: (M,) integers.
-        power: 0 for none of W, 1 to make all directions alike within a class.
-        shrinkage: s, towards a Σ that is the same in all directions.
+        kind_of: (M,) integers: the image that each is a view of, or its class.
     """
     exact = features.double()
     mean = exact.mean(dim=0)
-    _, members, counts = class_of.unique(return_inverse=True, return_counts=True)
+    _, members, counts = kind_of.unique(return_inverse=True, return_counts=True)
     sums = exact.new_zeros(len(counts), exact.shape[1]).index_add_(0, members, exact)
     deviations = exact - (sums / counts[:, None])[members]
     values, vectors = torch.linalg.eigh(deviations.T @ deviations / max(1, len(exact) - len(counts)))
-    widths = values.clamp(min=0) + shrinkage * values.mean()
-    scales = widths ** (-power / 2) if float(widths[0]) > 0 else torch.ones_like(widths)
+    widths = values.clamp(min=0) + config.shrinkage * values.mean()
+    scales = widths ** (-config.power / 2) if float(widths[0]) > 0 else torch.ones_like(widths)
     weight = (vectors * scales) @ vectors.T
     length = (exact - mean).norm(dim=1).mean()
     return Metric(mean=mean.float(), weight=weight.float().contiguous(), length=length.float())

@@ -173,7 +173,7 @@ def fit_method(task: FitTask) -> None:
     with embedder(_inputs(config, backbone), chosen.method.features(chosen.settings)) as embed, torch.inference_mode():
         features, labels = material(config, backbone, embed)
     start = time.perf_counter()
-    tensors = chosen.method.fit(chosen.settings, features.clone(), labels, config.seed)
+    tensors = chosen.method.fit(chosen.settings, features.clone(), labels, config.seed, config.training.metric)
     write_tensors(task.uri, tensors, {"seconds": time.perf_counter() - start})
 
 
@@ -194,10 +194,11 @@ def _real_features(config: ExperimentConfig, backbone: Backbone, embed: Embed) -
 
 
 def _synthetic_features(config: ExperimentConfig, backbone: Backbone, embed: Embed) -> tuple[Tensor, Tensor]:
-    """The same of the synthetic images."""
-    root = config.synthetic_root
+    """The same of the synthetic images for the metric, or of views of them and which image each shows."""
+    root = config.for_metric.synthetic_root
     refs = read_index(root, list_synthetic(root), backbone.identity)
-    return embed_classes(refs, partial(read_many, partial(read_classes, root)), embed, seed=config.seed)
+    read = partial(read_many, partial(read_classes, root))
+    return embed_classes(refs, read, embed, config.training.metric, seed=config.seed)
 
 
 def predict_episodes(task: EpisodesTask) -> float:

@@ -143,6 +143,8 @@ class EvaluationPlan:
         where = {}
         if isinstance(method, FeatureMethod):
             where = {"features_uri": self._features_uri(method.features(chosen.settings))}
+            if method.fit is not None and method.fit_on == "synthetic":
+                made_of["fitted"] = self.config.training.metric.model_dump(mode="json")
             if method.fit is not None:
                 where["fitted_uri"] = self._fitted_uri(chosen, made_of)
             elif method.metric(chosen.settings) and (digest := metric_digest(folder := self._folder_of(chosen))):
@@ -207,7 +209,7 @@ class EvaluationPlan:
             assert config.data.tune is not None
             self._found[need] = load_data(config.data.tune).digest()
         elif need == "synthetic":
-            self._found[need] = list_synthetic(config.synthetic_root)
+            self._found[need] = list_synthetic(config.for_metric.synthetic_root)
         else:
             root, option = self._trained_by(need)
             if not exists(join(root, CONFIG_NAME)):

@@ -164,7 +164,7 @@ class PartialFile:
 
 
 def invert_library(config: ExperimentConfig, reporter: Reporter, *, strict: bool = False) -> InversionReport:
-    """Invert the adapters whose images are not there yet.
+    """Invert the adapters whose images are not there yet, then those for the metric, if they are others.
 
     Args:
         strict: stop at the first adapter that fails, before any work starts if that is seen by then; else the others
@@ -191,7 +191,11 @@ def invert_library(config: ExperimentConfig, reporter: Reporter, *, strict: bool
                 reporter.say(f"dashboard: http://{dashboard}")
             failures += _invert_all(plan.todo, config, reporter, strict=strict)
     there = committed(config)
-    return InversionReport(uris=tuple(item.uri for item in plan.items if item.uri in there), failures=tuple(failures))
+    report = InversionReport(uris=tuple(item.uri for item in plan.items if item.uri in there), failures=tuple(failures))
+    if config.metric_inversion is None:
+        return report
+    more = invert_library(config.for_metric, reporter, strict=strict)
+    return InversionReport(uris=report.uris + more.uris, failures=tuple(dict.fromkeys(report.failures + more.failures)))
 
 
 def _counted(items: Sequence[InversionItem]) -> str:

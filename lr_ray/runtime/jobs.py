@@ -108,7 +108,7 @@ def cluster_status(cluster: str) -> str:
 
 def _refuse_paths_of_this_machine(config: ExperimentConfig, cluster: str, reads: Sequence[str]) -> None:
     """Raise if the command would read or write a path that only this machine has."""
-    results = {name: getattr(config, name) for name in ("output", "adapters", "synthetic", "relations")}
+    results = {name: getattr(config, name) for name in ("output", "adapters", "synthetic", "metric_synthetic", "relations")}
     for name, path in results.items():
         if path is not None and "://" not in path:
             raise ClusterError(

@@ -39,6 +39,7 @@ class TrainingJob:
         files: of the synthetic set, to train on; none for the oracle.
         feature_uris: what each adapter makes of these, where relations are learnt.
         holdout_files: of the synthetic set, to validate on.
+        metric_refs: the classes that the metric is learnt from, where they have images of their own for that.
         inputs: everything that determines the result.
         facts: what else is known of what it is made of.
     """
@@ -53,6 +54,7 @@ class TrainingJob:
     files: tuple[str, ...] = ()
     feature_uris: tuple[str, ...] = ()
     holdout_files: tuple[str, ...] = ()
+    metric_refs: tuple[ClassRef, ...] = ()
     inputs: dict[str, Any]
     facts: dict[str, Any]
 
@@ -88,7 +90,12 @@ def meta_lora_job(config: ExperimentConfig, backbone: Backbone) -> TrainingJob:
     refs = read_index(config.synthetic_root, files, backbone.identity)
     trained = tuple(ref for ref in refs if ref.file in set(kept))
     _check_episodes(trained, config.training)
-    shared = _shared_inputs(config, config.training, backbone)
+    inputs = {**_shared_inputs(config, config.training, backbone), "synthetic": files, "adapters": [t.digest for t in teachers]}
+    metric_refs: tuple[ClassRef, ...] = ()
+    if config.metric_inversion is not None:
+        root = config.for_metric.synthetic_root
+        inputs["for_metric"] = list_synthetic(root)
+        metric_refs = read_index(root, inputs["for_metric"], backbone.identity)
     return TrainingJob(
         kind="meta_lora",
         config=config,
@@ -99,7 +106,8 @@ def meta_lora_job(config: ExperimentConfig, backbone: Backbone) -> TrainingJob:
         image_px=backbone.image_px,
         files=kept,
         holdout_files=held_out,
-        inputs={**shared, "synthetic": files, "adapters": [spec.digest for spec in teachers]},
+        metric_refs=metric_refs,
+        inputs=inputs,
         facts=_facts(trained, adapters=_adapter_facts(files, teachers)),
     )
 
@@ -136,7 +144,13 @@ def oracle_job(config: ExperimentConfig, backbone: Backbone) -> TrainingJob:
     if config.data.tune is None:
         raise ConfigError("data.tune is not set: the oracle trains on the real images; set it or leave oracle out")
     training = config.training.model_copy(
-        update={"init_scale": 0.0, "adapter_share": 0.0, "keep_ratio": 1.0, "relations": RelationsConfig()}
+        update={
+            "init_scale": 0.0,
+            "adapter_share": 0.0,
+            "keep_ratio": 1.0,
+            "relations": RelationsConfig(),
+            "metric": config.training.metric.model_copy(update={"views_per_image": 0}),
+        }
     )
     data = load_data(config.data.tune)
     known = {name for spec in read_specs(list_adapters(config.adapters_root)) for name in spec.class_names}
@@ -189,6 +203,11 @@ def read_shelves(job: TrainingJob, shelves: Sequence[Shelf]) -> list[list[ClassI
     assert job.config.data.tune is not None
     data = load_data(job.config.data.tune)
     return [[_real(data, ref, job.image_px) for ref in shelf] for shelf in shelves]
+
+
+def read_for_metric(job: TrainingJob, shelves: Sequence[Shelf]) -> list[list[ClassImages]]:
+    """The same of `metric_refs`."""
+    return read_many(partial(read_classes, job.config.for_metric.synthetic_root), shelves)
 
 
 def _real(data: LabelledImages, ref: ClassRef, image_px: int) -> ClassImages:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lr_ray.fewshot.methods.nn import nearest_centre
 from lr_ray.fewshot.methods.nn_metric import centre_in_metric
-from lr_ray.fewshot.metric import Metric, fit_metric
+from lr_ray.fewshot.metric import Metric, MetricConfig, fit_metric
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def test_it_is_the_formula(features: tuple[Tensor, Tensor], power: float, shrink
     length = np.mean([np.sqrt(((row - mean) ** 2).sum()) for row in found])
     expected = length * mapped / np.sqrt((mapped**2).sum(axis=1, keepdims=True))
 
-    metric = fit_metric(*features, power=power, shrinkage=shrinkage)
+    metric = fit_metric(*features, MetricConfig(power=power, shrinkage=shrinkage))
 
     torch.testing.assert_close(metric(features[0]), torch.from_numpy(expected).float(), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(metric.weight, metric.weight.T)
@@ -44,7 +44,7 @@ def test_it_is_the_formula(features: tuple[Tensor, Tensor], power: float, shrink
 
 def test_classes_that_noise_hides_are_told_apart(features: tuple[Tensor, Tensor]) -> None:
     found, class_of = features
-    metric = fit_metric(found, class_of, power=1.0)
+    metric = fit_metric(found, class_of, MetricConfig(power=1.0))
     support, queries = found.unflatten(0, (10, 9)).split([1, 8], dim=1)
     labels = torch.arange(10)
     wanted = labels.repeat_interleave(8)
@@ -62,18 +62,18 @@ def test_classes_that_noise_hides_are_told_apart(features: tuple[Tensor, Tensor]
 @pytest.mark.parametrize("repeats", [1, 3])
 def test_classes_without_any_spread_leave_directions_as_they_are(repeats: int) -> None:
     distinct = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
-    metric = fit_metric(distinct.repeat_interleave(repeats, dim=0), torch.arange(4).repeat_interleave(repeats))
+    metric = fit_metric(distinct.repeat_interleave(repeats, dim=0), torch.arange(4).repeat_interleave(repeats), MetricConfig())
     torch.testing.assert_close(metric.weight, torch.eye(6))
 
 
 def test_fewer_images_than_directions(features: tuple[Tensor, Tensor]) -> None:
-    metric = fit_metric(features[0][:12], features[1][:12])
+    metric = fit_metric(features[0][:12], features[1][:12], MetricConfig())
     assert torch.isfinite(metric.weight).all()
     assert float(metric(features[0]).norm(dim=1).std()) < 1e-4
 
 
 def test_tensors_and_back(features: tuple[Tensor, Tensor]) -> None:
-    metric = fit_metric(*features)
+    metric = fit_metric(*features, MetricConfig())
     again = Metric.of(metric.tensors())
     assert torch.equal(again(features[0]), metric(features[0]))
     assert again(features[0][:6].reshape(2, 3, 12)).shape == (2, 3, 12)

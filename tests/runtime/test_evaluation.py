@@ -28,12 +28,14 @@ from lr_ray.fewshot.methods import (
     TunedMethod,
     known_methods,
 )
-from lr_ray.fewshot.metric import Metric, fit_metric
+from lr_ray.fewshot.metric import Metric, MetricConfig, fit_metric
 from lr_ray.fewshot.protocol import VaryingShape
 from lr_ray.model import Model
 from lr_ray.runtime.evaluation import evaluate_methods, predict_episodes
 from lr_ray.runtime.evaluation_plan import EvaluationPlan
 from lr_ray.runtime.experiment import run_experiment
+from lr_ray.runtime.inversion import invert_library
+from lr_ray.runtime.training import train_meta_lora
 from lr_ray.storage.measurements import read_tensors
 from lr_ray.storage.metric import write_metric
 from lr_ray.storage.synthetic import list_synthetic, read_pool
@@ -186,9 +188,38 @@ def test_a_metric_is_fitted_on_the_synthetic_images(inverted: ExperimentConfig) 
     evaluation = inverted.evaluation
     model = Model(backbone=load_backbone(inverted.backbone), precision=evaluation.precision, batch_size=evaluation.batch_size)
     pool = read_pool(inverted.synthetic_root, list_synthetic(inverted.synthetic_root))
-    metric = fit_metric(model.embed(pool.images), torch.from_numpy(pool.class_of))
+    metric = fit_metric(model.embed(pool.images), torch.from_numpy(pool.class_of), MetricConfig())
     torch.testing.assert_close(fitted.tensors(), metric.tensors(), rtol=0.05, atol=0.05)
     assert row["accuracy"] == accuracy_of(replace(model, metric=fitted), inverted)
+
+
+def test_a_metric_is_fitted_on_images_of_its_own(inverted: ExperimentConfig) -> None:
+    """By hand again; and what is trained finds the same images."""
+    own = inverted.inversion.model_copy(update={"canvas": "strokes", "images_per_class": 2})
+    config = changed(inverted.model_copy(update={"metric_inversion": own}), training={"num_steps": 2})
+
+    report = invert_library(config, QUIET)
+    measure(config, "nn-metric")
+    manifest = train_meta_lora(config, QUIET)
+
+    root = f"{config.output_root}/metric_synthetic"
+    assert len(report.uris) == 6
+    assert sum(uri.startswith(root) for uri in report.uris) == 3
+    pool = read_pool(root, list_synthetic(root))
+    assert len(pool.images) == 3 * 3 * 2
+    passes = {"precision": config.evaluation.precision, "batch_size": config.evaluation.batch_size}
+    (file,) = Path(config.output_root, "evaluation").glob("fitted-nn-metric-*.safetensors")
+    trained = replace(lr_ray.load(config.meta_lora_root), metric=None)
+    for model, fitted in (
+        (Model(backbone=load_backbone(config.backbone), **passes), Metric.of(read_tensors(str(file))[0])),
+        (trained, lr_ray.load(config.meta_lora_root).metric),
+    ):
+        by_hand = fit_metric(model.embed(pool.images), torch.from_numpy(pool.class_of), MetricConfig())
+        torch.testing.assert_close(fitted.tensors(), by_hand.tensors(), rtol=0.05, atol=0.05)
+    assert manifest["inputs"]["for_metric"] == list_synthetic(root)
+    before = snapshot(root)
+    assert invert_library(config, QUIET) == report
+    assert snapshot(root) == before
 
 
 def test_a_meta_lora_of_another_backbone_is_refused(tiny_experiment: ExperimentConfig, meta_lora: str) -> None:

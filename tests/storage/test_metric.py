@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lr_ray.errors import AdapterError, StorageError
-from lr_ray.fewshot.metric import Metric, fit_metric
+from lr_ray.fewshot.metric import Metric, MetricConfig, fit_metric
 from lr_ray.storage.filesystem import write_bytes
 from lr_ray.storage.manifest import METRIC_NAME, write_manifest
 from lr_ray.storage.measurements import write_tensors
@@ -17,7 +17,9 @@ DIM = 6
 
 @pytest.fixture
 def metric() -> Metric:
-    return fit_metric(torch.randn(20, DIM, generator=torch.Generator().manual_seed(0)), torch.arange(5).repeat(4))
+    return fit_metric(
+        torch.randn(20, DIM, generator=torch.Generator().manual_seed(0)), torch.arange(5).repeat(4), MetricConfig()
+    )
 
 
 @pytest.fixture

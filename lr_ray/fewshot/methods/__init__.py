@@ -21,6 +21,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from lr_ray.errors import ConfigError
+from lr_ray.fewshot.metric import MetricConfig
 from lr_ray.section import Section
 from lr_ray.vit.backbone import Backbone, Precision
 from lr_ray.vit.lora import Adapter
@@ -69,8 +70,8 @@ class FeatureMethod:
         source: where the method and the defaults of its settings are from.
         features: settings → what the features are of: a name that `embedder` knows.
         head: (settings, what `fit` gave, or the metric's tensors) → the head.
-        fit: (settings, (M, D) features of images of other classes, (M,) classes, seed) → tensors, trained once
-            before the episodes; default nothing.
+        fit: (settings, (M, D) features of images of other classes, (M,) classes, seed, config of the metric) → tensors,
+            trained once before the episodes; default nothing.
         fit_on: which images: real or synthetic ones.
         metric: settings → whether the head reads the metric that is kept with the meta-LoRA of its features, if one is.
         num_trained: (settings, ways, D) → parameters that are trained on each episode.
@@ -81,7 +82,7 @@ class FeatureMethod:
     settings: type[Section] = NoSettings
     features: Callable[[Any], str]
     head: Callable[[Any, Mapping[str, Tensor]], Head]
-    fit: Callable[[Any, Tensor, Tensor, int], dict[str, Tensor]] | None = None
+    fit: Callable[[Any, Tensor, Tensor, int, MetricConfig], dict[str, Tensor]] | None = None
     fit_on: Literal["tune", "synthetic"] = "tune"
     metric: Callable[[Any], bool] = lambda _settings: False
     num_trained: Callable[[Any, int, int], int] = lambda _settings, _n_way, _dim: 0

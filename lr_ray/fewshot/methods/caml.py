@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lr_ray.errors import EpisodeError
 from lr_ray.fewshot.methods import FeatureMethod, Head
 from lr_ray.fewshot.methods.features import BACKBONE, FeaturesName
+from lr_ray.fewshot.metric import MetricConfig
 from lr_ray.section import Section
 
 _TOKENS_AT_ONCE = 20_000
@@ -73,7 +74,7 @@ class SequenceModel(nn.Module):
         return scores
 
 
-def _fit(settings: CAMLSettings, features: Tensor, labels: Tensor, seed: int) -> dict[str, Tensor]:
+def _fit(settings: CAMLSettings, features: Tensor, labels: Tensor, seed: int, _metric: MetricConfig) -> dict[str, Tensor]:
     """Cross-entropy on episodes of the given classes."""
     rng = np.random.default_rng(seed)
     members = [torch.nonzero(labels == c)[:, 0] for c in labels.unique()]

@@ -8,7 +8,7 @@ from torch import Tensor
 from lr_ray.fewshot.methods import FeatureMethod, Head
 from lr_ray.fewshot.methods.features import BACKBONE, FeaturesName
 from lr_ray.fewshot.methods.nn import nearest_centre
-from lr_ray.fewshot.metric import POWER, SHRINKAGE, Metric, fit_metric
+from lr_ray.fewshot.metric import Metric, MetricConfig, fit_metric
 from lr_ray.section import Section
 
 
@@ -17,10 +17,10 @@ class NNMetricSettings(Section):
 
     features: FeaturesName = BACKBONE
     """What they are of."""
-    power: float = Field(default=POWER, ge=0, le=1)
-    """Of the covariance within classes; 0: only the mean is taken off and lengths are made equal."""
-    shrinkage: float = Field(default=SHRINKAGE, gt=0)
-    """Of that covariance towards one that is the same in all directions."""
+    power: float | None = Field(default=None, ge=0)
+    """In the place of `training.metric.power`."""
+    shrinkage: float | None = Field(default=None, gt=0)
+    """In the place of `training.metric.shrinkage`."""
 
 
 class MetaLoRASettings(Section):
@@ -50,14 +50,17 @@ def meta_lora_method(name: str, features: str, source: str) -> FeatureMethod:
     )
 
 
+def _fit(settings: NNMetricSettings, features: Tensor, kinds: Tensor, _seed: int, metric: MetricConfig) -> dict[str, Tensor]:
+    given = settings.model_dump(include={"power", "shrinkage"}, exclude_none=True)
+    return fit_metric(features, kinds, metric.model_copy(update=given)).tensors()
+
+
 METHOD = FeatureMethod(
     name="nn-metric",
     source="a control of this project; the covariance within classes: Hatch et al., Interspeech 2006; the mean: SimpleShot",
     settings=NNMetricSettings,
     features=lambda settings: str(settings.features),
     head=lambda _settings, trained: centre_in_metric(trained),
-    fit=lambda settings, features, labels, _seed: fit_metric(
-        features, labels, power=settings.power, shrinkage=settings.shrinkage
-    ).tensors(),
+    fit=_fit,
     fit_on="synthetic",
 )
