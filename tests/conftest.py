@@ -18,7 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 from typer.testing import CliRunner
 
 from lr_ray.config import ExperimentConfig, RayConfig, load_config
-from lr_ray.fewshot.metric import fit_metric
+from lr_ray.fewshot.metric import MetricConfig, fit_metric
 from lr_ray.storage.adapters import write_adapter
 from lr_ray.storage.metric import write_metric
 from lr_ray.vit.backbone import Backbone, load_backbone
@@ -27,6 +27,8 @@ from tests.jobs import tiny
 from tests.s3 import FaultyProxy, environment, s3_server
 
 torch.set_num_threads(1)
+# Ray's workers are at 15 by default: while another process of pytest computes, they would hardly run
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 
 @pytest.fixture(scope="session")
@@ -120,7 +122,7 @@ def meta_lora(tiny_experiment: ExperimentConfig) -> str:
         f"blocks.{i}.attn.qkv": LowRank(a=draw(4, width), b=draw(3 * width, 4), scale=1.0)
         for i in range(len(backbone.model.blocks))
     }
-    metric = fit_metric(draw(40, width) + draw(width), torch.arange(8).repeat(5))
+    metric = fit_metric(draw(40, width) + draw(width), torch.arange(8).repeat(5), MetricConfig())
     digest = write_metric(tiny_experiment.meta_lora_root, metric)
     facts = {"kind": "meta_lora", "config": tiny_experiment.resolved(), "metric": digest}
     write_adapter(tiny_experiment.meta_lora_root, Adapter(spec=spec, modules=modules), inputs={}, facts=facts)
