@@ -43,6 +43,7 @@ $curves
 <h2>Synthetic images</h2>
 <p>$images</p>
 $sheet
+$metric_sheet
 <h2>Adapters</h2>
 $adapters
 <h2>How this was made</h2>
@@ -57,6 +58,7 @@ _PICTURES = {
     "embeddings": ("One episode's features", "Support and query features before and after the meta-LoRA, in two dimensions"),
     "curves": ("", "Loss and accuracy by step"),
     "sheet": ("", "Contact sheet of synthetic images"),
+    "metric_sheet": ("Images that the metric is learnt from", "Contact sheet of the images that the metric is learnt from"),
 }
 """{key: (heading, text in place of the picture)}"""
 
@@ -77,7 +79,8 @@ def render_report(
         rows: of `results.json`.
         adapters: manifests of the library.
         num_images: synthetic images made.
-        pictures: PNGs `bars`, `time`, `classes`, `embeddings`, `curves`, `sheet`; one that is not there is left out.
+        pictures: PNGs `bars`, `time`, `classes`, `embeddings`, `curves`, `sheet`, `metric_sheet`; one that is not there is
+            left out.
     """
     accuracies = [adapter["held_out_accuracy"] for adapter in adapters if "held_out_accuracy" in adapter]
     held_out = f", {100 * sum(accuracies) / len(accuracies):.1f} % accurate on images they did not see" if accuracies else ""

@@ -16,7 +16,7 @@ from lr_ray.storage.filesystem import join, list_files, write_bytes
 from lr_ray.storage.manifest import read_manifest, read_manifests, versions
 from lr_ray.storage.synthetic import adapter_id_of, by_adapter, count_images, list_synthetic, read_pool
 
-SHEET_NAME = "contact_sheet.png"
+SHEET_NAME, METRIC_SHEET_NAME = "contact_sheet.png", "contact_sheet_metric.png"
 _ADAPTERS_SHOWN = 6
 _SECONDS_BETWEEN_LOOKS = 2.0
 
@@ -35,7 +35,9 @@ def write_report(
     """
     root = config.output_root
     files = list_synthetic(config.synthetic_root)
-    sheet = _sheet(config, by_adapter(files))
+    sheets = {"sheet": _sheet(config, by_adapter(files))}
+    if config.metric_inversion is not None:
+        sheets["metric_sheet"] = _sheet(config.for_metric, by_adapter(list_synthetic(config.for_metric.synthetic_root)))
     folders = list_adapters(config.adapters_root)
     manifests = read_manifests(folders)
     page = render_report(
@@ -48,11 +50,12 @@ def write_report(
         num_images=count_images(config.synthetic_root, files),
         config=config.resolved(),
         versions=versions(),
-        pictures=_charts(rows, embeddings) | {"sheet": sheet, "curves": _curves(config)},
+        pictures=_charts(rows, embeddings) | sheets | {"curves": _curves(config)},
     )
     table = results_table(rows)
     texts = {"results.md": as_markdown(table), "results.tex": as_latex(table), "results.csv": as_csv(rows), "report.html": page}
-    written = {SHEET_NAME: sheet} | {name: text.encode() for name, text in texts.items()}
+    written = dict(zip((SHEET_NAME, METRIC_SHEET_NAME), sheets.values(), strict=False))
+    written |= {name: text.encode() for name, text in texts.items()}
     for name, content in written.items():
         write_bytes(join(root, name), content)
     return [join(root, name) for name in written]

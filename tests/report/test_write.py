@@ -1,3 +1,4 @@
+import base64
 import csv
 import json
 import threading
@@ -36,10 +37,10 @@ class Listening(Reporter):
             self._over.set()
 
 
-def add(root: Path, adapter_id: str, *, seed: int) -> None:
+def add(root: Path, adapter_id: str, *, seed: int, folder: str = "synthetic") -> None:
     spec = spec_of(adapter_id, ("lion", "lynx"))
     write_synthetic(
-        str(root / "synthetic" / synthetic_name(adapter_id, "0123456789ab")),
+        str(root / folder / synthetic_name(adapter_id, "0123456789ab")),
         draw(2, 2, seed=seed),
         spec,
         seed=seed,
@@ -101,6 +102,18 @@ def test_a_report_is_five_files(measured: ExperimentConfig, tmp_path: Path):
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert page.count('<img alt="') == 5
     assert "<td>adapter-1</td>" in page
+
+
+def test_the_images_of_the_metric_are_shown_too(measured: ExperimentConfig, tmp_path: Path):
+    add(tmp_path, "adapter-1", seed=3, folder="metric_synthetic")
+    config = measured.model_copy(update={"metric_inversion": measured.inversion})
+    written = write_report(config, [result("nn", 50.0)])
+    assert written[:2] == [f"{tmp_path}/contact_sheet.png", f"{tmp_path}/contact_sheet_metric.png"]
+    sheets = [Path(uri).read_bytes() for uri in written[:2]]
+    assert sheets[0] != sheets[1]
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert page.count('<img alt="') == 4
+    assert all(base64.b64encode(sheet).decode() in page for sheet in sheets)
 
 
 def test_a_report_of_older_rows_leaves_out_what_they_do_not_tell(measured: ExperimentConfig, tmp_path: Path):
