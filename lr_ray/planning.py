@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import timm
@@ -66,7 +66,7 @@ class JobCost:
 
     Attributes:
         weights_mib: of the networks, fp32.
-        inversion: its mean step, and the memory of its largest.
+        inversion: its mean step, those for the metric included, and the memory of its largest.
         inversion_steps: of one adapter of `num_classes` classes.
         training: a step of all its episodes on one worker, and the memory of one episode.
     """
@@ -104,6 +104,23 @@ def job_cost(config: ExperimentConfig, *, num_classes: int) -> JobCost:
     Raises:
         BackboneError: timm does not know the backbone or the prior.
     """
+    cost = _cost_of(config, num_classes)
+    if config.metric_inversion is None:
+        return cost
+    more = _cost_of(config.for_metric, num_classes)
+    steps = cost.inversion_steps + more.inversion_steps
+    tflop = sum(part.inversion.tflop * part.inversion_steps for part in (cost, more)) / steps
+    kept_mib = max(cost.inversion.kept_mib, more.inversion.kept_mib)
+    return replace(
+        cost,
+        weights_mib=max(cost.weights_mib, more.weights_mib),
+        inversion=StepCost(tflop=tflop, kept_mib=kept_mib),
+        inversion_steps=steps,
+    )
+
+
+def _cost_of(config: ExperimentConfig, num_classes: int) -> JobCost:
+    """Without the images for the metric."""
     inversion, training = config.inversion, config.training
     pieces = math.ceil(num_classes / inversion.classes_per_item)
     images = math.ceil(num_classes / pieces) * inversion.images_per_class

@@ -78,6 +78,18 @@ def test_steps_of_an_adapter():
     assert job_cost(experiment(), num_classes=4).inversion_steps == 16
 
 
+def test_the_images_for_the_metric_count_too():
+    config = experiment()
+    fewer = config.inversion.model_copy(update={"num_steps": 2, "sparse": {0.0: 0.25}})
+    alone, both = (job_cost(config.model_copy(update={"metric_inversion": m}), num_classes=3) for m in (None, fewer))
+    other = job_cost(config.model_copy(update={"inversion": fewer}), num_classes=3)
+    assert both.inversion_steps == alone.inversion_steps + other.inversion_steps == 10
+    expected = (8 * alone.inversion.tflop + 2 * other.inversion.tflop) / 10
+    assert both.inversion.tflop == pytest.approx(expected)
+    assert both.inversion.kept_mib == alone.inversion.kept_mib > other.inversion.kept_mib
+    assert both.training == alone.training
+
+
 def test_actors_fill_a_gpu_as_far_as_they_fit():
     cost = job_cost(experiment(), num_classes=3)
     small = Gpu(name="small", memory_gib=0.1, tflops=1, dollars_per_h=1)
