@@ -49,7 +49,9 @@ def invert(
     if json:
         print_json(asdict(report))
     else:
-        print(f"{len(report.uris)} files of synthetic images in {experiment.synthetic_root}")
+        for root in dict.fromkeys((experiment.synthetic_root, experiment.for_metric.synthetic_root)):
+            number = sum(uri.startswith(f"{root.rstrip('/')}/") for uri in report.uris)
+            print(f"{number} files of synthetic images in {root}")
         for failure in report.failures:
             print(f"lr-ray: failed: {failure}", file=sys.stderr)
     if report.failures:

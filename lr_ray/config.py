@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from lr_ray.data.datasets.library import default_root, names_dataset
 from lr_ray.data.images import DataConfig
@@ -135,7 +135,8 @@ class ExperimentConfig(Section):
         if self.metric_inversion is None:
             return self
         root = self.metric_synthetic or f"{self.output_root.rstrip('/')}/metric_synthetic"
-        return self.model_copy(update={"synthetic": root, "inversion": self.metric_inversion, "metric_inversion": None})
+        others = {"synthetic": root, "inversion": self.metric_inversion}
+        return self.model_copy(update={**others, "metric_synthetic": None, "metric_inversion": None})
 
     @property
     def relations_root(self) -> str:
@@ -152,6 +153,12 @@ class ExperimentConfig(Section):
     @property
     def oracle_root(self) -> str:
         return f"{self.output_root.rstrip('/')}/oracle"
+
+    @model_validator(mode="after")
+    def _check(self) -> "ExperimentConfig":
+        if self.metric_synthetic is not None and self.metric_inversion is None:
+            raise ValueError("metric_synthetic is a folder for the images of metric_inversion, which is not set; set it")
+        return self
 
     def resolved(self) -> dict[str, Any]:
         """As JSON, defaults included."""

@@ -134,6 +134,10 @@ def plan_cell(grid: GridConfig, name: str, seed: int) -> Cell:
     inverted = {**drawn, "adapters": config.adapters or library, "inversion": config.inversion.model_dump(mode="json")}
     images = {**inverted, "images": cell.images.model_dump(mode="json")} if cell.images else inverted
     if cell.images:  # in the place of all that are inverted
+        if own := [key for key in cell.set if key.partition(".")[0] == "metric_inversion" and cell.set[key] is not None]:
+            raise ConfigError(
+                f"cell {name!r}: images, in the place of all that are inverted, do not go with {own[0]}; leave it out"
+            )
         config = config.model_copy(update={"metric_inversion": None})
     measured = {**images, "training": config.training.model_dump(mode="json")}
     if for_metric := config.metric_inversion and {**inverted, "inversion": config.metric_inversion.model_dump(mode="json")}:

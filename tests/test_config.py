@@ -88,6 +88,7 @@ def test_the_metric_is_learnt_from_the_images_to_train_on_or_from_others(load: L
     assert config.for_metric.for_metric.synthetic_root == "/a/metric_synthetic"
     named = load("name: a\nmetric_synthetic: /b\nmetric_inversion: {}\n")
     assert named.for_metric.synthetic_root == "/b"
+    assert "metric_synthetic is a folder for the images of metric_inversion" in message_of(load, "metric_synthetic: /b")
 
 
 def test_named_folders_replace_those_of_the_output(load: Load):

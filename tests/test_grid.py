@@ -71,7 +71,6 @@ def test_cells_share_adapters_and_images_as_far_as_they_agree(write):
                 "shuffled": {"images": {"kind": "shuffled"}},
                 "metric on others": {"set": {"metric_inversion.num_steps": 9}},
                 "and trained otherwise": {"set": {"metric_inversion.num_steps": 9, "training.num_steps": 7}},
-                "metric on shuffled": {"set": {"metric_inversion.num_steps": 9}, "images": {"kind": "shuffled"}},
                 "measured otherwise": {"set": {"evaluation.methods": ["nn"]}},
             }
         )
@@ -93,10 +92,15 @@ def test_cells_share_adapters_and_images_as_far_as_they_agree(write):
     assert cells["metric on others"].config.for_metric.inversion.num_steps == 9
     roots = {cells[name].config.for_metric.synthetic_root for name in ("plain", "metric on others", "and trained otherwise")}
     assert roots == {plain.synthetic_root, cells["metric on others"].config.metric_synthetic}
-    assert cells["metric on shuffled"].config.for_metric.synthetic_root == cells["shuffled"].config.synthetic_root
     assert len({cell.config.output_root for cell in cells.values()}) == len(cells)
     assert plan_cell(grid, "plain", 1).config.adapters_root != plain.adapters_root
     assert all(cell.tune for cell in cells.values())
+
+
+def test_images_for_the_metric_do_not_go_with_images_in_the_place_of_the_inverted(write):
+    cell = {"set": {"metric_inversion.num_steps": 9}, "images": {"kind": "shuffled"}}
+    with pytest.raises(ConfigError, match=r"cell 'a': images, .* do not go with metric_inversion.num_steps; leave it out"):
+        plan_cell(load_grid(write({"a": cell})), "a", 0)
 
 
 def test_given_adapters_are_not_tuned(write, tmp_path: Path):

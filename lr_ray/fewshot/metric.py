@@ -1,4 +1,4 @@
-"""A metric learnt from the images that the meta-LoRA was trained on: directions in which images of one kind differ count less.
+"""A metric learnt from synthetic images: directions in which images of one kind differ count less.
 
 No part of the paper. z = λ · (x − m) W / ‖(x − m) W‖, W = (Σ + s · tr(Σ) / D · I)^(−power / 2), with Σ the covariance of
 features among the views of an image (or the images of a class), m their mean, and λ the mean of ‖x − m‖, so that distances
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from lr_ray.section import Section
@@ -24,11 +24,18 @@ class MetricConfig(Section):
     """Of the covariance; 0: only the mean is taken off and lengths are made equal; 1: all directions alike."""
     shrinkage: float = Field(default=0.1, gt=0)
     """Of that covariance towards one that is the same in all directions."""
-    views_per_image: int = Field(default=0, ge=0)
+    views_per_image: int = Field(default=0, ge=0, le=100)
     """Views of each synthetic image: the covariance is of how views of one image differ. 0, and always for real images: of how
     the images of a class do, as they are."""
     views: AugmentationConfig = AugmentationConfig()
     """How they are drawn."""
+
+    @field_validator("views_per_image")
+    @classmethod
+    def _differ(cls, number: int) -> int:
+        if number == 1:
+            raise ValueError("one view differs from no other; give 0, or 2 to 100")
+        return number
 
 
 METRIC_TENSORS = ("mean", "weight", "length")

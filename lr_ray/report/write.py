@@ -88,7 +88,7 @@ def _sheet(config: ExperimentConfig, adapters: Sequence[Sequence[str]]) -> bytes
 
 
 def watch_synthetic(config: ExperimentConfig, reporter: Reporter, over: threading.Event) -> None:
-    """Draw `contact_sheet.png` again whenever there are new images, those that came last first, until it is over.
+    """Draw `contact_sheet.png` again whenever there are new images to train on, those that came last first, until it is over.
 
     Raises:
         StorageError: unreadable images, or the sheet cannot be written.

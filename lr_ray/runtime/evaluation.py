@@ -19,6 +19,7 @@ from lr_ray.fewshot.episodes import EpisodeShape
 from lr_ray.fewshot.evaluate import is_right, predict_each
 from lr_ray.fewshot.methods import Embed, FeatureMethod, FewShotTask, MethodInputs, TunedMethod, find_method
 from lr_ray.fewshot.methods.features import embedder
+from lr_ray.fewshot.metric import MetricConfig
 from lr_ray.fewshot.protocol import DrawnEpisode, draw_episodes
 from lr_ray.report.card import complete_card
 from lr_ray.report.charts import EpisodeFeatures
@@ -173,7 +174,8 @@ def fit_method(task: FitTask) -> None:
     with embedder(_inputs(config, backbone), chosen.method.features(chosen.settings)) as embed, torch.inference_mode():
         features, labels = material(config, backbone, embed)
     start = time.perf_counter()
-    tensors = chosen.method.fit(chosen.settings, features.clone(), labels, config.seed, config.training.metric)
+    metric = config.training.metric if chosen.method.fit_on == "synthetic" else MetricConfig()  # as its digest has it
+    tensors = chosen.method.fit(chosen.settings, features.clone(), labels, config.seed, metric)
     write_tensors(task.uri, tensors, {"seconds": time.perf_counter() - start})
 
 

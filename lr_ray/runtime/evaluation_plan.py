@@ -11,6 +11,7 @@ from lr_ray.data.load import load_data
 from lr_ray.errors import ConfigError
 from lr_ray.fewshot.methods import ChosenMethod, FeatureMethod, Ingredient, TunedMethod, expand, find_method
 from lr_ray.fewshot.methods.features import RAW_PIXELS, needs_of
+from lr_ray.fewshot.metric import MetricConfig
 from lr_ray.fewshot.protocol import TestShape, draw_episodes
 from lr_ray.storage.adapters import list_adapters, read_adapter
 from lr_ray.storage.filesystem import exists, join, read_many
@@ -143,8 +144,9 @@ class EvaluationPlan:
         where = {}
         if isinstance(method, FeatureMethod):
             where = {"features_uri": self._features_uri(method.features(chosen.settings))}
-            if method.fit is not None and method.fit_on == "synthetic":
-                made_of["fitted"] = self.config.training.metric.model_dump(mode="json")
+            metric = self.config.training.metric
+            if method.fit is not None and method.fit_on == "synthetic" and metric != MetricConfig():
+                made_of["fitted"] = metric.model_dump(mode="json")
             if method.fit is not None:
                 where["fitted_uri"] = self._fitted_uri(chosen, made_of)
             elif method.metric(chosen.settings) and (digest := metric_digest(folder := self._folder_of(chosen))):

@@ -20,7 +20,7 @@ from lr_ray.inversion.invert import invert
 from lr_ray.inversion.priors import BatchNormPrior, load_prior
 from lr_ray.report.progress import Reporter
 from lr_ray.runtime.board import StepWriter, read_board, start_board
-from lr_ray.runtime.inversion_plan import PARTIAL, InversionItem, committed, plan_inversion
+from lr_ray.runtime.inversion_plan import PARTIAL, InversionItem, InversionPlan, committed, plan_inversion
 from lr_ray.runtime.session import actor_pool, fields_of, ray_session, user_error, worker_device
 from lr_ray.storage.adapters import read_adapter
 from lr_ray.storage.filesystem import delete, exists, read_if_there, write_bytes
@@ -175,27 +175,41 @@ def invert_library(config: ExperimentConfig, reporter: Reporter, *, strict: bool
         InversionError: with `strict`, an inversion failed.
         StorageError: the folder holds images made with another config or from other adapters.
     """
-    load_prior_of(config, "cpu")
-    plan = plan_inversion(config, strict=strict)
-    for why in plan.rejected.values():
-        reporter.say(f"skipped: {why}")
+    parts = [config] if config.metric_inversion is None else [config, config.for_metric]
+    plans = [_plan(part, reporter, strict=strict, called="" if part is config else "metric_inversion: ") for part in parts]
+    failures = [why for plan in plans for why in plan.rejected.values()]
+    if any(plan.todo for plan in plans):
+        with ray_session(config.ray) as dashboard:
+            if dashboard:
+                reporter.say(f"dashboard: http://{dashboard}")
+            for part, plan in zip(parts, plans, strict=True):
+                if plan.todo:
+                    failures += _invert_all(plan.todo, part, reporter, strict=strict)
+    there = {uri for part in parts for uri in committed(part)}
+    uris = tuple(item.uri for plan in plans for item in plan.items if item.uri in there)
+    return InversionReport(uris=uris, failures=tuple(dict.fromkeys(failures)))
+
+
+def _plan(config: ExperimentConfig, reporter: Reporter, *, strict: bool, called: str) -> InversionPlan:
+    """What there is to do, said.
+
+    Args:
+        called: before every error, what tells it from that of another inversion.
+    """
+    try:
+        load_prior_of(config, "cpu")
+        plan = plan_inversion(config, strict=strict)
+    except LrRayError as error:
+        raise type(error)(f"{called}{error}") from error
+    if not called:  # the same adapters are skipped for the metric
+        for why in plan.rejected.values():
+            reporter.say(f"skipped: {why}")
     if plan.left_out:
         without = "without a head" if config.inversion.classes is None else "without a head, or without the classes asked for"
         reporter.say(f"left out: {plan.left_out} adapters {without}")
     done = len(plan.items) - len(plan.todo)
     reporter.say(f"invert: {_counted(plan.items)} into {config.synthetic_root}, {done} done already")
-    failures = list(plan.rejected.values())
-    if plan.todo:
-        with ray_session(config.ray) as dashboard:
-            if dashboard:
-                reporter.say(f"dashboard: http://{dashboard}")
-            failures += _invert_all(plan.todo, config, reporter, strict=strict)
-    there = committed(config)
-    report = InversionReport(uris=tuple(item.uri for item in plan.items if item.uri in there), failures=tuple(failures))
-    if config.metric_inversion is None:
-        return report
-    more = invert_library(config.for_metric, reporter, strict=strict)
-    return InversionReport(uris=report.uris + more.uris, failures=tuple(dict.fromkeys(report.failures + more.failures)))
+    return plan
 
 
 def _counted(items: Sequence[InversionItem]) -> str:
@@ -230,6 +244,8 @@ def _invert_all(todo: Sequence[InversionItem], config: ExperimentConfig, reporte
 
 def invert_dataset(config: ExperimentConfig) -> "Dataset":
     """Every row of the synthetic set, as a Ray Dataset that gives rows while the inversion goes on.
+
+    Those for the metric, if they are others, are the set of `config.for_metric`.
 
     Adapters whose images are there already come first. Each file is committed before its rows are given, so that what a
     consumer saw is kept. Needs a Ray that runs (`ray_session`) for as long as the dataset is read.

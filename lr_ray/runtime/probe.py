@@ -74,10 +74,9 @@ def choose_by_probe(config: ExperimentConfig, reporter: Reporter) -> ExperimentC
     with ray_session(config.ray):
         machine = _largest_node()
         if content is None:
-            if exists(join(config.synthetic_root, CLAIM_NAME)):
-                raise StorageError(
-                    f"{config.synthetic_root} was begun without --fast; leave it out, or choose another --output"
-                )
+            for root in (config.synthetic_root, config.for_metric.synthetic_root):
+                if exists(join(root, CLAIM_NAME)):
+                    raise StorageError(f"{root} was begun without --fast; leave it out, or choose another --output")
             found = _probe(config, reporter) | {"machine": machine}
             write_bytes(uri, json.dumps(found | {"versions": versions()}, indent=2).encode())
         else:
@@ -85,9 +84,11 @@ def choose_by_probe(config: ExperimentConfig, reporter: Reporter) -> ExperimentC
             reporter.say(f"fast: as chosen before, {uri}: {found['chosen']}")
     chosen = found["chosen"]
     actors = chosen["ray"] if found["machine"] == machine else {}
+    metric = config.metric_inversion
     return config.model_copy(
         update={
             "inversion": config.inversion.model_copy(update=chosen["inversion"]),
+            "metric_inversion": None if metric is None else metric.model_copy(update=chosen["inversion"]),
             "ray": config.ray.model_copy(update=actors),
         }
     )

@@ -1,6 +1,6 @@
 """What a meta-training has to do, planned and checked before anything is started."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -15,6 +15,7 @@ from lr_ray.errors import ConfigError, EpisodeError, StorageError
 from lr_ray.fewshot.distill import TrainConfig
 from lr_ray.fewshot.episodes import ClassImages, ClassRef, EpisodeShape, check_classes
 from lr_ray.fewshot.metatrain import Validation
+from lr_ray.fewshot.metric import MetricConfig
 from lr_ray.fewshot.relations import RelationsConfig
 from lr_ray.fewshot.stream import Shelf
 from lr_ray.storage.adapters import list_adapters, read_specs
@@ -95,6 +96,9 @@ def meta_lora_job(config: ExperimentConfig, backbone: Backbone) -> TrainingJob:
     if config.metric_inversion is not None:
         root = config.for_metric.synthetic_root
         inputs["for_metric"] = list_synthetic(root)
+        _check_known(
+            root, inputs["for_metric"], {adapter_id_of(file) for file in files}, f"{config.synthetic_root} does not have"
+        )
         metric_refs = read_index(root, inputs["for_metric"], backbone.identity)
     return TrainingJob(
         kind="meta_lora",
@@ -126,11 +130,14 @@ def _adapter_facts(files: Sequence[str], teachers: Sequence[AdapterSpec]) -> lis
 def _check_teachers(config: ExperimentConfig, files: Sequence[str], teachers: Sequence[AdapterSpec]) -> None:
     """Raise if some images are of an adapter that is not in the library any more."""
     known = {spec.adapter_id for spec in teachers}
+    _check_known(config.synthetic_root, files, known, f"{config.adapters_root} does not hold")
+
+
+def _check_known(root: str, files: Sequence[str], known: Collection[str], where: str) -> None:
     for file in files:
         if adapter_id_of(file) not in known:
             raise StorageError(
-                f"synthetic images {join(config.synthetic_root, file)} are of an adapter that {config.adapters_root} does not "
-                "hold; remove the file, or put the adapter back"
+                f"synthetic images {join(root, file)} are of an adapter that {where}; remove the file, or put the adapter back"
             )
 
 
@@ -149,7 +156,7 @@ def oracle_job(config: ExperimentConfig, backbone: Backbone) -> TrainingJob:
             "adapter_share": 0.0,
             "keep_ratio": 1.0,
             "relations": RelationsConfig(),
-            "metric": config.training.metric.model_copy(update={"views_per_image": 0}),
+            "metric": MetricConfig(power=config.training.metric.power, shrinkage=config.training.metric.shrinkage),
         }
     )
     data = load_data(config.data.tune)

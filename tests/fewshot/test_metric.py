@@ -72,6 +72,11 @@ def test_fewer_images_than_directions(features: tuple[Tensor, Tensor]) -> None:
     assert float(metric(features[0]).norm(dim=1).std()) < 1e-4
 
 
+def test_one_view_is_refused() -> None:
+    with pytest.raises(ValueError, match="one view differs from no other; give 0, or 2 to 100"):
+        MetricConfig(views_per_image=1)
+
+
 def test_tensors_and_back(features: tuple[Tensor, Tensor]) -> None:
     metric = fit_metric(*features, MetricConfig())
     again = Metric.of(metric.tensors())

@@ -221,6 +221,17 @@ def test_a_metric_is_fitted_on_images_of_its_own(inverted: ExperimentConfig) -> 
     assert invert_library(config, QUIET) == report
     assert snapshot(root) == before
 
+    wrong = config.model_copy(update={"metric_inversion": own.model_copy(update={"classes": ("none",)})})
+    with pytest.raises(AdapterError, match=r"^metric_inversion: "):
+        invert_library(wrong, QUIET)
+    folders = {"synthetic": config.synthetic_root, "metric_synthetic": root, "adapters": config.adapters_root}
+    elsewhere = config.model_copy(update={**folders, "output": f"{config.output_root}/again"})
+    for uri in config.synthetic_root, root:
+        Path(uri, list_synthetic(uri)[0]).rename(Path(uri, "gone-0123456789ab.parquet"))
+        with pytest.raises(StorageError, match=r"gone-0123456789ab.parquet are of an adapter that "):
+            train_meta_lora(elsewhere, QUIET)
+        Path(uri, "gone-0123456789ab.parquet").unlink()
+
 
 def test_a_meta_lora_of_another_backbone_is_refused(tiny_experiment: ExperimentConfig, meta_lora: str) -> None:
     other = changed(tiny_experiment, backbone={"name": "vit_small_patch16_224"})

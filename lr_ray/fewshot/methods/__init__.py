@@ -72,7 +72,8 @@ class FeatureMethod:
         head: (settings, what `fit` gave, or the metric's tensors) → the head.
         fit: (settings, (M, D) features of images of other classes, (M,) classes, seed, config of the metric) → tensors,
             trained once before the episodes; default nothing.
-        fit_on: which images: real or synthetic ones.
+        fit_on: which images: real ones, or the synthetic ones that the metric is learnt from; where that is from views, the
+            features are of those, and in the place of the classes is which image each shows.
         metric: settings → whether the head reads the metric that is kept with the meta-LoRA of its features, if one is.
         num_trained: (settings, ways, D) → parameters that are trained on each episode.
     """
