@@ -59,10 +59,12 @@ def main() -> None:
             shutil.copy(folder / "gain.png", PICTURES / f"{folder.name}.png")
             continue
         print(f"{folder.name}\n\n{as_markdown(results_table(rows))}\n")
-        synthetic = str(folder / "synthetic")
-        shown = by_adapter(list_synthetic(synthetic))[:ADAPTERS_SHOWN]
-        pool = read_pool(synthetic, list(chain.from_iterable(shown)))
-        (PICTURES / f"{folder.name}.png").write_bytes(contact_sheet(pool, keep_ratio=0.5))
+        for name, synthetic in ((folder.name, folder / "synthetic"), (f"{folder.name}-metric", folder / "metric_synthetic")):
+            if not synthetic.is_dir():
+                continue
+            shown = by_adapter(list_synthetic(str(synthetic)))[:ADAPTERS_SHOWN]
+            pool = read_pool(str(synthetic), list(chain.from_iterable(shown)))
+            (PICTURES / f"{name}.png").write_bytes(contact_sheet(pool, keep_ratio=0.5))
 
 
 if __name__ == "__main__":
