@@ -18,6 +18,7 @@ from lr_ray.fewshot.evaluate import predict
 from lr_ray.fewshot.methods import FeatureMethod, Head, expand, find_method, known_methods
 from lr_ray.fewshot.methods.bpa import balanced_affinities
 from lr_ray.fewshot.methods.linear_probe import logistic_regression
+from lr_ray.fewshot.metric import MetricConfig, fit_metric
 
 HEADS = ["nn", "nn-cosine", "bpa", "linear-probe", "simple-shot", "bd-cspn", "laplacian-shot", "pt-map", "tim"]
 
@@ -190,7 +191,7 @@ def fitted(label: str, features: Tensor, labels: Tensor) -> dict[str, Tensor]:
     chosen = find_method(label)
     assert isinstance(chosen.method, FeatureMethod)
     assert chosen.method.fit is not None
-    return chosen.method.fit(chosen.settings, features, labels, 0)
+    return chosen.method.fit(chosen.settings, features, labels, 0, MetricConfig(power=0.75, shrinkage=0.2))
 
 
 def test_caml_learns_from_other_classes_what_tells_classes_apart() -> None:
@@ -274,3 +275,16 @@ def test_trained_parameters_are_counted() -> None:
     probe = known_methods()["linear-probe"]
     assert isinstance(probe, FeatureMethod)
     assert probe.num_trained(probe.settings(), 5, 384) == 5 * 385
+
+
+@pytest.mark.parametrize(
+    ("label", "config"),
+    [
+        ("nn-metric", MetricConfig(power=0.75, shrinkage=0.2)),
+        ("nn-metric:power=0", MetricConfig(power=0, shrinkage=0.2)),
+        ("nn-metric:power=1,shrinkage=0.5", MetricConfig(power=1, shrinkage=0.5)),
+    ],
+)
+def test_a_metric_is_the_configs_but_for_what_the_label_says(label: str, config: MetricConfig):
+    features, labels = torch.randn(40, 6, generator=torch.Generator().manual_seed(0)), torch.arange(8).repeat(5)
+    torch.testing.assert_close(fitted(label, features, labels), fit_metric(features, labels, config).tensors())
