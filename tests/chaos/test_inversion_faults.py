@@ -9,6 +9,8 @@ import pytest
 
 from bench.chaos import FAULTS, Bed
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def bed(tmp_path_factory: pytest.TempPathFactory) -> Bed:

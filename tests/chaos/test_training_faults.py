@@ -22,6 +22,9 @@ from tests.jobs import QUIET, changed, kill_worker
 LAST_STEP = 60
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def make_config(made_before: ExperimentConfig, tmp_path_factory: pytest.TempPathFactory) -> Callable[[], ExperimentConfig]:
     """Each time the same training into another folder; memory holds one of its two adapters at a time."""

@@ -140,6 +140,7 @@ def grid_file(tiny_experiment: ExperimentConfig, tmp_path: Path) -> Path:
     return tmp_path / "grid.yaml"
 
 
+@pytest.mark.slow
 def test_a_grid_through_the_command_line(grid_file: Path, tmp_path: Path):
     first = CliRunner().invoke(app, ["ablate", str(grid_file), "--json"], catch_exceptions=False)
     summary = json.loads(first.stdout)

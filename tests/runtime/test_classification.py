@@ -77,6 +77,7 @@ def contents(output: str) -> dict[str, bytes]:
     return {name: read_bytes(f"{output}/{name}") for name in list_files(output, suffix="")}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_batch_gives_what_classify_gives_locally_and_on_s3(
     meta_lora: str, folder: Path, bucket: str, s3: FaultyProxy

@@ -193,6 +193,7 @@ def test_a_metric_is_fitted_on_the_synthetic_images(inverted: ExperimentConfig) 
     assert row["accuracy"] == accuracy_of(replace(model, metric=fitted), inverted)
 
 
+@pytest.mark.slow
 def test_a_metric_is_fitted_on_images_of_its_own(inverted: ExperimentConfig) -> None:
     """By hand again; and what is trained finds the same images."""
     own = inverted.inversion.model_copy(update={"canvas": "strokes", "images_per_class": 2})
@@ -294,6 +295,7 @@ def test_a_stranger_meets_the_same_episodes(tiny_experiment: ExperimentConfig) -
         assert row["per_class"][name] == pytest.approx(100 * sum(found) / len(found), abs=2)
 
 
+@pytest.mark.slow
 def test_ways_and_shots_may_vary(tiny_experiment: ExperimentConfig, meta_lora: str) -> None:
     """Beside a fixed shape, which is as it would be alone; from the files alone a stranger gets the row."""
     varying = VaryingShape(ways=(2, 50), max_support=60)

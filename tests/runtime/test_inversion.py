@@ -42,6 +42,7 @@ def files_of(config: ExperimentConfig) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in Path(config.synthetic_root).iterdir() if path.name != "claim.json"}
 
 
+@pytest.mark.slow
 def test_an_inversion_goes_on_where_its_killed_actor_saved_it(library: ExperimentConfig, tmp_path: Path) -> None:
     config = changed(library, inversion={"num_steps": 100}, ray={"max_actors": 1, "checkpoint_every_s": 0.05})
 
@@ -181,6 +182,7 @@ def test_a_damaged_adapter_is_skipped_and_the_rest_is_done(library: ExperimentCo
     assert isinstance(strict.exception, AdapterError)
 
 
+@pytest.mark.slow
 def test_an_inversion_that_fails_on_the_way(library: ExperimentConfig) -> None:
     victim = Path(list_adapters(library.adapters_root)[1], "adapter_model.safetensors")
     tensors = load_file(victim)
@@ -202,6 +204,7 @@ def test_no_adapter_fits(library: ExperimentConfig) -> None:
     assert not Path(library.synthetic_root).exists()
 
 
+@pytest.mark.slow
 def test_a_dataset_gives_rows_while_the_inversion_goes_on(library: ExperimentConfig) -> None:
     config = changed(library, inversion={"num_steps": 150}, ray={"max_actors": 1})
 
@@ -223,6 +226,7 @@ class DyingActor(InversionActor):
         os._exit(1)
 
 
+@pytest.mark.slow
 def test_a_piece_of_work_that_kills_its_process_is_given_up_and_the_rest_is_done(inverted: ExperimentConfig) -> None:
     config = changed(inverted, ray={"max_failures": 1, "max_actors": 1})
     deadly, *others = plan_inversion(config).items

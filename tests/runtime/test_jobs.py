@@ -69,6 +69,7 @@ def start(*arguments: str) -> "subprocess.Popen[str]":
 # ---------------------------------------------------------------------------------------------------- from end to end
 
 
+@pytest.mark.slow
 def test_a_job_is_left_and_found_again_and_workers_come_and_go(tmp_path: Path, url: str) -> None:
     """Its actors need workers, of which there are none before it and none after."""
     path = write_job(tmp_path, num_adapters=3, num_steps=60)

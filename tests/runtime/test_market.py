@@ -32,6 +32,7 @@ def answer(*arguments: str, code: int = 0) -> Any:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_thirty_strangers_adapters_in_one_go(tmp_path: Path):
     config = tiny(tmp_path)
     tuning = config.tuning.model_copy(update={"num_adapters": 30})

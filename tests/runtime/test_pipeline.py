@@ -116,6 +116,7 @@ def test_too_little_data_to_tune_on(tiny_experiment: ExperimentConfig, tuning: d
         tune_library(changed(tiny_experiment, tuning=tuning), QUIET)
 
 
+@pytest.mark.slow
 def test_two_training_workers_agree_with_one_also_when_to_stop(inverted: ExperimentConfig, tmp_path: Path) -> None:
     shared = {"adapters": inverted.adapters_root, "synthetic": inverted.synthetic_root}
     found, ends = [], []
@@ -181,6 +182,7 @@ def test_errors_before_and_inside_training(inverted: ExperimentConfig) -> None:
     assert not Path(inverted.meta_lora_root, "training").exists()
 
 
+@pytest.mark.slow
 def test_what_a_loader_cannot_do_is_said_as_it_is(inverted: ExperimentConfig) -> None:
     relations = inverted.training.relations.model_copy(update={"share": 1.0, "batch_size": 10_000})
     with pytest.raises(EpisodeError, match=r"relations.batch_size"):

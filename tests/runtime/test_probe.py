@@ -86,6 +86,7 @@ def test_a_batch_that_memory_does_not_hold_counts_as_nothing(
         choose_by_probe(changed(other, inversion={"images_per_class": 50}), QUIET)
 
 
+@pytest.mark.slow
 def test_images_that_were_begun_without_it(library: ExperimentConfig) -> None:
     invert_library(library, QUIET)
     with pytest.raises(StorageError, match="was begun without --fast"):
@@ -99,6 +100,7 @@ def test_a_backbone_that_cannot_be_loaded(library: ExperimentConfig) -> None:
     assert not Path(library.output_root, "fast.json").exists()
 
 
+@pytest.mark.slow
 def test_the_command(library: ExperimentConfig, tmp_path: Path) -> None:
     path = tmp_path / "job.yaml"
     path.write_text(json.dumps(library.model_dump(mode="json", exclude_defaults=True)))
@@ -138,6 +140,7 @@ def test_nobody_waits_for_ever(lost: bool):
     asyncio.run(wait_in_vain())
 
 
+@pytest.mark.slow
 def test_actors_that_do_not_fit_at_once_are_an_error(library: ExperimentConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three of one processor on two: the third begins when another ends."""
     monkeypatch.setattr(probe, "_TOGETHER_S", 3.0)

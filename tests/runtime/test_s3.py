@@ -31,6 +31,7 @@ FAULTY: list[Fault | None] = [
 ]
 
 
+@pytest.mark.slow
 def test_whole_job_on_s3(local_run: tuple[Path, list[dict[str, Any]]], bucket: str, s3: FaultyProxy) -> None:
     path, local_rows = local_run
     local_root, root = path.parent / "run", f"{bucket}/runs/tiny"
@@ -101,6 +102,7 @@ def test_inversion_into_a_bad_bucket_fails_before_any_work(
     assert line.startswith(f"lr-ray: cannot read {root}/synthetic/claim.json: {message}")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_cannot_be_written_ends_training(
     local_run: tuple[Path, list[dict[str, Any]]], bucket: str, s3: FaultyProxy
 ) -> None:

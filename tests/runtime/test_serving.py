@@ -63,6 +63,7 @@ def replicas_of_the_backbone() -> list[Any]:
     return [ray.get_actor(name, namespace="serve") for name in names if name.startswith("SERVE_REPLICA::lr-ray#backbone#")]
 
 
+@pytest.mark.slow
 def test_the_answers_are_those_of_load_also_after_a_replica_is_killed(
     ray_cluster: None, meta_lora: str, pictures: dict[str, list[Path]], tmp_path: Path
 ):
@@ -110,6 +111,7 @@ def test_the_answers_are_those_of_load_also_after_a_replica_is_killed(
     assert ray.is_initialized()
 
 
+@pytest.mark.slow
 def test_the_command_serves_until_it_is_told_to_end(meta_lora: str, pictures: dict[str, list[Path]], tmp_path: Path):
     """In a process and a Ray of its own, as a person starts it: keys, SIGTERM under a request, which is finished."""
     port, keys = free_port(), tmp_path / "keys.json"
