@@ -16,7 +16,8 @@ from lr_ray.storage.filesystem import join, list_files, write_bytes
 from lr_ray.storage.manifest import read_manifest, read_manifests, versions
 from lr_ray.storage.synthetic import adapter_id_of, by_adapter, count_images, list_synthetic, read_pool
 
-SHEET_NAME, METRIC_SHEET_NAME = "contact_sheet.png", "contact_sheet_metric.png"
+SHEET_NAME = "contact_sheet.png"
+_SHEET_NAMES = {"sheet": SHEET_NAME, "metric_sheet": "contact_sheet_metric.png"}
 _ADAPTERS_SHOWN = 6
 _SECONDS_BETWEEN_LOOKS = 2.0
 
@@ -54,8 +55,7 @@ def write_report(
     )
     table = results_table(rows)
     texts = {"results.md": as_markdown(table), "results.tex": as_latex(table), "results.csv": as_csv(rows), "report.html": page}
-    written = dict(zip((SHEET_NAME, METRIC_SHEET_NAME), sheets.values(), strict=False))
-    written |= {name: text.encode() for name, text in texts.items()}
+    written = {_SHEET_NAMES[key]: png for key, png in sheets.items()} | {name: text.encode() for name, text in texts.items()}
     for name, content in written.items():
         write_bytes(join(root, name), content)
     return [join(root, name) for name in written]

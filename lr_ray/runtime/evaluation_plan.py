@@ -144,10 +144,9 @@ class EvaluationPlan:
         where = {}
         if isinstance(method, FeatureMethod):
             where = {"features_uri": self._features_uri(method.features(chosen.settings))}
-            metric = self.config.training.metric
-            if method.fit is not None and method.fit_on == "synthetic" and metric != MetricConfig():
-                made_of["fitted"] = metric.model_dump(mode="json")
             if method.fit is not None:
+                if method.fit_on == "synthetic" and (metric := self.config.training.metric) != MetricConfig():
+                    made_of["fitted"] = metric.model_dump(mode="json")
                 where["fitted_uri"] = self._fitted_uri(chosen, made_of)
             elif method.metric(chosen.settings) and (digest := metric_digest(folder := self._folder_of(chosen))):
                 read_metric(folder, num_features=self._backbone.num_features)

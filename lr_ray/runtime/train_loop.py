@@ -3,6 +3,7 @@
 import json
 import tempfile
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from lr_ray.fewshot.metric import fit_metric
 from lr_ray.fewshot.stream import distinct_names
 from lr_ray.runtime.metric import embed_classes
 from lr_ray.runtime.stream import stream_batches
-from lr_ray.runtime.training_job import TrainingJob, read_for_metric, read_shelves, validation_of
+from lr_ray.runtime.training_job import TrainingJob, read_shelves, validation_of
 from lr_ray.storage.adapters import read_adapters
 from lr_ray.storage.filesystem import join, storage_errors
 from lr_ray.storage.metric import write_metric
@@ -88,9 +89,8 @@ def _validate_and_report(
 
 def _write_metric(job: TrainingJob, trainer: MetaTrainer) -> None:
     """Fitted on images of its own, or on what was trained on, as the best weights see them; done again, it is the same."""
-    refs, read = (job.metric_refs, read_for_metric) if job.metric_refs else (job.refs, read_shelves)
-    embed, config = trainer.embed_by_best, job.training.metric
-    features, kind_of = embed_classes(refs, partial(read, job), embed, config, seed=job.config.seed)
+    read, config = partial(read_shelves, replace(job, config=job.config.for_metric)), job.training.metric
+    features, kind_of = embed_classes(job.metric_refs or job.refs, read, trainer.embed_by_best, config, seed=job.config.seed)
     if not torch.isfinite(features).all():
         raise AdapterError(f"{job.kind}: the trained weights give NaN or infinite features; lower training.schedule.highest")
     write_metric(job.folder, fit_metric(features, kind_of, config))

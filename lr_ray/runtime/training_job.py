@@ -212,11 +212,6 @@ def read_shelves(job: TrainingJob, shelves: Sequence[Shelf]) -> list[list[ClassI
     return [[_real(data, ref, job.image_px) for ref in shelf] for shelf in shelves]
 
 
-def read_for_metric(job: TrainingJob, shelves: Sequence[Shelf]) -> list[list[ClassImages]]:
-    """The same of `metric_refs`."""
-    return read_many(partial(read_classes, job.config.for_metric.synthetic_root), shelves)
-
-
 def _real(data: LabelledImages, ref: ClassRef, image_px: int) -> ClassImages:
     images = data.pixels(np.flatnonzero(data.labels == ref.slot), image_px)
     return ClassImages(name=ref.name, adapter="", slot=ref.slot, images=images)
