@@ -125,10 +125,13 @@ def wandb_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pa
 
 
 def test_wandb_gets_the_curves_and_the_config(wandb_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
+
     monkeypatch.setenv("WANDB_MODE", "offline")
     with open_trackers(TrackingConfig(wandb="group/project"), RUN, Reporter(quiet=True)) as (tracker,):
         for point in POINTS:
             tracker.add(point)
+    wandb.teardown()  # its process writes the file and may still be at it when the run has ended
 
     records = list(records_of(wandb_folder))
     (started,) = [record.run for record in records if record.WhichOneof("record_type") == "run"]
