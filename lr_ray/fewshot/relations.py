@@ -13,7 +13,6 @@ from pydantic import Field
 from torch import Tensor
 
 from lr_ray.section import Section
-from lr_ray.vit.augment import AugmentationConfig, augment
 
 
 class RelationsConfig(Section):
@@ -46,27 +45,6 @@ class RelationTargets:
     images: Tensor
     keep_indices: Tensor | None
     features: Tensor
-
-
-def draw_views(
-    images: Tensor,
-    keep_indices: Tensor | None,
-    config: AugmentationConfig,
-    *,
-    views_per_image: int,
-    grid_size: tuple[int, int],
-    seed: int,
-) -> tuple[Tensor, Tensor | None]:
-    """(M, 3, H, W) uint8 images → (V·M, 3, H, W) uint8 views and their (V·M, K) patches; the same for the same seed."""
-    generator = torch.Generator().manual_seed(seed)
-    views: list[Tensor] = []
-    kept: list[Tensor] = []
-    for _ in range(views_per_image):
-        pixels, keep, _ = augment(images, keep_indices, config, grid_size=grid_size, generator=generator)
-        views.append(pixels.mul(255).round_().clamp_(0, 255).to(torch.uint8))
-        if keep is not None:
-            kept.append(keep)
-    return torch.cat(views), torch.cat(kept) if kept else None
 
 
 def directions(features: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from lr_ray.fewshot.episodes import ClassImages, ClassRef
 from lr_ray.fewshot.metric import MetricConfig
-from lr_ray.fewshot.relations import draw_views
 from lr_ray.fewshot.stream import Shelf
+from lr_ray.vit.augment import draw_views
 
 _CLASSES = 2000
 _IMAGES_PER_CLASS = 100

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lr_ray.config import ExperimentConfig
 from lr_ray.errors import StorageError
-from lr_ray.fewshot.relations import RelationTargets, directions, draw_views, project
+from lr_ray.fewshot.relations import RelationTargets, directions, project
 from lr_ray.report.progress import Reporter
 from lr_ray.runtime.held import held_backbone
 from lr_ray.runtime.session import work_through, worker_device
@@ -19,6 +19,7 @@ from lr_ray.storage.adapters import list_adapters, read_adapter, read_specs
 from lr_ray.storage.filesystem import join, list_uris, read_bytes, write_bytes
 from lr_ray.storage.manifest import digest_of
 from lr_ray.storage.synthetic import read_pool
+from lr_ray.vit.augment import draw_views
 from lr_ray.vit.backbone import autocast, load_backbone
 from lr_ray.vit.lora import as_tuned, check_adapter, merged
 from lr_ray.vit.tokens import encode, num_kept

@@ -2,11 +2,9 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from lr_ray.fewshot.relations import directions, draw_views, project, relation_loss
-from lr_ray.vit.augment import AugmentationConfig, augment
+from lr_ray.fewshot.relations import directions, project, relation_loss
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -82,37 +80,3 @@ def test_directions_forget_what_all_images_share_and_how_large_an_adapters_featu
     assert torch.allclose(directions(50 * features + 1000), found, atol=1e-3)
     apart = torch.tensor([[100.0, 1.0], [100.0, -1.0]])
     assert torch.allclose(directions(apart), torch.tensor([[0.0, 1.0], [0.0, -1.0]]))
-
-
-def test_views_are_the_augmented_images_in_turn():
-    config = AugmentationConfig(flip=True, colour=0.3)
-    views, keep = draw_views(images(), None, config, views_per_image=3, grid_size=(4, 4), seed=7)
-    assert keep is None
-    assert views.dtype == torch.uint8
-    generator = torch.Generator().manual_seed(7)
-    for part in views.split(5):
-        expected, _, _ = augment(images(), None, config, grid_size=(4, 4), generator=generator)
-        torch.testing.assert_close(part.float() / 255, expected, atol=0.5 / 255 + 1e-6, rtol=0)
-    assert not torch.equal(views[:5], views[5:10])
-    assert torch.equal(views, draw_views(images(), None, config, views_per_image=3, grid_size=(4, 4), seed=7)[0])
-
-
-def test_patches_to_keep_follow_each_view():
-    kept = torch.arange(16).repeat(5, 1)[:, :3]
-    views, keep = draw_views(images(), kept, AugmentationConfig(flip=True), views_per_image=4, grid_size=(4, 4), seed=0)
-    assert keep is not None
-    assert keep.shape == (20, 3)
-    for view, original, patches in zip(views, images().repeat(4, 1, 1, 1), keep, strict=True):
-        mirrored = torch.equal(view, original.flip(2))
-        assert mirrored or torch.equal(view, original)
-        assert patches.tolist() == ([3, 2, 1] if mirrored else [0, 1, 2])
-
-
-def test_noise_leaves_valid_pixels():
-    views, _ = draw_views(
-        images(), None, AugmentationConfig(flip=False, noise=1.0), views_per_image=1, grid_size=(4, 4), seed=0
-    )
-    assert not torch.equal(views, images())
-    clipped = ((views == 0) | (views == 255)).float().mean()
-    assert 0.2 < clipped < 0.8, "what leaves the range is clipped, and does not wrap around"
-    assert F.mse_loss(views.float(), images().float()) > 1000

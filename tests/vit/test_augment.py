@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lr_ray.vit.augment import AugmentationConfig, augment, random_views
+from lr_ray.vit.augment import AugmentationConfig, augment, draw_views, random_views
 
 BOUNDED = {
     "roll": 0.25,
@@ -232,3 +232,38 @@ def test_riders_go_where_the_pixels_go_and_keep_their_values():
     alone, also = random_views(IMAGES, coloured, generator=seeded(3))
     assert torch.equal(again[:, :3], alone)
     assert torch.equal(mirrored, also)
+
+
+FEW = random_images(5, 16, 16)
+
+
+def test_views_are_the_augmented_images_in_turn():
+    config = AugmentationConfig(flip=True, colour=0.3)
+    views, keep = draw_views(FEW, None, config, views_per_image=3, grid_size=(4, 4), seed=7)
+    assert keep is None
+    assert views.dtype == torch.uint8
+    generator = torch.Generator().manual_seed(7)
+    for part in views.split(5):
+        expected, _, _ = augment(FEW, None, config, grid_size=(4, 4), generator=generator)
+        torch.testing.assert_close(part.float() / 255, expected, atol=0.5 / 255 + 1e-6, rtol=0)
+    assert not torch.equal(views[:5], views[5:10])
+    assert torch.equal(views, draw_views(FEW, None, config, views_per_image=3, grid_size=(4, 4), seed=7)[0])
+
+
+def test_patches_to_keep_follow_each_view():
+    kept = torch.arange(16).repeat(5, 1)[:, :3]
+    views, keep = draw_views(FEW, kept, AugmentationConfig(flip=True), views_per_image=4, grid_size=(4, 4), seed=0)
+    assert keep is not None
+    assert keep.shape == (20, 3)
+    for view, original, patches in zip(views, FEW.repeat(4, 1, 1, 1), keep, strict=True):
+        mirrored = torch.equal(view, original.flip(2))
+        assert mirrored or torch.equal(view, original)
+        assert patches.tolist() == ([3, 2, 1] if mirrored else [0, 1, 2])
+
+
+def test_noise_leaves_valid_pixels():
+    views, _ = draw_views(FEW, None, AugmentationConfig(flip=False, noise=1.0), views_per_image=1, grid_size=(4, 4), seed=0)
+    assert not torch.equal(views, FEW)
+    clipped = ((views == 0) | (views == 255)).float().mean()
+    assert 0.2 < clipped < 0.8, "what leaves the range is clipped, and does not wrap around"
+    assert torch.nn.functional.mse_loss(views.float(), FEW.float()) > 1000
