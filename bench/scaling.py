@@ -95,7 +95,7 @@ def actors(count: int = 8) -> list[dict[str, Any]]:
             )
             plan = plan_inversion(config)
             with ray_session(config.ray):
-                finished = actor_pool(plan.todo, config.ray, InversionActor, config, start_board()).iter_rows()
+                finished = actor_pool(plan.todo, config.ray, InversionActor, (config,), start_board()).iter_rows()
                 ends = [(time.monotonic(), row["num_images"]) for row in finished]
             # the first rows mark when all actors are at work
             (first, _), *others = ends[num_actors - 1 :]

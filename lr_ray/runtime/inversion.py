@@ -20,7 +20,15 @@ from lr_ray.inversion.invert import invert
 from lr_ray.inversion.priors import BatchNormPrior, load_prior
 from lr_ray.report.progress import Reporter
 from lr_ray.runtime.board import StepWriter, read_board, start_board
-from lr_ray.runtime.inversion_plan import PARTIAL, InversionItem, InversionPlan, committed, plan_inversion
+from lr_ray.runtime.inversion_plan import (
+    PARTIAL,
+    InspectedLibrary,
+    InversionItem,
+    InversionPlan,
+    committed,
+    inspect_library,
+    plan_inversion,
+)
 from lr_ray.runtime.session import actor_pool, fields_of, ray_session, user_error, worker_device
 from lr_ray.storage.adapters import read_adapter
 from lr_ray.storage.filesystem import delete, exists, read_if_there, write_bytes
@@ -30,6 +38,10 @@ from lr_ray.vit.lora import check_adapter
 
 if TYPE_CHECKING:
     from ray.data import Dataset
+
+
+_CALLED = ("", "metric_inversion: ")
+"""Before the errors of each part."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,15 +58,19 @@ class InversionReport:
 
 
 class InversionActor:
-    """Holds the backbone and the prior; inverts one item at a time and commits its images."""
+    """Holds the backbone and the priors; inverts one item at a time and commits its images.
 
-    def __init__(self, config: ExperimentConfig, board: Any) -> None:
+    Args:
+        parts: the config of each part that items may belong to.
+    """
+
+    def __init__(self, parts: Sequence[ExperimentConfig], board: Any) -> None:
         from ray.util.metrics import Counter, Gauge
 
-        device = worker_device(config.ray)
-        self._config, self._board = config, board
-        self._backbone: Backbone = load_backbone(config.backbone, device=device)
-        self._prior = load_prior_of(config, device)
+        device = worker_device(parts[0].ray)
+        self._parts, self._board = parts, board
+        self._backbone: Backbone = load_backbone(parts[0].backbone, device=device)
+        self._priors = [load_prior_of(config, device) for config in parts]
         self._images = Counter("lr_ray_images", description="Synthetic images committed.")
         self._failures = Counter("lr_ray_failures", description="Pieces of work that failed.")
         self._cross_entropy = Gauge("lr_ray_cross_entropy", description="Of an inversion's last step.", tag_keys=("item",))
@@ -66,7 +82,7 @@ class InversionActor:
             rows = self.commit(item)
             num_images, loss_ce, error = rows.num_rows, pa.compute.mean(rows["loss_ce"]).as_py(), ""
         except LrRayError as failure:
-            num_images, loss_ce, error = 0, 0.0, str(failure)
+            num_images, loss_ce, error = 0, 0.0, f"{_CALLED[item.part]}{failure}"
             self._failures.inc()
         found = {"adapter_id": item.adapter_id, "num_images": num_images, "loss_ce": loss_ce, "error": error}
         return {name: [value] for name, value in found.items()}
@@ -79,20 +95,20 @@ class InversionActor:
         """
         if not exists(item.uri):
             name = item.uri.rsplit("/", 1)[-1].removesuffix(".parquet")
-            checkpoint = PartialFile(item.uri + PARTIAL, every_s=self._config.ray.checkpoint_every_s)
+            checkpoint = PartialFile(item.uri + PARTIAL, every_s=self._parts[0].ray.checkpoint_every_s)
             self._begin(name, checkpoint)
             writer = StepWriter(self._board, name, self._cross_entropy)
             self._invert(item, checkpoint, writer)
             checkpoint.delete()
             writer.finish()
-            self._images.inc(len(item.classes) * self._config.inversion.images_per_class)
+            self._images.inc(len(item.classes) * self._parts[item.part].inversion.images_per_class)
         return read_rows(item.uri)
 
     def _begin(self, name: str, checkpoint: "PartialFile") -> None:
         """Raise an `InversionError` if that cost too many workers: Ray Data would try it again for ever."""
         import ray
 
-        attempt, most = ray.get(self._board.begin.remote(name, checkpoint.mark)), self._config.ray.max_failures + 1
+        attempt, most = ray.get(self._board.begin.remote(name, checkpoint.mark)), self._parts[0].ray.max_failures + 1
         if attempt > most:
             raise InversionError(
                 f"{name}: its worker was lost {most} times at the same point; if memory ran out, lower inversion.batch_size; "
@@ -105,9 +121,9 @@ class InversionActor:
         synthetic = invert(
             adapter.to(self._backbone.device),
             self._backbone,
-            self._config.inversion,
+            self._parts[item.part].inversion,
             classes=item.classes,
-            prior=self._prior,
+            prior=self._priors[item.part],
             generator=torch.Generator().manual_seed(item.seed),
             checkpoint=checkpoint,
             on_step=on_step,
@@ -119,7 +135,7 @@ class ImageActor:
     """An `InversionActor` that gives the images themselves."""
 
     def __init__(self, config: ExperimentConfig, board: Any) -> None:
-        self._actor = InversionActor(config, board)
+        self._actor = InversionActor((config,), board)
 
     def __call__(self, batch: dict[str, Any]) -> pa.Table:
         """One row of `InversionItem` fields → the rows of its file."""
@@ -175,35 +191,29 @@ def invert_library(config: ExperimentConfig, reporter: Reporter, *, strict: bool
         InversionError: with `strict`, an inversion failed.
         StorageError: the folder holds images made with another config or from other adapters.
     """
-    parts = [config] if config.metric_inversion is None else [config, config.for_metric]
-    plans = [_plan(part, reporter, strict=strict, called="" if part is config else "metric_inversion: ") for part in parts]
-    failures = [why for plan in plans for why in plan.rejected.values()]
-    if any(plan.todo for plan in plans):
+    parts = (config,) if config.metric_inversion is None else (config, config.for_metric)
+    library = inspect_library(config, strict=strict)
+    for why in library.rejected.values():
+        reporter.say(f"skipped: {why}")
+    plans = [_plan(part, library, index, reporter) for index, part in enumerate(parts)]
+    failures = list(library.rejected.values())
+    if todo := [item for plan in plans for item in plan.todo]:
         with ray_session(config.ray) as dashboard:
             if dashboard:
                 reporter.say(f"dashboard: http://{dashboard}")
-            for part, plan in zip(parts, plans, strict=True):
-                if plan.todo:
-                    failures += _invert_all(plan.todo, part, reporter, strict=strict)
+            failures += _invert_all(todo, parts, reporter, strict=strict)
     there = {uri for part in parts for uri in committed(part)}
     uris = tuple(item.uri for plan in plans for item in plan.items if item.uri in there)
-    return InversionReport(uris=uris, failures=tuple(dict.fromkeys(failures)))
+    return InversionReport(uris=uris, failures=tuple(failures))
 
 
-def _plan(config: ExperimentConfig, reporter: Reporter, *, strict: bool, called: str) -> InversionPlan:
-    """What there is to do, said.
-
-    Args:
-        called: before every error, what tells it from that of another inversion.
-    """
+def _plan(config: ExperimentConfig, library: InspectedLibrary, part: int, reporter: Reporter) -> InversionPlan:
+    """What there is to do, said."""
     try:
         load_prior_of(config, "cpu")
-        plan = plan_inversion(config, strict=strict)
+        plan = plan_inversion(config, library, part=part)
     except LrRayError as error:
-        raise type(error)(f"{called}{error}") from error
-    if not called:  # the same adapters are skipped for the metric
-        for why in plan.rejected.values():
-            reporter.say(f"skipped: {why}")
+        raise type(error)(f"{_CALLED[part]}{error}") from error
     if plan.left_out:
         without = "without a head" if config.inversion.classes is None else "without a head, or without the classes asked for"
         reporter.say(f"left out: {plan.left_out} adapters {without}")
@@ -217,7 +227,9 @@ def _counted(items: Sequence[InversionItem]) -> str:
     return f"{num_adapters} adapters" + (f" in {len(items)} parts" if len(items) > num_adapters else "")
 
 
-def _invert_all(todo: Sequence[InversionItem], config: ExperimentConfig, reporter: Reporter, *, strict: bool) -> list[str]:
+def _invert_all(
+    todo: Sequence[InversionItem], parts: Sequence[ExperimentConfig], reporter: Reporter, *, strict: bool
+) -> list[str]:
     """Show the rows as they come; returns what failed."""
     import ray
 
@@ -225,7 +237,7 @@ def _invert_all(todo: Sequence[InversionItem], config: ExperimentConfig, reporte
     failures: list[str] = []
     with reporter.track("invert", len(todo), partial(read_board, board)) as advance:
         try:
-            for row in actor_pool(todo, config.ray, InversionActor, config, board).iter_rows():
+            for row in actor_pool(todo, parts[0].ray, InversionActor, parts, board).iter_rows():
                 if row["error"]:
                     if strict:
                         raise InversionError(f"{row['error']}; what was finished is kept")
@@ -255,7 +267,7 @@ def invert_dataset(config: ExperimentConfig) -> "Dataset":
         StorageError: the folder holds images made with another config or from other adapters.
         ray.exceptions.RayTaskError: an inversion failed, by the InversionError that it holds; when its rows are read.
     """
-    plan = plan_inversion(config, strict=True)
+    plan = plan_inversion(config)
     todo = set(plan.todo)
     there = [item for item in plan.items if item not in todo]
     return actor_pool([*there, *plan.todo], config.ray, ImageActor, config, start_board())

@@ -27,6 +27,7 @@ class InversionItem:
     Attributes:
         classes: class indices of the adapter.
         uri: derived from all that determines the images.
+        part: of the job that it belongs to: 0 for images to train on, 1 for those of the metric.
     """
 
     adapter_folder: str
@@ -34,6 +35,7 @@ class InversionItem:
     classes: tuple[int, ...]
     uri: str
     seed: int
+    part: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,59 +45,89 @@ class InversionPlan:
     Attributes:
         items: of all adapters that can be inverted.
         todo: those whose images are not there yet, the largest first.
-        rejected: {adapter's folder: why it cannot be inverted}.
         left_out: how many adapters are sound but have no head, or none of the classes that were asked for.
     """
 
     items: tuple[InversionItem, ...]
     todo: tuple[InversionItem, ...]
-    rejected: dict[str, str]
     left_out: int
 
 
-def plan_inversion(config: ExperimentConfig, *, strict: bool = True) -> InversionPlan:
-    """The work items; an item's name derives from adapter, classes, backbone, config and seed.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InspectedLibrary:
+    """The adapters that there are, each looked at once.
+
+    Attributes:
+        identity: of the backbone that they were checked against.
+        specs: of the sound ones, by folder.
+        rejected: {adapter's folder: why it cannot be inverted}.
+    """
+
+    identity: dict[str, Any]
+    specs: dict[str, AdapterSpec]
+    rejected: dict[str, str]
+
+
+def inspect_library(config: ExperimentConfig, *, strict: bool = True) -> InspectedLibrary:
+    """Read and check every adapter.
 
     Raises:
         AdapterError: no adapters; two of the same id; with `strict`, one that is unusable, else if none can be inverted.
-        StorageError: the folder holds images made with another config, backbone or seed, or from another version of an
-            adapter.
     """
     backbone = load_backbone(config.backbone)
-    inversion = config.inversion.model_dump(mode="json")
-    classes_per_item, asked = inversion.pop("classes_per_item"), inversion.pop("classes")
-    shared = {"step": "invert", "seed": config.seed, "backbone": backbone.identity, "inversion": inversion}
     folders = list_adapters(config.adapters_root)
-    inspected = read_many(partial(_inspect, backbone=backbone), folders)
-    rejected = {folder: str(found) for folder, found in zip(folders, inspected, strict=True) if isinstance(found, AdapterError)}
+    inspected = dict(zip(folders, read_many(partial(_inspect, backbone=backbone), folders), strict=True))
+    rejected = {folder: str(found) for folder, found in inspected.items() if isinstance(found, AdapterError)}
     if rejected and (strict or len(rejected) == len(folders)):
         raise AdapterError(next(iter(rejected.values())))
-    items: list[InversionItem] = []
+    specs = {folder: found for folder, found in inspected.items() if isinstance(found, AdapterSpec)}
     seen: dict[str, str] = {}
-    left_out = 0
-    for folder, spec in zip(folders, inspected, strict=True):
-        if isinstance(spec, AdapterError):
-            continue
+    for folder, spec in specs.items():
         if spec.adapter_id in seen:
             raise AdapterError(
                 f"adapters {folder} and {seen[spec.adapter_id]} have the same id {spec.adapter_id!r}; rename or remove one"
             )
         seen[spec.adapter_id] = folder
-        chosen = _chosen(spec, asked)
-        left_out += not chosen
-        items += _items_of(folder, spec, chosen, shared, config)
+    return InspectedLibrary(identity=backbone.identity, specs=specs, rejected=rejected)
+
+
+def plan_inversion(config: ExperimentConfig, library: InspectedLibrary | None = None, *, part: int = 0) -> InversionPlan:
+    """The work items; an item's name derives from adapter, classes, backbone, config and seed.
+
+    Args:
+        library: default: as `inspect_library` finds it now.
+        part: of the items.
+
+    Raises:
+        AdapterError: no adapter has classes to invert; and those of `inspect_library`.
+        StorageError: the folder holds images made with another config, backbone or seed, or from another version of an
+            adapter.
+    """
+    library = library or inspect_library(config)
+    inversion = config.inversion.model_dump(mode="json")
+    classes_per_item, asked = inversion.pop("classes_per_item"), inversion.pop("classes")
+    shared = {"step": "invert", "seed": config.seed, "backbone": library.identity, "inversion": inversion}
+    chosen = {folder: _chosen(spec, asked) for folder, spec in library.specs.items()}
+    items = [
+        item
+        for folder, classes in chosen.items()
+        for item in _items_of(folder, library.specs[folder], classes, shared, config, part)
+    ]
     if not items:
         of_what = "has a head with classes" if asked is None else f"has a class that inversion.classes {', '.join(asked)} means"
-        raise AdapterError(f"adapters {config.adapters_root}: none of {len(folders)} {of_what}; there is nothing to invert")
+        count = len(library.specs) + len(library.rejected)
+        raise AdapterError(f"adapters {config.adapters_root}: none of {count} {of_what}; there is nothing to invert")
     claim = shared | {"classes_per_item": classes_per_item} | ({"classes": asked} if asked is not None else {})
     claim_folder(config.synthetic_root, claim, config=config.resolved())
     there = committed(config)
-    _refuse_other_versions(there - {item.uri for item in items}, seen)
+    known = {spec.adapter_id for spec in library.specs.values()}
+    _refuse_other_versions(there - {item.uri for item in items}, known)
     for left_over in list_uris(config.synthetic_root, suffix=PARTIAL):
         if left_over.removesuffix(PARTIAL) in there:
             delete(left_over)  # its worker was lost between the commit and this
     todo = sorted((item for item in items if item.uri not in there), key=lambda item: -len(item.classes))
-    return InversionPlan(items=tuple(items), todo=tuple(todo), rejected=rejected, left_out=left_out)
+    left_out = sum(not classes for classes in chosen.values())
+    return InversionPlan(items=tuple(items), todo=tuple(todo), left_out=left_out)
 
 
 def _refuse_other_versions(others: set[str], known: Container[str]) -> None:
@@ -130,20 +162,21 @@ def _chosen(spec: AdapterSpec, asked: Sequence[str] | None) -> list[int]:
 
 
 def _items_of(
-    folder: str, spec: AdapterSpec, chosen: Sequence[int], shared: dict[str, Any], config: ExperimentConfig
+    folder: str, spec: AdapterSpec, chosen: Sequence[int], shared: dict[str, Any], config: ExperimentConfig, part: int
 ) -> Iterator[InversionItem]:
     """The chosen classes in as few parts as `classes_per_item` allows, of about the same size."""
     num_parts = -(-len(chosen) // config.inversion.classes_per_item)
-    bounds = [len(chosen) * part // num_parts for part in range(num_parts + 1)] if chosen else []
+    bounds = [len(chosen) * index // num_parts for index in range(num_parts + 1)] if chosen else []
     for first, last in pairwise(bounds):
-        part: dict[str, Any] = {"classes": [first, last]} if num_parts > 1 else {}
+        subset: dict[str, Any] = {"classes": [first, last]} if num_parts > 1 else {}
         if len(chosen) < len(spec.class_names):
-            part = {"classes": list(chosen[first:last]), "of": len(spec.class_names)}
-        digest = digest_of({**shared, "adapter": spec.digest} | part)
+            subset = {"classes": list(chosen[first:last]), "of": len(spec.class_names)}
+        digest = digest_of({**shared, "adapter": spec.digest} | subset)
         yield InversionItem(
             adapter_folder=folder,
             adapter_id=spec.adapter_id,
             classes=tuple(chosen[first:last]),
             uri=join(config.synthetic_root, synthetic_name(spec.adapter_id, digest)),
             seed=int(digest[:12], 16),
+            part=part,
         )

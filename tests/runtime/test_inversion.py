@@ -5,6 +5,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from lr_ray.errors import AdapterError, InversionError, StorageError
 from lr_ray.report.progress import UnderWay
 from lr_ray.runtime.board import Board, start_board
 from lr_ray.runtime.inversion import InversionActor, PartialFile, invert_library
-from lr_ray.runtime.inversion_plan import plan_inversion
+from lr_ray.runtime.inversion_plan import inspect_library, plan_inversion
 from lr_ray.runtime.session import actor_pool
 from lr_ray.storage.adapters import list_adapters, read_adapters
 from lr_ray.storage.synthetic import list_synthetic, read_pool
@@ -156,9 +157,9 @@ def test_a_damaged_adapter_is_rejected(library: ExperimentConfig, reason: str) -
         plan_inversion(library)
     assert not Path(library.synthetic_root).exists()
 
-    plan = plan_inversion(library, strict=False)
-    assert len(plan.items) == 2
-    ((folder, why),) = plan.rejected.items()
+    inspected = inspect_library(library, strict=False)
+    assert len(plan_inversion(library, inspected).items) == 2
+    ((folder, why),) = inspected.rejected.items()
     assert folder == victim
     assert reason in why
 
@@ -233,11 +234,23 @@ def test_a_piece_of_work_that_kills_its_process_is_given_up_and_the_rest_is_done
     Path(deadly.uri).unlink()
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
-    rows = actor_pool([deadly, *others], config.ray, DyingActor, config, start_board()).take_all()
+    rows = actor_pool([deadly, *others], config.ray, DyingActor, (config,), start_board()).take_all()
 
     errors = {row["adapter_id"]: row["error"] for row in rows}
     assert "its worker was lost 2 times at the same point" in errors[deadly.adapter_id]
     assert [errors[item.adapter_id] for item in others] == ["", ""]
+
+
+def test_what_fails_among_the_images_for_the_metric_says_so(inverted: ExperimentConfig) -> None:
+    config = inverted.model_copy(update={"metric_inversion": inverted.inversion})
+    item, *_ = plan_inversion(config.for_metric).items
+    Path(item.adapter_folder, "adapter_model.safetensors").unlink()
+    actor = InversionActor((config, config.for_metric), start_board())
+
+    for part, beginning in ((0, item.adapter_folder), (1, f"metric_inversion: {item.adapter_folder}")):
+        row = {name: np.array([value]) for name, value in asdict(replace(item, part=part)).items()}
+        (error,) = actor(row)["error"]
+        assert error.startswith(beginning)
 
 
 def test_a_board_shows_what_is_under_way() -> None:
