@@ -125,7 +125,7 @@ class StrokesCanvas:
     37 numbers an image, with which nothing but a shape can be drawn.
     """
 
-    num_strokes, samples, edge_px = 4, 16, 0.8
+    num_strokes, samples, edge_px = 4, 40, 0.8
 
     def __init__(self, batch: int, backbone: Backbone, *, generator: torch.Generator) -> None:
         device, side = backbone.device, backbone.image_px
