@@ -1,8 +1,10 @@
 """The frozen Vision Transformer: timm model, preprocessing constants, provenance."""
 
 import difflib
+import platform
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -206,9 +208,19 @@ def _load_pretrained(architecture: str, arguments: dict[str, Any], config: Backb
     return model, source
 
 
+@cache
+def _cpu_is_fast_in_bf16() -> bool:
+    """By AMX, or by AVX-512 on AMD's; AVX-512 on Intel's (a Xeon of model 207) does 100 GFLOP/s a core in bf16, 195 in fp32."""
+    if torch.cpu._is_amx_tile_supported():
+        return True
+    described = Path("/proc/cpuinfo")
+    vendor = described.read_text() if described.exists() else platform.processor()
+    return torch.cpu._is_avx512_bf16_supported() and "GenuineIntel" not in vendor
+
+
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
-    """Mixed precision for forward passes: bf16 where the processor multiplies it natively, if `precision` is auto."""
+    """Mixed precision for forward passes: bf16 where the processor multiplies it faster than fp32, if `precision` is auto."""
     if precision == "auto":
-        native = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
-        precision = "bf16" if native else "fp32"
+        fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else _cpu_is_fast_in_bf16()
+        precision = "bf16" if fast else "fp32"
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()

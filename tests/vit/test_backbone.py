@@ -1,5 +1,7 @@
 """Backbones by their timm names, with random weights or weights from a file; no network."""
 
+from pathlib import Path
+
 import pytest
 import timm
 import torch
@@ -7,7 +9,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from lr_ray.errors import BackboneError
-from lr_ray.vit.backbone import Backbone, BackboneConfig, autocast, load_backbone
+from lr_ray.vit.backbone import Backbone, BackboneConfig, _cpu_is_fast_in_bf16, autocast, load_backbone
 
 TINY = "vit_tiny_patch16_224"
 
@@ -228,3 +230,23 @@ def test_autocast_holds_inside_its_block(precision, dtype):
     with autocast(torch.device("cpu"), precision):
         assert (a @ a).dtype == dtype
     assert (a @ a).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("amx", "avx512_bf16", "vendor", "dtype"),
+    [
+        (False, True, "AuthenticAMD", torch.bfloat16),
+        (False, True, "GenuineIntel", torch.float32),
+        (True, True, "GenuineIntel", torch.bfloat16),
+        (False, False, "AuthenticAMD", torch.float32),
+    ],
+)
+def test_auto_is_bf16_where_that_is_faster(monkeypatch, amx, avx512_bf16, vendor, dtype):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
+    monkeypatch.setattr(Path, "read_text", lambda _path: f"processor : 0\nvendor_id : {vendor}\n")
+    _cpu_is_fast_in_bf16.cache_clear()
+    a = torch.ones(2, 2)
+    with autocast(torch.device("cpu"), "auto"):
+        assert (a @ a).dtype == dtype
+    _cpu_is_fast_in_bf16.cache_clear()
