@@ -1,5 +1,6 @@
 """Which Ray errors a user can act on."""
 
+import os
 from types import SimpleNamespace
 from typing import Any
 
@@ -58,3 +59,17 @@ def test_a_cluster_that_is_joined_is_told_where_and_as_whom_to_store(
     if passed:
         assert (variables["AWS_PROFILE"], variables["AWS_REGION"]) == ("lab", "eu-central-1")
         assert all(name.startswith("AWS_") for name in variables)
+
+
+@pytest.mark.parametrize(("num_cpus", "kept"), [(2, True), (4, True), (5, False)])
+def test_idle_workers_are_kept_for_the_next_step_where_they_are_few(
+    monkeypatch: pytest.MonkeyPatch, num_cpus: int, kept: bool
+) -> None:
+    name = "RAY_idle_worker_killing_time_threshold_ms"
+    monkeypatch.setattr(os, "environ", {key: value for key, value in os.environ.items() if key != name})
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setattr(ray, "init", lambda _address, **_given: SimpleNamespace(dashboard_url=""))
+
+    with ray_session(RayConfig(num_cpus=num_cpus)):
+        assert (name in os.environ) == kept
