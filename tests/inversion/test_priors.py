@@ -1,5 +1,6 @@
 import pytest
 import torch
+from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
 from lr_ray.errors import BackboneError
@@ -91,23 +92,49 @@ def test_gradient_reaches_the_pixels_alone(network: nn.Sequential, pixels: Tenso
     assert all(parameter.grad is None for parameter in network.parameters())
 
 
-def hooks(network: nn.Module) -> int:
-    return sum(len(module._forward_pre_hooks) + len(module._forward_hooks) for module in network.modules())
+def watched(network: nn.Module) -> int:
+    return sum("forward" in vars(module) for module in network.modules())
 
 
-def test_hooks_are_on_the_network_only_inside(network: nn.Sequential):
-    prior = BatchNormPrior(network, mean=MEAN, std=STD)
-    assert hooks(network) == 0
+def test_layers_are_watched_only_inside(network: nn.Sequential, pixels: Tensor):
+    prior, before = BatchNormPrior(network, mean=MEAN, std=STD), network(pixels)
+    assert watched(network) == 0
     for _ in range(2):
         with prior:
-            assert hooks(network) == 2
-        assert hooks(network) == 0
+            assert watched(network) == 2
+            torch.testing.assert_close(network(pixels), before)
+        assert watched(network) == 0
+    assert torch.equal(network(pixels), before)
 
 
-def test_hooks_are_gone_after_an_exception(network: nn.Sequential):
+def test_layers_are_not_watched_after_an_exception(network: nn.Sequential):
     with pytest.raises(KeyError), BatchNormPrior(network, mean=MEAN, std=STD):
         raise KeyError
-    assert hooks(network) == 0
+    assert watched(network) == 0
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU6, nn.SiLU, nn.Identity])
+@pytest.mark.parametrize("affine", [True, False])
+def test_timms_layers_have_their_activation_inside(pixels: Tensor, activation: type[nn.Module], affine: bool):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        layer = BatchNormAct2d(3, act_layer=activation, affine=affine).eval()
+        layer.running_mean.normal_()
+        layer.running_var.uniform_(0.01, 0.1)
+    network = nn.Sequential(layer, nn.Flatten(), nn.Linear(243, 2)).eval()
+    leaf, plain = pixels.clone().requires_grad_(), pixels.clone().requires_grad_()
+    prior = BatchNormPrior(network, mean=MEAN, std=STD)
+    expected = network(normalized(plain))
+    statistics = normalized(plain)
+    mean, variance = statistics.mean(dim=(0, 2, 3)), statistics.var(dim=(0, 2, 3), unbiased=False)
+    term = (mean - layer.running_mean).norm() / (layer.running_mean.norm() ** 2 + layer.running_var.sum()).sqrt()
+    term = term + (variance - layer.running_var).norm() / layer.running_var.norm()
+    (expected.square().sum() + term).backward()
+    with prior:
+        found = network(normalized(leaf))
+        (found.square().sum() + prior._terms[0]).backward()
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(leaf.grad, plain.grad)
 
 
 def test_the_classifier_of_a_timm_network_is_not_run(network: nn.Sequential, pixels: Tensor):
