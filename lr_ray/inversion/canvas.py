@@ -45,12 +45,9 @@ class SpectrumCanvas:
 
     Natural images have such spectra. A step moves what is coarse further than what is fine, so that an image takes shape
     where single pixels would take on texture. A sigmoid keeps the range.
-
-    Attributes:
-        coarse: whether frequencies above `highest_coarse`, in cycles a pixel, are left out.
     """
 
-    power, highest_coarse = 1.5, 0.12
+    power = 1.5
 
     def __init__(self, batch: int, backbone: Backbone, *, generator: torch.Generator) -> None:
         device, side = backbone.device, backbone.image_px
@@ -58,8 +55,6 @@ class SpectrumCanvas:
         rows, columns = torch.fft.fftfreq(side, device=device), torch.fft.rfftfreq(side, device=device)
         frequency = (rows[:, None].square() + columns.square()).sqrt().clamp_min(1 / side)
         self._weight = frequency.pow(-self.power) / (4 * side ** (self.power - 1))
-        self._coarse_weight = self._weight * (frequency <= self.highest_coarse)
-        self.coarse = False
         colours = torch.tensor(_COLOURS, device=device)
         self._colours = colours / colours.norm(dim=0).max()
         start = 0.01 * torch.randn(batch, 3, *frequency.shape, 2, generator=generator)
@@ -71,7 +66,7 @@ class SpectrumCanvas:
     def draw(self) -> Tensor:
         """(B, 3, H, W) normalised."""
         side = self._backbone.image_px
-        weighted = torch.view_as_complex(self._coefficients) * (self._coarse_weight if self.coarse else self._weight)
+        weighted = torch.view_as_complex(self._coefficients) * self._weight
         channels = torch.fft.irfft2(weighted, s=(side, side), norm="ortho")
         return self._backbone.normalize(torch.einsum("bchw,dc->bdhw", channels, self._colours).sigmoid())
 

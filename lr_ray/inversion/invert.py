@@ -7,11 +7,11 @@ from typing import Annotated, Protocol
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
 from lr_ray.errors import AdapterError, InversionError
-from lr_ray.inversion.canvas import CANVASES, CanvasName, SpectrumCanvas
+from lr_ray.inversion.canvas import CANVASES, CanvasName
 from lr_ray.inversion.objective import cross_entropy, squared_norm, total_variation
 from lr_ray.inversion.priors import BatchNormPrior
 from lr_ray.section import ClassPatterns, Section
@@ -53,8 +53,6 @@ class InversionConfig(Section):
     """What is optimised: `pixels` (the paper); `spectrum`: Fourier coefficients, low frequencies first, for natural
     images; `two-colour`: a smooth mask between two colours, kept as black on white, for marks on a ground; or `strokes`:
     Bézier curves, black on white, for writing."""
-    coarse_until: float = Field(default=0.0, ge=0, le=1, exclude_if=lambda share: share == 0)  # older digests hold
-    """Share of the steps in which a `spectrum` has its low frequencies only (coarse before fine); other canvases: 0."""
     views: AugmentationConfig = AugmentationConfig(roll=0.125, flip=True)
     """What every step sees of the images (the paper: rolled by up to 1/8 of the side, mirrored half of the time)."""
     keep_ratios: dict[int, float] = {}
@@ -70,12 +68,6 @@ class InversionConfig(Section):
     """Side in pixels of what the prior looks at, by averaging areas of the views; default: that of the views."""
     precision: Precision = "auto"
     """Of the backbone's passes; the prior always runs in fp32."""
-
-    @model_validator(mode="after")
-    def _check(self) -> "InversionConfig":
-        if self.coarse_until and self.canvas != "spectrum":
-            raise ValueError(f"coarse_until {self.coarse_until:g} does not go with canvas {self.canvas}; set it to 0")
-        return self
 
     @property
     def prior_in_use(self) -> str | None:
@@ -253,8 +245,6 @@ class InversionBatch:
     def run_step(self) -> Tensor:
         """One step of the optimiser; (B,) cross-entropy of the views."""
         config, backbone = self._config, self._backbone
-        if isinstance(self._canvas, SpectrumCanvas):
-            self._canvas.coarse = self.step < config.coarse_until * config.num_steps
         images = self._canvas.draw()
         views, keep_indices = self._views(images)
         keep_ratios = config.keep_ratios if self.step >= config.prune_from * config.num_steps else {}

@@ -81,22 +81,6 @@ def test_a_spectrum_without_coefficients_is_grey(backbone):
     torch.testing.assert_close(backbone.denormalize(canvas.draw()), torch.full((2, 3, 32, 32), 0.5))
 
 
-def test_a_coarse_spectrum_has_its_low_frequencies_only(backbone):
-    canvas = CANVASES["spectrum"](2, backbone, generator=seeded())
-    canvas.coarse = True
-    drawn = backbone.denormalize(canvas.draw())
-    power = torch.fft.fft2(drawn.logit().detach()).abs()
-    rows = torch.fft.fftfreq(32).abs()
-    fine = (rows[:, None].square() + rows.square()).sqrt() > 0.12
-    assert power[..., fine].max() < 1e-3 * power[..., ~fine].max()
-    drawn.square().sum().backward()
-    gradient = canvas.parameters()[0].grad
-    assert not gradient[..., fine[:, :17], :].any()
-    assert gradient[..., ~fine[:, :17], :].any()
-    canvas.coarse = False
-    assert (torch.fft.fft2(backbone.denormalize(canvas.draw()).logit()).abs()[..., fine] > 0).any()
-
-
 def test_two_colours_become_black_on_white_with_the_commoner_as_ground():
     pixels = torch.zeros(2, 3, 8, 8)
     pixels[:] = torch.tensor([0.2, 0.4, 0.3])[:, None, None]

@@ -5,13 +5,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from pydantic import ValidationError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
 from lr_ray.errors import AdapterError, InversionError
-from lr_ray.inversion.invert import InversionBatch, InversionConfig, InversionStep, SyntheticImages, invert
+from lr_ray.inversion.invert import InversionConfig, InversionStep, SyntheticImages, invert
 from lr_ray.inversion.priors import BatchNormPrior
 from lr_ray.vit.augment import AugmentationConfig, random_views
 from lr_ray.vit.backbone import Backbone
@@ -216,32 +215,9 @@ def test_the_prior_looks_at_means_of_areas(backbone: Backbone, make_adapter: Mak
     torch.testing.assert_close(half, whole.unfold(2, 2, 2).unfold(3, 2, 2).mean(dim=(-2, -1)))
 
 
-@pytest.mark.parametrize(("name", "value"), [("prior_px", 16), ("coarse_until", 0.5)])
-def test_a_config_without_what_came_later_is_stored_as_before(name, value):
-    assert name not in InversionConfig(canvas="spectrum").model_dump(mode="json")
-    assert InversionConfig(canvas="spectrum", **{name: value}).model_dump(mode="json")[name] == value
-
-
-def test_fine_frequencies_come_after_the_coarse_ones(backbone: Backbone, make_adapter: MakeAdapter):
-    def fineness(steps: int) -> float:
-        """Share of the images' variance above 0.2 cycles a pixel."""
-        drawn = config(canvas="spectrum", coarse_until=0.5, num_steps=20, learning_rate=0.5, views={})
-        batch = InversionBatch(
-            make_adapter(), backbone, torch.arange(3), drawn, prior=None, generator=torch.Generator().manual_seed(0)
-        )
-        for _ in range(steps):
-            batch.run_step()
-        power = torch.fft.rfft2(batch._canvas.draw().detach()).abs().square()
-        rows, columns = torch.fft.fftfreq(32), torch.fft.rfftfreq(32)
-        frequency = (rows[:, None].square() + columns.square()).sqrt()
-        return float(power[..., frequency > 0.2].sum() / power[..., frequency > 0].sum())
-
-    assert fineness(10) < 1e-2 * fineness(20)
-
-
-def test_only_a_spectrum_can_be_coarse():
-    with pytest.raises(ValidationError, match="coarse_until 0.5 does not go with canvas pixels; set it to 0"):
-        InversionConfig(coarse_until=0.5)
+def test_a_config_without_a_size_for_the_prior_is_stored_as_before_there_was_one():
+    assert "prior_px" not in InversionConfig().model_dump(mode="json")
+    assert InversionConfig(prior_px=16).model_dump(mode="json")["prior_px"] == 16
 
 
 @pytest.mark.parametrize("keep_ratios", [{}, {1: 0.25}, {0: 0.5, 1: 0.5}])
@@ -300,10 +276,7 @@ class Saving:
 @pytest.mark.parametrize("last", [1, 5, 8, 9, 11, 24])
 def test_it_goes_on_from_a_checkpoint_bit_by_bit(backbone: Backbone, make_adapter: MakeAdapter, canvas: str, last: int):
     views = {"roll": 0.25, "flip": True, "noise": 0.1}
-    coarse = 0.7 if canvas == "spectrum" else 0
-    drawn = config(
-        canvas=canvas, coarse_until=coarse, batch_size=5, views=views, keep_ratios={0: 0.5}, sparse={0.5: 0.5}, prior_every=3
-    )
+    drawn = config(canvas=canvas, batch_size=5, views=views, keep_ratios={0: 0.5}, sparse={0.5: 0.5}, prior_every=3)
     undisturbed = run(make_adapter(), backbone, drawn, prior=make_prior())
     saving = Saving(every=3)
     saving.last = last
