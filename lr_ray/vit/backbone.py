@@ -68,8 +68,21 @@ class Backbone:
 
     @property
     def identity(self) -> dict[str, str | int]:
-        """What of it determines a result, for the inputs of an artefact."""
-        return {"digest": self.digest, "image_px": self.image_px}
+        """What of it determines a result, for the inputs of an artefact; of `embedded` the name fixes the rest."""
+        identity: dict[str, str | int] = {"digest": self.digest, "image_px": self.image_px}
+        return identity if self.name == "embedded" else identity | self._function
+
+    @property
+    def _function(self) -> dict[str, str | int]:
+        """What the model computes besides its weights: models of other names may share them."""
+        block: Any = self.model.blocks[0]
+        return {
+            "mean": " ".join(f"{value:g}" for value in self.mean.tolist()),
+            "std": " ".join(f"{value:g}" for value in self.std.tolist()),
+            "activation": type(block.mlp.act).__name__,
+            "norm_eps": f"{block.norm1.eps:g}",
+            "num_heads": block.attn.num_heads,
+        }
 
     @property
     def num_features(self) -> int:

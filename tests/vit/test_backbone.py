@@ -47,6 +47,17 @@ def test_a_loaded_backbone_is_frozen_headless_and_described(tiny):
     assert tiny.model(torch.zeros(1, 3, 224, 224)).shape == (1, 192)
 
 
+def test_models_that_share_weights_but_not_the_function_are_told_apart():
+    plain, other = (load(name=name, pretrained=False) for name in ("vit_small_patch16_224", "deit_small_patch16_224"))
+    assert plain.digest == other.digest
+    assert plain.identity | {"mean": "0.485 0.456 0.406", "std": "0.229 0.224 0.225"} == other.identity
+    assert plain.identity["activation"] == "GELU"
+
+
+def test_the_embedded_backbone_is_known_by_its_weights_as_older_results_have_it():
+    assert set(load(image_px=28).identity) == {"digest", "image_px"}
+
+
 def test_random_weights_are_the_same_in_every_load(tiny):
     torch.manual_seed(123)
     before = torch.random.get_rng_state()
