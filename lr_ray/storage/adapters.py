@@ -26,7 +26,8 @@ class _Known(BaseModel):
 
     model_config = ConfigDict(extra="ignore")
 
-    adapter_id: str | None = None
+    adapter_id: Annotated[str, Field(pattern=r"^([^./\\\x00][^/\\\x00]*)?$")] | None = None
+    """Of which files are named."""
     class_names: tuple[str, ...] | None = None
     backbone_digest: str = ""
     license: str = ""
@@ -100,7 +101,12 @@ def read_adapter(folder: str) -> Adapter:
         tensors: dict[str, Tensor] = load_safetensors(_read_weights(folder))
     except (ValueError, RecursionError, SafetensorError) as error:
         raise AdapterError(f"{where}: damaged ({error}); get it again from its source or remove it") from error
-    manifest = read_manifest(folder) or {}
+    try:
+        manifest = read_manifest(folder) or {}
+    except StorageError as error:
+        if not isinstance(error.__cause__, (ValueError, RecursionError)):
+            raise
+        raise AdapterError(f"{where}: {MANIFEST_NAME} is damaged ({error.__cause__}); correct or remove that file") from error
     return adapter_of(parse_lora(config, tensors, where), config, manifest, adapter_id=name, where=where)
 
 

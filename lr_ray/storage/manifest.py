@@ -46,7 +46,7 @@ def read_manifest(folder: str) -> dict[str, Any] | None:
         return None
     try:
         manifest: dict[str, Any] = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise StorageError(f"manifest {uri} is damaged ({error}); delete it and run again") from error
     return manifest
 

@@ -87,7 +87,7 @@ def read_predictions(uri: str, sizes: Sequence[tuple[int, int]]) -> tuple[list[n
         facts = json.loads(table.schema.metadata[_FACTS_KEY])
         flat = table["predicted"].to_numpy()
         predicted = [ways.reshape(size) for ways, size in zip(flat, sizes, strict=True)]
-    except (pa.ArrowException, KeyError, ValueError, TypeError) as error:
+    except (pa.ArrowException, OSError, KeyError, ValueError, TypeError) as error:
         raise StorageError(f"predictions {uri}: damaged ({error}); delete the file and run again") from error
     return predicted, table["seconds"].to_numpy(), facts
 

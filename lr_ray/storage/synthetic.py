@@ -120,8 +120,8 @@ def read_rows(uri: str) -> pa.Table:
     """
     try:
         table = pq.read_table(pa.BufferReader(read_bytes(uri)), schema=_SCHEMA)
-    except pa.ArrowException as error:
-        raise StorageError(f"synthetic images {uri}: {error}; run `lr-ray invert` again") from error
+    except (pa.ArrowException, OSError) as error:  # an OSError: pages that do not unpack
+        raise StorageError(f"synthetic images {uri}: {error}; remove it and run `lr-ray invert` again") from error
     if not table.num_rows or any(column.null_count for column in table.columns):
         raise StorageError(f"{uri} is no file of synthetic images; remove it and run `lr-ray invert` again")
     return table
@@ -162,7 +162,7 @@ def read_pool(root: str, files: Sequence[str]) -> ImagePool:
         for found, name in ((logits, "teacher_logits"), (flipped, "flipped_logits")):
             rows = _logits(table, name)
             found.append(torch.nn.functional.pad(rows, (0, widest - rows.shape[1])))
-    images = [_decode(content) for table in tables for content in table["image"].combine_chunks().field("bytes")]
+    images = [image for table in tables for image in _decoded_images(f"of {root}", table)]
     if len(sizes := {tuple(image.shape) for image in images}) > 1:
         raise StorageError(f"synthetic images {root} are of different sizes {sorted(sizes)}; invert all at one image_px")
     return ImagePool(
@@ -282,7 +282,7 @@ def read_classes(root: str, refs: Sequence[ClassRef]) -> list[ClassImages]:
 def _decoded(uri: str, ref: ClassRef, table: pa.Table) -> ClassImages:
     if table.num_rows != ref.num_images or table["class_index"][0].as_py() != ref.slot:
         raise StorageError(f"synthetic images {uri} changed while they were read; run the same command again")
-    images = [_decode(content) for content in table["image"].combine_chunks().field("bytes")]
+    images = _decoded_images(uri, table)
     return ClassImages(
         name=ref.name,
         adapter=ref.adapter,
@@ -294,8 +294,18 @@ def _decoded(uri: str, ref: ClassRef, table: pa.Table) -> ClassImages:
     )
 
 
-def _decode(content: pa.BinaryScalar) -> Tensor:
-    return torch.from_numpy(np.array(Image.open(io.BytesIO(content.as_py())))).permute(2, 0, 1)
+def _decoded_images(whence: str, table: pa.Table) -> list[Tensor]:
+    """(3, H, W) uint8 each."""
+    contents = table["image"].combine_chunks().field("bytes")
+    try:
+        pixels = [np.array(Image.open(io.BytesIO(content.as_py()))) for content in contents]
+    except (OSError, SyntaxError, ValueError) as error:
+        adapter = table["adapter_id"][0].as_py()
+        raise StorageError(
+            f"synthetic images {whence}: one of adapter {adapter} is damaged ({error}); remove its files and run "
+            "`lr-ray invert` again"
+        ) from error
+    return [torch.from_numpy(image).permute(2, 0, 1) for image in pixels]
 
 
 def count_images(root: str, files: Sequence[str]) -> int:

@@ -266,6 +266,22 @@ DAMAGES = {
         "more than 1,000 rank_pattern",
     ),
     "manifest a list": (lambda f: (f / "lr_ray.json").write_text("[1]"), r"lr_ray\.json: .*; correct or remove that file"),
+    "manifest cut off": (
+        lambda f: (f / "lr_ray.json").write_text((f / "lr_ray.json").read_text()[:-2]),
+        r"lr_ray\.json is damaged \(.*\); correct or remove that file",
+    ),
+    "manifest nested without end": (
+        lambda f: (f / "lr_ray.json").write_text("[" * 100_000),
+        r"lr_ray\.json is damaged \(.*\); correct or remove that file",
+    ),
+    "an id that leads elsewhere": (
+        lambda f: (f / "lr_ray.json").write_text('{"adapter_id": "../../evil"}'),
+        r"lr_ray\.json\.adapter_id: .*; correct or remove that file",
+    ),
+    "an id of two parts": (
+        lambda f: (f / "lr_ray.json").write_text('{"adapter_id": "owner/name"}'),
+        r"lr_ray\.json\.adapter_id: .*; correct or remove that file",
+    ),
     "unknown pool": (
         lambda f: (f / "lr_ray.json").write_text('{"pool": "max"}'),
         r"lr_ray\.json\.pool: .*; correct or remove that file",

@@ -215,6 +215,20 @@ def test_a_file_that_is_not_of_synthetic_images_is_named(root: str, table: pa.Ta
         read_index(root, ["cats-111111111111.parquet", "other.parquet"], IDENTITY)
 
 
+def test_a_file_damaged_anywhere_is_named(root: str):
+    """Its pages, what they hold, or its footer: byte by byte, a run of zeros for what was there."""
+    path = Path(root, "cats-111111111111.parquet")
+    whole, messages = path.read_bytes(), []
+    for start in range(4, len(whole) - 8, 97):
+        path.write_bytes(whole[:start] + bytes(40) + whole[start + 40 :])
+        try:
+            read_pool(root, [path.name])
+        except StorageError as error:
+            messages.append(str(error))
+    assert len(messages) > 10
+    assert all("run `lr-ray invert` again" in message and "\n" not in message for message in messages)
+
+
 def test_a_missing_file(root: str):
     with pytest.raises(StorageError, match=r"cannot read .*birds-333333333333\.parquet"):
         read_pool(root, ["birds-333333333333.parquet"])
