@@ -39,7 +39,7 @@ class EvaluationConfig(Section):
     methods: tuple[str, ...] = ("nn", "loras-avg", "recycle")
     """Names of lr_ray/fewshot/methods, a method's settings after a colon: `loras-avg:2`, `bpa:features=recycle`.
     `all`: every one, with its defaults."""
-    shapes: tuple[TestShape, ...] = (EpisodeShape(n_shot=1), EpisodeShape(n_shot=5))
+    shapes: tuple[TestShape, ...] = Field(default=(EpisodeShape(n_shot=1), EpisodeShape(n_shot=5)), min_length=1)
     """Of the test episodes; `meta-dataset`: ways and shots that vary from episode to episode as they do there."""
     episodes: int = Field(default=600, gt=0)
     """Test episodes of every shape (the paper: 600)."""
@@ -102,7 +102,7 @@ class ExperimentConfig(Section):
     """Folder or URI of the images of `metric_inversion`; default `OUTPUT/metric_synthetic`."""
     relations: str | None = None
     """Folder or URI of what the adapters make of those images, where relations are learnt; default `OUTPUT/relations`."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**32)
     """Determines everything that is drawn."""
     backbone: BackboneConfig = BackboneConfig()
     data: DataSection = DataSection()

@@ -160,6 +160,10 @@ def test_an_unknown_key_in_an_override_is_named(load: Load):
     ("text", "parts"),
     [
         ("seed: many", ["seed = 'many'", "integer"]),
+        ("seed: -1", ["seed = -1", "greater than or equal to 0"]),
+        ("seed: 20250101123000", ["seed = 20250101123000", "less than 4294967296"]),
+        ("evaluation: {shapes: []}", ["evaluation.shapes = []", "at least 1 item"]),
+        ("inversion: {betas: [0.5, 1.0]}", ["inversion.betas.1 = 1.0", "less than 1"]),
         ("inversion: {num_steps: 0}", ["inversion.num_steps = 0", "greater than 0"]),
         ("inversion: {num_steps: 2.5}", ["inversion.num_steps = 2.5", "integer"]),
         ("inversion: 3", ["inversion = 3", "dictionary"]),

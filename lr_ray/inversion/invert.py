@@ -39,7 +39,7 @@ class InversionConfig(Section):
     """Optimiser steps of every batch (the paper: 2000)."""
     learning_rate: float = Field(default=0.25, gt=0)
     """Of Adam, in units of what the canvas holds: for `pixels`, normalised pixels (the paper: 0.25)."""
-    betas: tuple[float, float] = (0.5, 0.99)
+    betas: tuple[NonNegativeShare, NonNegativeShare] = (0.5, 0.99)
     """Of Adam (the paper: 0.5, 0.99)."""
     prior: str | None = "efficientnet-lite0"
     """CNN whose BatchNorm statistics the images should match: `efficientnet-lite0`, a timm name, or null for none."""
