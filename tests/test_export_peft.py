@@ -260,10 +260,11 @@ def test_to_object_storage_by_the_command(meta_lora: str, bucket: str):
 # ------------------------------------------------------------------------------------------------------ what is refused
 
 
-def test_the_meta_lora_is_not_written_over(meta_lora: str):
+@pytest.mark.parametrize("written", ["{}/", "file://{}", "{}/../meta_lora"])
+def test_the_meta_lora_is_not_written_over(meta_lora: str, written: str):
     before = read_adapter(meta_lora).spec.digest
     with pytest.raises(ExportError, match="is the meta-LoRA itself, which would be replaced; give another folder"):
-        export_model(meta_lora, "peft", meta_lora + "/")
+        export_model(meta_lora, "peft", written.format(meta_lora))
     assert read_adapter(meta_lora).spec.digest == before
 
 

@@ -3,6 +3,7 @@
 Whatever the form, it is loaded again and compared with the model before it is committed.
 """
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -106,7 +107,7 @@ def export_model(meta_lora: str, kind: str, uri: str) -> Exported:
         AdapterError, BackboneError: as of `lr_ray.load`.
     """
     check_kind(kind, list(KINDS))
-    if KINDS[kind].is_folder and uri.rstrip("/") == meta_lora.rstrip("/"):
+    if KINDS[kind].is_folder and _place(uri) == _place(meta_lora):
         raise ExportError(f"--to {uri} is the meta-LoRA itself, which would be replaced; give another folder")
     parts = load_parts(meta_lora)
     files, difference = make_files(parts, kind)
@@ -115,6 +116,12 @@ def export_model(meta_lora: str, kind: str, uri: str) -> Exported:
     for name, content in files.items():
         write_bytes(join(uri, name) if name != ALONE else uri, content)
     return Exported(uri=uri, num_bytes=sum(map(len, files.values())), difference=difference)
+
+
+def _place(uri: str) -> str:
+    """One text for each folder, however it is written."""
+    path = uri.removeprefix("file://")
+    return uri.rstrip("/") if "://" in path else os.path.realpath(os.path.expanduser(path))
 
 
 def check_kind(kind: str, allowed: list[str]) -> None:
