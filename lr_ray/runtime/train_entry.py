@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def train_loop_per_worker(arguments: dict[str, Any]) -> None:
-    """Ray Train's entry; an error that trying again cannot mend goes to the driver, and the run ends.
+    """Ray Train's entry; an error that trying again cannot mend goes to the driver, which ends the run.
 
     Args:
         arguments: `job`, a reference to the TrainingJob, which Ray's controller would import torch to unpickle; `steps`, the
@@ -31,6 +31,8 @@ def train_loop_per_worker(arguments: dict[str, Any]) -> None:
         train(ray.get(job), loader, arguments["steps"], rank=rank, world_size=world_size)
     except LrRayError as error:
         arguments["steps"].put(error)
+        if world_size > 1:  # the others wait for this one until Ray Train hears that it failed
+            raise
 
 
 class BatchLoader:

@@ -27,6 +27,9 @@ from lr_ray.storage.synthetic import by_adapter
 from lr_ray.vit.backbone import Backbone, load_backbone
 from lr_ray.vit.lora import Adapter, AdapterSpec
 
+_END_S = 10.0
+"""So long a training may take to end that one of its workers has given up."""
+
 
 def train_meta_lora(config: ExperimentConfig, reporter: Reporter) -> dict[str, Any]:
     """Meta-train on the synthetic images; returns the manifest of the meta-LoRA.
@@ -148,6 +151,7 @@ def _fit(job: TrainingJob, trackers: Sequence[Tracker], reporter: Reporter) -> t
         ),
     )
     outcome: list[Any] = []
+    refused: LrRayError | None = None
 
     def fit() -> None:
         try:
@@ -166,8 +170,8 @@ def _fit(job: TrainingJob, trackers: Sequence[Tracker], reporter: Reporter) -> t
             except Empty:
                 continue
             if isinstance(metrics, LrRayError):
-                outcome.append(metrics)
-                continue
+                refused = metrics
+                break
             if metrics["step"] <= shown:  # done again, after a worker was lost
                 continue
             validated = job.training.validates_at(metrics["step"])
@@ -184,11 +188,11 @@ def _fit(job: TrainingJob, trackers: Sequence[Tracker], reporter: Reporter) -> t
             for _ in range(metrics["step"] - shown):
                 advance(", ".join(f"{key.replace('_', ' ')} {value:.3f}" for key, value in metrics.items() if key != "step"))
             shown = metrics["step"]
-    thread.join()
+    thread.join(_END_S if refused else None)  # where one worker has ended, others may wait for it
     steps.shutdown()
+    if refused is not None:
+        raise refused
     result = outcome[0]
-    if isinstance(result, LrRayError):
-        raise result
     if isinstance(result, Exception):
         if isinstance(result, ray.exceptions.RayError):
             raise user_error(result) from result

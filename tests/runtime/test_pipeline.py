@@ -94,6 +94,17 @@ def test_more_adapters_of_the_same_library_add_to_it(tiny_experiment: Experiment
     assert before == {name: after[name] for name in before}
 
 
+def test_fewer_adapters_than_there_are_is_refused(library: ExperimentConfig) -> None:
+    before = snapshot(library.adapters_root)
+
+    with pytest.raises(
+        StorageError, match=r"holds 2 adapters, such as task-0001-.*, that tuning.num_adapters 1 does not ask for"
+    ):
+        tune_library(changed(library, tuning={"num_adapters": 1}), QUIET)
+
+    assert snapshot(library.adapters_root) == before
+
+
 def test_tuning_again_with_another_config_is_refused(tiny_experiment: ExperimentConfig) -> None:
     tune_library(tiny_experiment, QUIET)
     before = snapshot(tiny_experiment.adapters_root)
@@ -180,6 +191,19 @@ def test_errors_before_and_inside_training(inverted: ExperimentConfig) -> None:
     with pytest.raises(StorageError, match=r"were made with a backbone of image_px 32, but the config's has 64; correct"):
         train_meta_lora(larger, QUIET)
     assert not Path(inverted.meta_lora_root, "training").exists()
+
+
+@pytest.mark.slow
+def test_what_one_of_two_workers_cannot_do_ends_the_training(inverted: ExperimentConfig) -> None:
+    """The first alone reads the images to validate on; the other waits for it."""
+    held_out = Path(inverted.synthetic_root, list_synthetic(inverted.synthetic_root)[-1])
+    content = bytearray(held_out.read_bytes())
+    content[200:1200] = bytes(1000)
+    held_out.write_bytes(content)
+    training = {"holdout_adapters": 1, "num_workers": 2, "episodes_per_step": 2}
+
+    with pytest.raises(StorageError, match=held_out.name):
+        train_meta_lora(changed(inverted, training=training), QUIET)
 
 
 @pytest.mark.slow
