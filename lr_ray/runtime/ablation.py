@@ -7,19 +7,22 @@ from typing import Any
 import numpy as np
 
 from lr_ray.errors import ConfigError
-from lr_ray.fewshot.methods import ingredients_of
-from lr_ray.grid import GridConfig, plan_cell
+from lr_ray.fewshot.methods import expand, ingredients_of
+from lr_ray.grid import Cell, GridConfig, plan_cell
 from lr_ray.report.progress import Reporter
 from lr_ray.report.tables import shape_of
+from lr_ray.runtime.evaluation import RESULTS_NAME
 from lr_ray.runtime.experiment import run_cell
 from lr_ray.runtime.session import ray_session
-from lr_ray.storage.filesystem import join, write_bytes
+from lr_ray.storage.filesystem import join, read_if_there, write_bytes
 
 GRID_RESULTS_NAME = "results.json"
 
 
 def run_grid(grid: GridConfig, cells: Sequence[str] | None, reporter: Reporter) -> list[dict[str, Any]]:
-    """Run the cells in turn, each over all seeds; what is finished is not done again. Returns what `summarise` makes of all.
+    """Run the cells in turn, each over all seeds; what is finished is not done again.
+
+    Returns what `summarise` makes of the grid as far as it is finished, cells of earlier runs included.
 
     Args:
         cells: names of those to run, default all.
@@ -27,20 +30,30 @@ def run_grid(grid: GridConfig, cells: Sequence[str] | None, reporter: Reporter) 
     Raises:
         ConfigError: a cell that the grid does not have, or one that is not allowed; before any work starts.
     """
-    names = list(cells or grid.cells)
-    if unknown := [name for name in names if name not in grid.cells]:
+    if unknown := [name for name in cells or () if name not in grid.cells]:
         raise ConfigError(f"cell {unknown[0]!r} is not in the grid; there are {', '.join(grid.cells)}")
-    plan = [plan_cell(grid, name, seed) for name in names for seed in grid.cells[name].seeds or grid.seeds]
+    plan = [plan_cell(grid, name, seed) for name in grid.cells for seed in grid.cells[name].seeds or grid.seeds]
     for cell in plan:
         ingredients_of(cell.config.evaluation.methods)
-    rows: list[dict[str, Any]] = []
-    with ray_session(plan[0].config.ray):
-        for position, cell in enumerate(plan):
-            reporter.say(f"cell {position + 1} of {len(plan)}: {cell.name}, seed {cell.seed}")
-            rows += [{"cell": cell.name, "seed": cell.seed, **row} for row in run_cell(cell, reporter)]
-            content = json.dumps(summarise(rows), indent=2, ensure_ascii=False)
+    found = {(cell.name, cell.seed): _finished(cell) for cell in plan}
+    todo = [cell for cell in plan if cell.name in (cells or grid.cells)]
+    summary: list[dict[str, Any]] = []
+    with ray_session(todo[0].config.ray):
+        for position, cell in enumerate(todo):
+            reporter.say(f"cell {position + 1} of {len(todo)}: {cell.name}, seed {cell.seed}")
+            found[cell.name, cell.seed] = run_cell(cell, reporter)
+            summary = summarise([{"cell": name, "seed": seed, **row} for (name, seed), rows in found.items() for row in rows])
+            content = json.dumps(summary, indent=2, ensure_ascii=False)
             write_bytes(join(grid.output_root, GRID_RESULTS_NAME), content.encode())
-    return summarise(rows)
+    return summary
+
+
+def _finished(cell: Cell) -> list[dict[str, Any]]:
+    """What an earlier run measured of the cell's methods, in their order, on the data set that it measured last."""
+    rows: list[dict[str, Any]] = json.loads(read_if_there(join(cell.config.output_root, RESULTS_NAME)) or b"[]")
+    order = {label: position for position, label in enumerate(expand(cell.config.evaluation.methods))}
+    mine = [row for row in rows if row["method"] in order and row["dataset"] == rows[-1]["dataset"]]
+    return sorted(mine, key=lambda row: order[row["method"]])
 
 
 def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -107,7 +107,7 @@ def plan_inversion(config: ExperimentConfig, library: InspectedLibrary | None = 
     inversion = config.inversion.model_dump(mode="json")
     classes_per_item, asked = inversion.pop("classes_per_item"), inversion.pop("classes")
     shared = {"step": "invert", "seed": config.seed, "backbone": library.identity, "inversion": inversion}
-    chosen = {folder: _chosen(spec, asked) for folder, spec in library.specs.items()}
+    chosen = {folder: chosen_classes(spec, asked) for folder, spec in library.specs.items()}
     items = [
         item
         for folder, classes in chosen.items()
@@ -154,8 +154,8 @@ def _inspect(folder: str, *, backbone: Backbone) -> AdapterSpec | AdapterError:
     return adapter.spec
 
 
-def _chosen(spec: AdapterSpec, asked: Sequence[str] | None) -> list[int]:
-    """Which of the adapter's classes to invert."""
+def chosen_classes(spec: AdapterSpec, asked: Sequence[str] | None) -> list[int]:
+    """Which of the adapter's classes to invert: those that the patterns mean, or all."""
     if asked is None:
         return list(range(len(spec.class_names)))
     return sorted({index for pattern in asked for index in match_classes(spec.class_names, pattern)})

@@ -15,6 +15,7 @@ from lr_ray.grid import StandInConfig
 from lr_ray.inversion.invert import SyntheticImages, describe
 from lr_ray.inversion.objective import cross_entropy
 from lr_ray.report.progress import Reporter
+from lr_ray.runtime.inversion_plan import chosen_classes
 from lr_ray.runtime.session import work_through, worker_device
 from lr_ray.storage.adapters import list_adapters, read_adapter, read_specs
 from lr_ray.storage.filesystem import join, list_uris
@@ -65,7 +66,7 @@ def make_stand_ins(config: ExperimentConfig, stand_in: StandInConfig, inverted_r
     for index, (folder, spec) in enumerate(zip(folders, read_specs(folders), strict=True)):
         name = synthetic_name(spec.adapter_id, digest_of({**inputs, "adapter": spec.digest}))
         uri = join(config.synthetic_root, name)
-        if uri not in done:
+        if uri not in done and chosen_classes(spec, config.inversion.classes):
             task = StandInTask(
                 config=config, stand_in=stand_in, inverted_root=inverted_root, adapter_folder=folder, index=index, uri=uri
             )
@@ -118,7 +119,7 @@ def _images(task: StandInTask, adapter: Adapter, backbone: Backbone, rng: np.ran
     if stand_in.kind in ("shuffled", "mixed"):
         mine = [file for file in list_synthetic(task.inverted_root) if adapter_id_of(file) == adapter.spec.adapter_id]
         pool = read_pool(task.inverted_root, mine)
-        images, labels = pool.images, torch.from_numpy(pool.class_of.astype(np.int64))
+        images, labels = pool.images, torch.from_numpy(pool.slot_of[pool.class_of].astype(np.int64))
         if stand_in.kind == "shuffled":
             return _shuffle_patches(images, backbone.patch_px, rng), labels
         real, real_labels = _of_own_classes(task, adapter, backbone, stand_in.per_class or each, rng)
@@ -127,7 +128,7 @@ def _images(task: StandInTask, adapter: Adapter, backbone: Backbone, rng: np.ran
         images, labels = _of_own_classes(task, adapter, backbone, stand_in.per_class or each, rng)
         few = stand_in.per_class or each
         if few < each:
-            repeated = torch.arange(len(adapter.spec.class_names))[:, None] * few + torch.arange(each) % few
+            repeated = torch.arange(len(images) // few)[:, None] * few + torch.arange(each) % few
             images, labels = images[repeated.flatten()], labels[repeated.flatten()]
         return images, labels
     return _chosen_by_adapter(task, adapter, backbone, rng)
@@ -136,18 +137,18 @@ def _images(task: StandInTask, adapter: Adapter, backbone: Backbone, rng: np.ran
 def _of_own_classes(
     task: StandInTask, adapter: Adapter, backbone: Backbone, per_class: int, rng: np.random.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Real images of the classes that the adapter was tuned on, class by class."""
+    """Real images of those of the adapter's classes that are inverted, class by class."""
     data = _real_images(task.config, task.stand_in)
     assert data is not None
-    picks = []
-    for name in adapter.spec.class_names:
+    picks, chosen = [], chosen_classes(adapter.spec, task.config.inversion.classes)
+    for name in (adapter.spec.class_names[index] for index in chosen):
         members = np.flatnonzero(data.labels == data.class_names.index(name)) if name in data.class_names else np.zeros(0, int)
         if len(members) < per_class:
             raise DataError(
                 f"class {name!r} has {len(members)} images in {data.name}, but {per_class} are asked for; lower per_class"
             )
         picks.append(rng.choice(members, per_class, replace=False))
-    labels = torch.arange(len(picks)).repeat_interleave(per_class)
+    labels = torch.tensor(chosen).repeat_interleave(per_class)
     return data.pixels(np.concatenate(picks), backbone.image_px), labels
 
 
@@ -156,8 +157,8 @@ def _chosen_by_adapter(
 ) -> tuple[Tensor, Tensor]:
     """Images without a class, out of several times as many: for each class those that the adapter finds most like it."""
     each = task.config.inversion.images_per_class
-    num_classes = len(adapter.spec.class_names)
-    count = _CANDIDATES * each * num_classes
+    chosen = chosen_classes(adapter.spec, task.config.inversion.classes)
+    count = _CANDIDATES * each * len(chosen)
     kind = task.stand_in.kind
     if kind == "real":
         data = _real_images(task.config, task.stand_in)
@@ -167,16 +168,16 @@ def _chosen_by_adapter(
         assert kind in PROCEDURAL
         drawn = [np.array(PROCEDURAL[kind](rng, backbone.image_px)) for _ in range(count)]
         candidates = torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2)
-    if len(candidates) < each * num_classes:
-        raise DataError(f"images.data has {len(candidates)} images, but {each * num_classes} are needed; give more")
+    if len(candidates) < each * len(chosen):
+        raise DataError(f"images.data has {len(candidates)} images, but {each * len(chosen)} are needed; give more")
     logits, _, _ = describe(adapter, backbone, candidates, task.config.inversion)
     scores = logits.log_softmax(dim=1)
     picks = []
-    for c in range(num_classes):
+    for c in chosen:
         best = scores[:, c].topk(each).indices
         picks.append(best)
         scores[best] = -torch.inf
-    return candidates[torch.cat(picks)], torch.arange(num_classes).repeat_interleave(each)
+    return candidates[torch.cat(picks)], torch.tensor(chosen).repeat_interleave(each)
 
 
 def _shuffle_patches(images: Tensor, patch_px: int, rng: np.random.Generator) -> Tensor:

@@ -17,6 +17,7 @@ from lr_ray.errors import ConfigError, DataError
 from lr_ray.fewshot.episodes import ImagePool
 from lr_ray.grid import StandInConfig, load_grid
 from lr_ray.runtime.ablation import run_grid, summarise
+from lr_ray.runtime.inversion import invert_library
 from lr_ray.runtime.stand_ins import make_stand_ins
 from lr_ray.storage.adapters import read_adapters
 from lr_ray.storage.synthetic import list_synthetic, read_pool
@@ -102,6 +103,21 @@ def test_shuffled_are_the_inverted_ones_patch_by_patch(inverted: ExperimentConfi
     assert np.array_equal(pool.class_of, originals.class_of)
 
 
+@pytest.mark.parametrize(
+    "settings", [{"kind": "shuffled"}, {"kind": "mixed", "per_class": 2}, {"kind": "real", "per_class": 2}, {"kind": "noise"}]
+)
+def test_stand_ins_are_of_the_classes_that_are_inverted(inverted: ExperimentConfig, settings: dict[str, Any]):
+    some = inverted.inversion.model_copy(update={"classes": ("1:3",)})
+    config = inverted.model_copy(update={"inversion": some, "synthetic": f"{inverted.output_root}/some"})
+    invert_library(config, QUIET)
+    pool = stand_ins(config, **settings)
+    originals = read_pool(config.synthetic_root, list_synthetic(config.synthetic_root))
+    assert pool.class_names == originals.class_names
+    assert pool.slot_of.tolist() == originals.slot_of.tolist() == [1, 2] * 3
+    assert pool.teacher_logits is not None
+    assert np.bincount(pool.class_of).tolist() == [EACH + 2 * (settings["kind"] == "mixed")] * 6
+
+
 def test_stand_ins_are_made_once(library: ExperimentConfig):
     stand_ins(library, kind="noise")
     files = {path: path.stat().st_mtime_ns for path in Path(library.output_root, "stand-ins").glob("*.parquet")}
@@ -165,9 +181,13 @@ def test_a_grid_through_the_command_line(grid_file: Path, tmp_path: Path):
     assert made == {path: path.stat().st_mtime_ns for path in root.rglob("*.safetensors")}
 
 
-def test_only_the_cells_asked_for(grid_file: Path):
-    summary = run_grid(load_grid(grid_file), ["references"], QUIET)
-    assert [row["cell"] for row in summary] == ["references"]
+def test_only_the_cells_asked_for_beside_what_is_finished(grid_file: Path, tmp_path: Path):
+    alone = run_grid(load_grid(grid_file), ["references", "references"], QUIET)
+    assert [(row["cell"], list(row["seeds"])) for row in alone] == [("references", ["0", "1"])]
+    again = run_grid(load_grid(grid_file), ["metric"], QUIET)
+    assert again[0] == alone[0]
+    assert [row["cell"] for row in again] == ["references", "metric"]
+    assert json.loads((tmp_path / "grid" / "results.json").read_text()) == again
 
 
 def test_an_unknown_cell_is_an_error_before_any_work(grid_file: Path, tmp_path: Path):
