@@ -18,7 +18,7 @@ from lr_ray.errors import AdapterError, DataError, LrRayError, RequestError, Sto
 from lr_ray.model import Model, load_parts
 from lr_ray.report.progress import Reporter
 from lr_ray.runtime.board import start_board
-from lr_ray.runtime.session import actor_pool, fields_of, ray_session, user_error, worker_device
+from lr_ray.runtime.session import actor_pool, check_shared, fields_of, ray_session, user_error, worker_device
 from lr_ray.serving.images import Limits, Upload, check_bytes, decode_uploads
 from lr_ray.serving.local import answer_row, embed_support, read_support
 from lr_ray.serving.tasks import Support
@@ -224,12 +224,7 @@ def classify_prefix(
     if todo:
         with ray_session(_ray_config()):
             errors += _classify_all(todo, job, reporter)
-        there = list_uris(rows, suffix=".parquet")
-        if lost := [piece.uri for piece in todo if piece.uri not in there]:
-            raise StorageError(
-                f"{len(lost)} files, such as {lost[0]}, were written on nodes that do not share {output}; give an --output "
-                "that all nodes see, such as s3://bucket/answers"
-            )
+        check_shared([piece.uri for piece in todo], list_uris(rows, suffix=".parquet"), output=output)
     return ClassificationReport(output=rows, files=len(pieces), rows=len(marks), errors=errors)
 
 

@@ -29,7 +29,7 @@ from lr_ray.runtime.inversion_plan import (
     inspect_library,
     plan_inversion,
 )
-from lr_ray.runtime.session import actor_pool, fields_of, ray_session, user_error, worker_device
+from lr_ray.runtime.session import actor_pool, check_shared, fields_of, ray_session, user_error, worker_device
 from lr_ray.storage.adapters import read_adapter
 from lr_ray.storage.filesystem import delete, exists, read_if_there, write_bytes
 from lr_ray.storage.synthetic import read_rows, write_synthetic
@@ -84,7 +84,7 @@ class InversionActor:
         except LrRayError as failure:
             num_images, loss_ce, error = 0, 0.0, f"{_CALLED[item.part]}{failure}"
             self._failures.inc()
-        found = {"adapter_id": item.adapter_id, "num_images": num_images, "loss_ce": loss_ce, "error": error}
+        found = {"adapter_id": item.adapter_id, "uri": item.uri, "num_images": num_images, "loss_ce": loss_ce, "error": error}
         return {name: [value] for name, value in found.items()}
 
     def commit(self, item: InversionItem) -> pa.Table:
@@ -189,20 +189,22 @@ def invert_library(config: ExperimentConfig, reporter: Reporter, *, strict: bool
     Raises:
         AdapterError: no adapters, or with `strict` one that cannot be inverted.
         InversionError: with `strict`, an inversion failed.
-        StorageError: the folder holds images made with another config or from other adapters.
+        StorageError: the folder holds images made with another config or from other adapters, or is not shared by all nodes.
     """
     parts = (config,) if config.metric_inversion is None else (config, config.for_metric)
     library = inspect_library(config, strict=strict)
     for why in library.rejected.values():
         reporter.say(f"skipped: {why}")
     plans = [_plan(part, library, index, reporter) for index, part in enumerate(parts)]
-    failures = list(library.rejected.values())
+    failures, made = list(library.rejected.values()), list[str]()
     if todo := [item for plan in plans for item in plan.todo]:
         with ray_session(config.ray) as dashboard:
             if dashboard:
                 reporter.say(f"dashboard: http://{dashboard}")
-            failures += _invert_all(todo, parts, reporter, strict=strict)
+            made, failed = _invert_all(todo, parts, reporter, strict=strict)
+            failures += failed
     there = {uri for part in parts for uri in committed(part)}
+    check_shared(made, there, output=config.output_root)
     uris = tuple(item.uri for plan in plans for item in plan.items if item.uri in there)
     return InversionReport(uris=uris, failures=tuple(failures))
 
@@ -229,11 +231,12 @@ def _counted(items: Sequence[InversionItem]) -> str:
 
 def _invert_all(
     todo: Sequence[InversionItem], parts: Sequence[ExperimentConfig], reporter: Reporter, *, strict: bool
-) -> list[str]:
-    """Show the rows as they come; returns what failed."""
+) -> tuple[list[str], list[str]]:
+    """Show the rows as they come; returns the URIs of what was committed, and what failed."""
     import ray
 
     board, start, num_images = start_board(), time.monotonic(), 0
+    made: list[str] = []
     failures: list[str] = []
     with reporter.track("invert", len(todo), partial(read_board, board)) as advance:
         try:
@@ -244,6 +247,7 @@ def _invert_all(
                     failures.append(row["error"])
                     advance(f"failed: {row['error']}")
                     continue
+                made.append(row["uri"])
                 num_images += row["num_images"]
                 per_s = num_images / (time.monotonic() - start)
                 advance(
@@ -251,7 +255,7 @@ def _invert_all(
                 )
         except ray.exceptions.RayError as error:
             raise user_error(error) from error
-    return failures
+    return made, failures
 
 
 def invert_dataset(config: ExperimentConfig) -> "Dataset":

@@ -2,12 +2,12 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from lr_ray.errors import ClusterError, LrRayError
+from lr_ray.errors import ClusterError, LrRayError, StorageError
 
 if TYPE_CHECKING:  # torch takes seconds to import, and some of Ray's processes have no need of it
     from ray.data import Dataset
@@ -121,6 +121,38 @@ def worker_device(config: "RayConfig") -> str:
     return "cuda" if config.num_gpus_per_actor else "cpu"
 
 
+def _check_room(config: "RayConfig") -> None:
+    """Raise if this machine cannot hold a single worker, for which Ray would wait for ever.
+
+    Raises:
+        ClusterError: too few processors or GPUs.
+    """
+    import ray
+
+    there = ray.cluster_resources()
+    for name, key, need in (("CPU", "cpus", config.cpus_per_actor), ("GPU", "num_gpus", config.num_gpus_per_actor)):
+        if config.address == "local" and need > (found := there.get(name, 0)):
+            raise ClusterError(f"ray.{key}_per_actor {need:g}: this machine has {found:g} {name} for Ray; lower it")
+
+
+def check_shared(uris: Collection[str], there: Container[str], *, output: str) -> None:
+    """Raise if files that workers wrote are not there.
+
+    Args:
+        uris: what they wrote.
+        there: what is found from here.
+        output: what the files are below.
+
+    Raises:
+        StorageError: the workers' nodes do not share it.
+    """
+    if lost := sorted(uri for uri in uris if uri not in there):
+        raise StorageError(
+            f"{len(lost)} files, such as {lost[0]}, were written on nodes that do not share {output}; give an --output "
+            "that all nodes see, such as s3://bucket/prefix"
+        )
+
+
 def map_tasks(
     function: Callable[[Item], Result], items: Sequence[Item], config: "RayConfig"
 ) -> Iterator[tuple[Item, Result | LrRayError]]:
@@ -131,6 +163,7 @@ def map_tasks(
     """
     import ray
 
+    _check_room(config)
     remote = ray.remote(num_cpus=config.cpus_per_actor, num_gpus=config.num_gpus_per_actor, max_retries=config.max_failures)(
         function
     )
@@ -155,6 +188,7 @@ def actor_pool(items: Sequence[Any], config: "RayConfig", actor: type, *argument
     import ray
     from ray.data import ActorPoolStrategy, DataContext
 
+    _check_room(config)
     DataContext.get_current().enable_progress_bars = False
     cluster = ray.cluster_resources()
     fits = int(cluster.get("CPU", 1) // config.cpus_per_actor)
@@ -178,23 +212,36 @@ def fields_of(batch: dict[str, Any]) -> dict[str, Any]:
     return {name: values.tolist()[0] for name, values in batch.items()}
 
 
+class Commit(Protocol):
+    """A piece of work that ends in one file."""
+
+    @property
+    def uri(self) -> str:
+        """Of the file."""
+
+
+Piece = TypeVar("Piece", bound=Commit)
+
+
 def work_through(
     title: str,
-    function: Callable[[Item], Result],
-    items: Sequence[Item],
+    function: Callable[[Piece], Result],
+    items: Sequence[Piece],
     config: "RayConfig",
     reporter: "Reporter",
-    take: Callable[[Item, Result], str],
+    take: Callable[[Piece, Result], str],
 ) -> None:
-    """Run a function on each item by `map_tasks`, and show how far it is; those that fail do not keep the others.
+    """Run a function that commits an item's file by `map_tasks`, and show how far it is; what fails does not keep the others.
 
     Args:
         take: is handed each result as it comes; returns a few words on it.
 
     Raises:
         LrRayError: the first of those that items failed with, when all others are done.
+        StorageError: a file was written where this machine does not see it.
     """
     failures: list[LrRayError] = []
+    made: list[str] = []
     if not items:
         return
     with ray_session(config), reporter.track(title, len(items)) as advance:
@@ -203,9 +250,15 @@ def work_through(
                 failures.append(result)
                 advance(f"failed: {result}")
             else:
+                made.append(item.uri)
                 advance(take(item, result))
     if failures:
         raise failures[0]
+    if config.address != "local":
+        from lr_ray.storage.filesystem import exists, read_many
+
+        there = dict(zip(made, read_many(exists, made), strict=True))
+        check_shared(made, {uri for uri in made if there[uri]}, output=made[0].rpartition("/")[0])
 
 
 def user_error(error: BaseException) -> LrRayError:

@@ -10,7 +10,7 @@ import torch
 from lr_ray.config import ExperimentConfig
 from lr_ray.data.images import LabelledImages
 from lr_ray.data.load import load_data
-from lr_ray.errors import ConfigError, DataError
+from lr_ray.errors import ConfigError, DataError, StorageError
 from lr_ray.report.progress import Reporter
 from lr_ray.runtime.held import held_backbone
 from lr_ray.runtime.session import work_through, worker_device
@@ -32,6 +32,11 @@ class TuningTask:
     folder: str
     inputs: dict[str, Any]
 
+    @property
+    def uri(self) -> str:
+        """Of the file that makes the adapter count."""
+        return join(self.folder, CONFIG_NAME)
+
 
 def tune_library(config: ExperimentConfig, reporter: Reporter) -> list[dict[str, Any]]:
     """Tune the adapters that are not there yet; returns the manifests of all, in order.
@@ -44,14 +49,27 @@ def tune_library(config: ExperimentConfig, reporter: Reporter) -> list[dict[str,
     tasks = plan_tuning(config)
     library = {key: value for key, value in tasks[0].inputs.items() if key not in ("index", "class_names")}
     claim_folder(config.adapters_root, library, config=config.resolved())
+    _refuse_more(tasks, config)
     tune_missing(tasks, config, reporter)
     return read_manifests([task.folder for task in tasks])
+
+
+def _refuse_more(tasks: Sequence[TuningTask], config: ExperimentConfig) -> None:
+    """Raise if adapters of this library are there that the config no longer asks for: all that follows would take them."""
+    planned = {task.uri for task in tasks}
+    own = join(config.adapters_root, "task-")
+    more = [uri for uri in list_uris(config.adapters_root, suffix=CONFIG_NAME) - planned if uri.startswith(own)]
+    if more:
+        raise StorageError(
+            f"{config.adapters_root} holds {len(more)} adapters, such as {min(more).split('/')[-2]}, that tuning.num_adapters "
+            f"{len(tasks)} does not ask for; raise it, choose another --output, or delete them"
+        )
 
 
 def tune_missing(tasks: Sequence[TuningTask], config: ExperimentConfig, reporter: Reporter) -> None:
     """Tune those of the tasks below `config.adapters_root` whose adapters are not there yet."""
     done = list_uris(config.adapters_root, suffix=CONFIG_NAME)
-    todo = [task for task in tasks if join(task.folder, CONFIG_NAME) not in done]
+    todo = [task for task in tasks if task.uri not in done]
     reporter.say(f"tune: {len(tasks)} adapters into {config.adapters_root}, {len(tasks) - len(todo)} there already")
 
     def take(task: TuningTask, accuracy: float) -> str:

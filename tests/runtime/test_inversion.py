@@ -20,12 +20,13 @@ from typer.testing import CliRunner
 
 import lr_ray
 from lr_ray.config import ExperimentConfig
-from lr_ray.errors import AdapterError, InversionError, StorageError
+from lr_ray.errors import AdapterError, ClusterError, InversionError, StorageError
 from lr_ray.report.progress import UnderWay
 from lr_ray.runtime.board import Board, start_board
 from lr_ray.runtime.inversion import InversionActor, PartialFile, invert_library
 from lr_ray.runtime.inversion_plan import inspect_library, plan_inversion
 from lr_ray.runtime.session import actor_pool
+from lr_ray.runtime.tuning import tune_library
 from lr_ray.storage.adapters import list_adapters, read_adapters
 from lr_ray.storage.synthetic import list_synthetic, read_pool
 from tests.jobs import QUIET, changed, kill_worker, snapshot
@@ -197,6 +198,20 @@ def test_an_inversion_that_fails_on_the_way(library: ExperimentConfig) -> None:
     assert [("NaN or infinite" in line, victim.parent.name in line) for line in report.failures] == [(True, True)]
     with pytest.raises(InversionError, match="NaN or infinite from the first step.*what was finished is kept"):
         invert_library(library, QUIET, strict=True)
+
+
+@pytest.mark.parametrize(
+    ("ray", "message"),
+    [
+        ({"num_gpus_per_actor": 1}, "ray.num_gpus_per_actor 1: this machine has 0 GPU for Ray; lower it"),
+        ({"cpus_per_actor": 64}, "ray.cpus_per_actor 64: this machine has 2 CPU for Ray; lower it"),
+    ],
+)
+def test_a_worker_that_this_machine_cannot_hold(library: ExperimentConfig, ray: dict[str, object], message: str) -> None:
+    for work in (invert_library, tune_library):
+        config = changed(library, ray=ray, tuning={"num_adapters": 4})
+        with pytest.raises(ClusterError, match=message):
+            work(config, QUIET)
 
 
 def test_no_adapter_fits(library: ExperimentConfig) -> None:

@@ -1,6 +1,8 @@
 """Which Ray errors a user can act on."""
 
 import os
+from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,8 +11,9 @@ import ray
 from ray.exceptions import ActorDiedError, RayTaskError, WorkerCrashedError
 
 from lr_ray.config import RayConfig
-from lr_ray.errors import AdapterError, ClusterError
-from lr_ray.runtime.session import ray_session, user_error
+from lr_ray.errors import AdapterError, ClusterError, StorageError
+from lr_ray.runtime.session import check_shared, ray_session, user_error, work_through
+from tests.jobs import QUIET
 
 
 def test_the_error_of_ours_inside_rays_is_found() -> None:
@@ -59,6 +62,25 @@ def test_a_cluster_that_is_joined_is_told_where_and_as_whom_to_store(
     if passed:
         assert (variables["AWS_PROFILE"], variables["AWS_REGION"]) == ("lab", "eu-central-1")
         assert all(name.startswith("AWS_") for name in variables)
+
+
+def test_files_that_other_nodes_keep_to_themselves_are_missed() -> None:
+    check_shared(["/out/a"], {"/out/a", "/out/b"}, output="/out")
+    with pytest.raises(StorageError, match="2 files, such as /out/a, were written on nodes that do not share /out; give an"):
+        check_shared(["/out/c", "/out/a"], {"/out/b"}, output="/out")
+
+
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("shared", [True, False])
+def test_work_on_a_cluster_whose_files_are_not_seen_from_here(tmp_path: Path, shared: bool) -> None:
+    items = [SimpleNamespace(uri=str(tmp_path / name)) for name in ("a", "b")]
+
+    def commit(item: SimpleNamespace) -> None:
+        if shared or item.uri.endswith("a"):
+            Path(item.uri).touch()
+
+    with nullcontext() if shared else pytest.raises(StorageError, match=f"1 files, such as {tmp_path}/b, were written on"):
+        work_through("touch", commit, items, RayConfig(address="auto"), QUIET, lambda item, _: item.uri)
 
 
 @pytest.mark.parametrize(("num_cpus", "kept"), [(2, True), (4, True), (5, False)])
