@@ -37,7 +37,9 @@ def status(
 
 @cluster.command()
 def check(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="A cluster-launcher YAML, or a KubeRay RayJob or RayCluster.")],
+    file: Annotated[
+        str, typer.Argument(metavar="FILE", help="A cluster-launcher YAML, or a RayJob, RayCluster or RayService of KubeRay.")
+    ],
 ) -> None:
     """Check a YAML against Ray's own schema, without a network."""
     from lr_ray.runtime.clusters import check_cluster

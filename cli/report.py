@@ -1,6 +1,5 @@
 """`lr-ray report`."""
 
-import json as json_module
 import threading
 from typing import Annotated
 
@@ -27,11 +26,9 @@ def report(
             watch_synthetic(experiment, reporter(quiet=json), threading.Event())
         except KeyboardInterrupt:
             raise typer.Exit from None
-    from lr_ray.runtime.evaluation import RESULTS_NAME, example_episode
-    from lr_ray.storage.filesystem import join, read_bytes
+    from lr_ray.runtime.evaluation import example_episode, stored_rows
 
-    rows = json_module.loads(read_bytes(join(experiment.output_root, RESULTS_NAME)))
-    written = write_report(experiment, rows, example_episode(experiment))
+    written = write_report(experiment, stored_rows(experiment), example_episode(experiment))
     if json:
         print_json(written)
     else:

@@ -30,11 +30,11 @@ def run(
 def run_and_report(experiment: "ExperimentConfig", *, fast: bool = False, json: bool) -> None:
     """Every step in turn, then the table and where the report is."""
     from lr_ray.report.write import write_report
-    from lr_ray.runtime.evaluation import example_episode
+    from lr_ray.runtime.evaluation import example_episode, stored_rows
     from lr_ray.runtime.experiment import run_experiment
 
     rows = run_experiment(experiment, reporter(quiet=json), fast=fast)
-    written = write_report(experiment, rows, example_episode(experiment))
+    written = write_report(experiment, stored_rows(experiment), example_episode(experiment))
     if json:
         print_json(rows)
         return

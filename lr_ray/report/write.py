@@ -53,12 +53,19 @@ def write_report(
         versions=versions(),
         pictures=_charts(rows, embeddings) | sheets | {"curves": _curves(config)},
     )
-    table = results_table(rows)
-    texts = {"results.md": as_markdown(table), "results.tex": as_latex(table), "results.csv": as_csv(rows), "report.html": page}
-    written = {_SHEET_NAMES[key]: png for key, png in sheets.items()} | {name: text.encode() for name, text in texts.items()}
+    written = {_SHEET_NAMES[key]: png for key, png in sheets.items()} | {"report.html": page.encode()}
     for name, content in written.items():
         write_bytes(join(root, name), content)
-    return [join(root, name) for name in written]
+    return [*write_tables(root, rows), *(join(root, name) for name in written)]
+
+
+def write_tables(root: str, rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Commit rows of `results.json` as tables; returns the URIs."""
+    table = results_table(rows)
+    texts = {"results.md": as_markdown(table), "results.tex": as_latex(table), "results.csv": as_csv(rows)}
+    for name, text in texts.items():
+        write_bytes(join(root, name), text.encode())
+    return [join(root, name) for name in texts]
 
 
 def _charts(rows: Sequence[dict[str, Any]], embeddings: EpisodeFeatures | None) -> dict[str, bytes]:

@@ -24,6 +24,7 @@ from lr_ray.fewshot.protocol import DrawnEpisode, draw_episodes
 from lr_ray.report.card import complete_card
 from lr_ray.report.charts import EpisodeFeatures
 from lr_ray.report.progress import Reporter
+from lr_ray.report.write import write_tables
 from lr_ray.runtime.cost import begin_peak_memory, count_flops, peak_memory_mib
 from lr_ray.runtime.evaluation_plan import EpisodesTask, EvaluationPlan, FeaturesTask, FitTask, test_data_of
 from lr_ray.runtime.evaluation_rows import known_rows, merge_rows, rows_of
@@ -31,7 +32,7 @@ from lr_ray.runtime.held import held_backbone
 from lr_ray.runtime.metric import embed_classes
 from lr_ray.runtime.session import work_through, worker_device
 from lr_ray.storage.adapters import read_adapter, read_adapters
-from lr_ray.storage.filesystem import exists, join, list_uris, read_many, write_bytes
+from lr_ray.storage.filesystem import exists, join, list_uris, read_bytes, read_many, write_bytes
 from lr_ray.storage.manifest import CONFIG_NAME
 from lr_ray.storage.measurements import read_tensors, write_episodes, write_predictions, write_tensors
 from lr_ray.storage.metric import read_metric
@@ -47,8 +48,8 @@ _EPISODES_COUNTED = 10
 def evaluate_methods(config: ExperimentConfig, reporter: Reporter) -> list[dict[str, Any]]:
     """Measure what has not been measured; returns these methods' rows, in the order of methods and shapes.
 
-    Rows of other methods, data or shapes stay in `results.json`. The model cards of what was measured tell these methods'
-    rows.
+    Rows of other methods, data or shapes stay in `results.json` and the tables beside it. The model cards of what was
+    measured tell these methods' rows.
 
     Raises:
         ConfigError: no test data, an unknown method, or one that needs what is not there; before any work.
@@ -83,12 +84,23 @@ def evaluate_methods(config: ExperimentConfig, reporter: Reporter) -> list[dict[
     rows = rows_of(plan)
     merged = merge_rows(known, rows)
     if merged != known:
+        write_tables(config.output_root, merged)
         write_bytes(uri, json.dumps(merged, indent=2, ensure_ascii=False).encode())
     if failures:
         raise failures[0]
     for method, folder in (("recycle", config.meta_lora_root), ("joint", config.joint_root), ("oracle", config.oracle_root)):
         if any(row["method"] == method for row in rows):
             complete_card(folder, rows)
+    return rows
+
+
+def stored_rows(config: ExperimentConfig) -> list[dict[str, Any]]:
+    """All rows of `results.json`, whichever run measured them.
+
+    Raises:
+        StorageError: nothing was measured, or it cannot be read.
+    """
+    rows: list[dict[str, Any]] = json.loads(read_bytes(join(config.output_root, RESULTS_NAME)))
     return rows
 
 
