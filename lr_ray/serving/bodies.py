@@ -6,6 +6,7 @@ Nothing is written to disk, and names serve as labels only. These functions take
 import asyncio
 import binascii
 import io
+import re
 import stat
 import zipfile
 from base64 import b64decode
@@ -112,10 +113,11 @@ def check_class_name(name: str, limits: Limits) -> str:
     """The name.
 
     Raises:
-        RequestError: 422 empty, too long, or not printable.
+        RequestError: 422 empty, too long, not printable, or `.` or `..`, which in an address mean another place.
     """
-    if not name.strip() or len(name) > limits.name_length or not name.isprintable():
-        raise RequestError(f"class name {shown(name)}: give 1 to {limits.name_length} printable characters", 422)
+    if not name.strip() or len(name) > limits.name_length or not name.isprintable() or name in (".", ".."):
+        most = limits.name_length
+        raise RequestError(f"class name {shown(name)}: give 1 to {most} printable characters, not '.' or '..'", 422)
     return name
 
 
@@ -161,6 +163,9 @@ def _read(
     )
 
 
+_CHARSET = re.compile(r";\s*charset\s*=[^;]*", re.IGNORECASE)
+
+
 class _InMemoryParser(MultiPartParser):
     spool_max_size = 2**40  # a body that was let in stays in memory
 
@@ -169,7 +174,8 @@ def _read_multipart(content: bytes, content_type: str, limits: Limits, sort: Cal
     async def stream() -> AsyncGenerator[bytes, None]:
         yield content
 
-    parser = _InMemoryParser(Headers({"content-type": content_type}), stream(), max_files=limits.images, max_fields=0)
+    plain = _CHARSET.sub("", content_type)  # names are UTF-8, and not whatever Python can decode
+    parser = _InMemoryParser(Headers({"content-type": plain}), stream(), max_files=limits.images, max_fields=0)
     try:
         form = asyncio.run(parser.parse())
     except MultiPartException as error:

@@ -122,7 +122,7 @@ class Client:
 
     def remove_class(self, task_id: str, name: str, *, version: int | None = None) -> TaskAnswer:
         """Remove a class from a task; two must be left. `version` is as of `add_images`."""
-        return self._ask(TaskAnswer, "DELETE", f"{_task(task_id)}/classes/{quote(name, safe='')}", version=version)
+        return self._ask(TaskAnswer, "DELETE", f"{_task(task_id)}/classes/{_segment(name)}", version=version)
 
     def classify(self, task_id: str, images: Sequence[ImageFile], *, temperature: float = 1.0, top: int = 5) -> ClassifyAnswer:
         """Classify images by a task.
@@ -235,7 +235,14 @@ def _problem(response: httpx.Response) -> ServiceError:
 
 
 def _task(task_id: str) -> str:
-    return f"/v1/tasks/{quote(task_id, safe='')}"
+    return f"/v1/tasks/{_segment(task_id)}"
+
+
+def _segment(text: str) -> str:
+    """A part of a path; `.` and `..` would be taken out of it, and another thing be asked."""
+    if text in ("", ".", ".."):
+        raise ConfigError(f"{text!r} names no task and no class; give the id or the name that the service gave")
+    return quote(text, safe="")
 
 
 def _encoded_classes(classes: Mapping[str, Sequence[ImageFile]]) -> dict[str, list[str]]:

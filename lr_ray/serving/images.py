@@ -155,10 +155,13 @@ def _ends_in_chunks(png: bytes) -> bool:
 
 
 def _pixels(upload: Upload, image: Image.Image, image_px: int) -> Tensor:
+    """Of the image, which is closed: decoded it takes a hundred times its bytes, and others wait to be."""
     try:
         return square_pixels(image, image_px)
     except Exception as error:
         raise _damaged(f"image {shown(upload.name)}", error) from error
+    finally:
+        image.close()
 
 
 def _damaged(what: str, error: Exception) -> RequestError:

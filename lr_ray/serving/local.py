@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from lr_ray.data.folder import class_folders, is_image, load_folder
+from lr_ray.data.folder import check_names, class_folders, is_image, load_folder
 from lr_ray.data.images import LabelledImages
 from lr_ray.errors import DataError
 from lr_ray.model import Model
@@ -72,9 +72,10 @@ def classify_folder(
     files = [root] if root.is_file() else [path for path in sorted(root.rglob("*")) if is_image(path.name)]
     if not files:
         raise DataError(f"{query}: no images in it; give a folder of images, or one image")
+    names = [file.name if file == root else file.relative_to(root).as_posix() for file in files]
+    check_names(query, names)
     task = embed_support(model, labelled, reject=reject)
     predictions = task.classify(model.embed(files), temperature=temperature)
-    names = [file.name if file == root else file.relative_to(root).as_posix() for file in files]
     return task, list(zip(names, predictions, strict=True))
 
 

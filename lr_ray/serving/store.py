@@ -7,6 +7,7 @@ the version in which the task was deleted.
 Ids begin with the time of creation, so that a listing tells what has expired.
 """
 
+import logging
 import re
 import secrets
 import threading
@@ -20,6 +21,7 @@ from lr_ray.errors import RequestError, StorageError
 from lr_ray.serving.tasks import Support, Task
 from lr_ray.storage.filesystem import create_bytes, delete, join, list_sizes, read_if_there, read_many, write_bytes
 
+_logger = logging.getLogger("lr_ray.serving")
 OWNER = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 _ID = re.compile(r"[0-9a-f]{8}[A-Za-z0-9_-]{22}")
 _FILE = re.compile(r"(?P<version>[0-9]{8})\.safetensors")
@@ -207,10 +209,17 @@ class TaskStore:
         """Write the version if it is the next one, and make less of those before it; whether it is.
 
         Those that cannot be removed now are left to the next change.
+
+        Raises:
+            RequestError: 500 the storage failed when the version may have been written, so that to ask again may do it twice.
         """
-        if not create_bytes(self._uri(owner, task_id, version), content):
-            return False
-        versions = _versions(list_sizes(join(self.root, owner, task_id)))
+        try:
+            if not create_bytes(self._uri(owner, task_id, version), content):
+                return False
+            versions = _versions(list_sizes(join(self.root, owner, task_id)))
+        except StorageError as error:
+            _logger.error("task %s, version %d: %s", task_id, version, error)
+            raise RequestError("the storage failed, and the change may have been made; look at the task", 500) from error
         if version - 1 not in versions:  # the name was free because this comes too late
             self._remove(owner, task_id, [version])
             return False

@@ -159,6 +159,16 @@ def test_a_refusal_is_not_asked_again(waits: list[float]):
     assert waits == []
 
 
+@pytest.mark.parametrize("name", [".", "..", ""])
+def test_what_is_no_part_of_an_address_is_not_asked_for(name: str):
+    """httpx would take dots out of it: to remove class `..` would delete the task."""
+    client = answering(httpx.Response(204))
+    with pytest.raises(ConfigError, match="names no task and no class"):
+        client.remove_class("id", name)
+    with pytest.raises(ConfigError, match="names no task and no class"):
+        client.delete(name)
+
+
 def test_what_is_no_service_is_one_line():
     with pytest.raises(ServiceError, match="something else than a service of LR-Ray; check the URL"):
         answering(httpx.Response(200, text="<html>hello</html>")).tasks()

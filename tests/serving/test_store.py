@@ -251,6 +251,26 @@ def test_a_task_of_another_model_is_409_and_not_listed(store: TaskStore):
     assert other.list("ann", BOUNDS) == []
 
 
+@pytest.mark.parametrize("step", ["create_bytes", "list_sizes"])
+def test_a_change_that_may_have_been_made_is_not_to_be_asked_again(
+    store: TaskStore, monkeypatch: pytest.MonkeyPatch, step: str
+):
+    task = store.create("ann", support("a", "b"), BOUNDS, model="m")
+    real, calls = getattr(store_module, step), []
+
+    def fails_when_written(*arguments: object) -> object:
+        calls.append(arguments)
+        done = real(*arguments)
+        if step == "create_bytes" or list_files(f"{store.root}/ann/{task.task_id}", suffix="2.safetensors"):
+            raise StorageError("the storage went away")
+        return done
+
+    monkeypatch.setattr(store_module, step, fails_when_written)
+    assert status_of(lambda: store.update("ann", task.task_id, lambda found: found.add(support("a")), BOUNDS)) == 500
+    monkeypatch.undo()
+    assert store.read("ann", task.task_id, BOUNDS).version == 2
+
+
 def test_a_task_under_a_foreign_name_is_refused(store: TaskStore):
     """Such as one that was copied into another owner's folder."""
     task = store.create("ann", support("a", "b"), BOUNDS, model="m")

@@ -251,6 +251,7 @@ SUPPORT_BODIES = {
     "multipart of a path as class": (multipart(("\x01", "a.png", png())), 422),
     "multipart of a long class": (multipart(("x" * 201, "a.png", png())), 422),
     "multipart of an empty class": (multipart(("", "a.png", png()), (" ", "b.png", png())), 4),
+    "multipart of a class that is another place": (multipart(("..", "a.png", png()), ("b", "b.png", png())), 422),
     "multipart of a line break in a name": (multipart(("a\x7fb", "a.png", png())), 422),
     "json cut": ((b'{"classes": {"a": [', "application/json"), 400),
     "json deep": ((b'{"classes": ' + b"[" * 100_000, "application/json"), 400),
@@ -353,6 +354,29 @@ def test_a_body_without_a_length_is_bounded(client: TestClient):
 def test_all_pixels_together_are_bounded(client: TestClient):
     large = encoded(Image.new("RGB", (1000, 1000)))
     refused(client, "/v1/embeddings", multipart(*[("a", "a.png", large)] * 4), 413)
+
+
+def test_the_names_of_a_multipart_body_are_utf_8(client: TestClient):
+    """Whatever it says of itself; else a name could be what no answer can hold."""
+    body, kind = multipart(("image", "\\ud800.png", png()))
+    for charset in ("unicode_escape", "no-such"):
+        answer = client.post("/v1/embeddings", content=body, headers={"content-type": f"{kind}; charset={charset}"})
+        assert (answer.status_code, answer.json()["files"]) == (200, ["\\ud800.png"])
+
+
+def test_one_decoded_image_is_held_at_a_time(monkeypatch: pytest.MonkeyPatch):
+    seen: list[Image.Image] = []
+
+    def square(image: Image.Image, side: int) -> torch.Tensor:
+        for before in seen:
+            with pytest.raises(ValueError, match="closed"):
+                before.getpixel((0, 0))
+        seen.append(image)
+        return torch.zeros(3, side, side, dtype=torch.uint8)
+
+    monkeypatch.setattr("lr_ray.serving.images.square_pixels", square)
+    decode_uploads([Upload(name=f"{i}.png", content=png(i)) for i in range(3)], 8, LIMITS)
+    assert len(seen) == 3
 
 
 def test_headers_are_checked_before_anything_is_decoded(monkeypatch: pytest.MonkeyPatch):
