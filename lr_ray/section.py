@@ -27,6 +27,6 @@ def match_classes(class_names: Sequence[str], pattern: str) -> set[int]:
     if pattern in class_names:
         return {class_names.index(pattern)}
     start, colon, stop = pattern.partition(":")
-    if colon and all(part.isdigit() for part in (start, stop) if part):
+    if colon and all(part.isdecimal() for part in (start, stop) if part):
         return set(range(len(class_names))[int(start or 0) : int(stop) if stop else None])
     return {i for i, name in enumerate(class_names) if fnmatch.fnmatchcase(name, pattern)}

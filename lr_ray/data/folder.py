@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image
 
-from lr_ray.data.images import LabelledImages
+from lr_ray.data.images import LabelledImages, readable
 from lr_ray.errors import DataError
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -38,9 +38,15 @@ def load_folder(folder: Path) -> LabelledImages:
     Raises:
         DataError: no sub-folder with images.
     """
-    files = (file for child in folder.iterdir() if child.is_dir() for file in child.iterdir())
+    with readable(folder):
+        files = [file for child in folder.iterdir() if child.is_dir() for file in child.iterdir()]
     names = [file.relative_to(folder).as_posix() for file in files]
-    return class_folders(str(folder), names, lambda name: (folder / name).read_bytes())
+
+    def read(name: str) -> bytes:
+        with readable(folder / name):
+            return (folder / name).read_bytes()
+
+    return class_folders(str(folder), names, read)
 
 
 def class_folders(root: str, names: Iterable[str], read: Callable[[str], bytes]) -> LabelledImages:

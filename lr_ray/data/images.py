@@ -1,10 +1,11 @@
 """Real labelled images, whatever they come from."""
 
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -89,6 +90,19 @@ class LabelledImages:
             open_image=lambda index: self.open_image(int(positions[index])),
             digest=lambda: f"{self.digest()}[{','.join(map(str, chosen))}]",
         )
+
+
+@contextmanager
+def readable(file: Path) -> Iterator[None]:
+    """What cannot be read inside is said of the file.
+
+    Raises:
+        DataError: see there.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"data {file}: {error.strerror or error}; mend, replace or remove it") from error
 
 
 def read_pixels(

@@ -2,17 +2,18 @@
 
 import hashlib
 import io
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image
+from pydantic import BaseModel, ValidationError
 
-from lr_ray.data.images import LabelledImages
+from lr_ray.data.images import LabelledImages, readable
 from lr_ray.errors import DataError
 
 _IMAGE_COLUMNS = ("image", "img")
@@ -31,8 +32,9 @@ def load_parquet(path: Path) -> LabelledImages:
     try:
         image, label = _columns(pq.read_schema(files[0]).names)
         table = pa.concat_tables([pq.read_table(file, columns=[image, label], memory_map=True) for file in files])
-        encoded = table.column(image).combine_chunks().field("bytes")
-    except (OSError, pa.ArrowException, KeyError, AttributeError) as error:
+        encoded = pc.struct_field(table.column(image), "bytes")
+        features = _features(table.schema.metadata)
+    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
         raise DataError(
             f"data {path}: not Parquet in the Hugging Face Image convention ({error}); "
             "expected columns image (struct of bytes and path) and label"
@@ -46,7 +48,7 @@ def load_parquet(path: Path) -> LabelledImages:
         raise DataError(f"data {path}: {raw_labels.null_count} of {table.num_rows} rows have no label; remove them")
     if pa.types.is_integer(raw_labels.type):
         labels = raw_labels.to_numpy().astype(np.int64)
-        names = _class_names(table.schema.metadata, label, int(labels.max()) + 1)
+        names = _class_names(features, label, int(labels.max()) + 1)
         present = np.unique(labels)
         if present[0] < 0 or present[-1] >= len(names):
             raise DataError(f"data {path}: labels {present[0]} to {present[-1]}, but {len(names)} class names; mend the labels")
@@ -58,7 +60,8 @@ def load_parquet(path: Path) -> LabelledImages:
     def digest() -> str:
         total = hashlib.sha256()
         for file in files:
-            total.update(hashlib.sha256(file.read_bytes()).digest())
+            with readable(file):
+                total.update(hashlib.sha256(file.read_bytes()).digest())
         return total.hexdigest()
 
     return LabelledImages(
@@ -77,9 +80,30 @@ def _columns(names: Sequence[str]) -> tuple[str, str]:
     return image, label
 
 
-def _class_names(metadata: dict[bytes, bytes] | None, column: str, num_classes: int) -> list[str]:
-    """From the Hugging Face features in the metadata, else the numbers themselves."""
-    features: dict[str, Any] = json.loads((metadata or {}).get(b"huggingface", b"{}"))
-    label = features.get("info", {}).get("features", {}).get(column, {})
-    names = label.get("names") or label.get("feature", {}).get("names")
-    return [str(name) for name in names] if names else [str(index) for index in range(num_classes)]
+def _features(metadata: dict[bytes, bytes] | None) -> dict[str, Any]:
+    """Hugging Face's description of the columns, empty where there is none.
+
+    Raises:
+        ValueError: it is not as Hugging Face writes it.
+    """
+    try:
+        return _Described.model_validate_json((metadata or {}).get(b"huggingface", b"{}")).info.features
+    except ValidationError as error:
+        raise ValueError("its metadata `huggingface` is not as that writes it") from error
+
+
+class _Info(BaseModel):
+    features: dict[str, Any] = {}
+
+
+class _Described(BaseModel):
+    info: _Info = _Info()
+
+
+def _class_names(features: dict[str, Any], column: str, num_classes: int) -> list[str]:
+    """Of the column's feature, else the numbers themselves."""
+    label = features.get(column)
+    if isinstance(label, dict) and isinstance(inner := label.get("feature"), dict):
+        label = label if label.get("names") else inner
+    names = label.get("names") if isinstance(label, dict) else None
+    return [str(name) for name in names] if isinstance(names, list) and names else [str(index) for index in range(num_classes)]

@@ -164,6 +164,35 @@ def test_parquet_without_metadata(tmp_path: Path):
     assert load(path).class_names == ("1",)
 
 
+def described_as(path: Path, described: str) -> Path:
+    image = pa.array([{"bytes": b"x", "path": None}], pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+    pq.write_table(pa.table({"image": image, "label": [1]}).replace_schema_metadata({"huggingface": described}), path)
+    return path
+
+
+@pytest.mark.parametrize("described", ["{", "null", "[]", '{"info": null}', '{"info": {"features": 5}}'])
+def test_parquet_whose_description_is_damaged(tmp_path: Path, described: str):
+    with pytest.raises(DataError, match="its metadata `huggingface` is not as that writes it") as caught:
+        load(described_as(tmp_path / "toy.parquet", described))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("label", ["null", '{"names": 5}', '{"feature": null}'])
+def test_parquet_whose_description_names_no_classes(tmp_path: Path, label: str):
+    path = described_as(tmp_path / "toy.parquet", f'{{"info": {{"features": {{"label": {label}}}}}}}')
+    assert load(path).class_names == ("1",)
+
+
+def test_images_that_are_gone_when_the_digest_is_taken_are_named(tmp_path: Path):
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        flat((9, 9, 9)).save(tmp_path / name / "1.png")
+    data, victim = load(tmp_path), tmp_path / "cat" / "1.png"
+    victim.unlink()
+    with pytest.raises(DataError, match=f"data {victim}: No such file or directory; mend, replace or remove it"):
+        data.digest()
+
+
 def test_parquet_with_text_labels(tmp_path: Path):
     data = load(write_parquet(tmp_path / "a.parquet", [flat(RED), flat(BLUE), flat(GREEN)], ["dog", "cat", "dog"]))
     assert data.class_names == ("cat", "dog")

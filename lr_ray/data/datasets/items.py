@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from lr_ray.data.images import MAX_PIXELS, LabelledImages
+from lr_ray.data.images import MAX_PIXELS, LabelledImages, readable
 from lr_ray.errors import DataError
 
 Keep = Callable[[str], bool]
@@ -86,6 +86,7 @@ def _digest(folder: Path, items: Sequence[Item]) -> str:
     total, contents = hashlib.sha256(), dict[Path, bytes]()
     for item in items:
         if item.file not in contents:
-            contents[item.file] = hashlib.sha256(item.file.read_bytes()).digest()
+            with readable(item.file):
+                contents[item.file] = hashlib.sha256(item.file.read_bytes()).digest()
         total.update(f"{item.class_name}|{item.file.relative_to(folder)}|{item.box}|".encode() + contents[item.file])
     return total.hexdigest()
