@@ -2,18 +2,22 @@
 
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import chain
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError
+
 from lr_ray.config import ExperimentConfig
+from lr_ray.errors import StorageError
 from lr_ray.report.charts import EpisodeFeatures, accuracy_against_time, embedding_maps, per_class_bars
 from lr_ray.report.html import render_report
 from lr_ray.report.pictures import accuracy_bars, contact_sheet, grid_bars, training_curves
 from lr_ray.report.progress import Reporter
 from lr_ray.report.tables import as_csv, as_latex, as_markdown, measured_last, results_table
 from lr_ray.storage.adapters import list_adapters
-from lr_ray.storage.filesystem import join, list_files, write_bytes
-from lr_ray.storage.manifest import read_manifest, read_manifests, versions
+from lr_ray.storage.filesystem import join, list_files, read_many, write_bytes
+from lr_ray.storage.manifest import read_manifest, versions
 from lr_ray.storage.synthetic import adapter_id_of, by_adapter, count_images, list_synthetic, read_pool
 
 SHEET_NAME = "contact_sheet.png"
@@ -39,24 +43,44 @@ def write_report(
     sheets = {"sheet": _sheet(config, by_adapter(files))}
     if config.metric_inversion is not None:
         sheets["metric_sheet"] = _sheet(config.for_metric, by_adapter(list_synthetic(config.for_metric.synthetic_root)))
-    folders = list_adapters(config.adapters_root)
-    manifests = read_manifests(folders)
     page = render_report(
         name=config.name,
         rows=rows,
-        adapters=[
-            {"adapter_id": folder.rstrip("/").rpartition("/")[2]} | found
-            for folder, found in zip(folders, manifests, strict=True)
-        ],
+        adapters=read_many(_adapter_line, list_adapters(config.adapters_root)),
         num_images=count_images(config.synthetic_root, files),
         config=config.resolved(),
         versions=versions(),
         pictures=_charts(rows, embeddings) | sheets | {"curves": _curves(config)},
     )
-    written = {_SHEET_NAMES[key]: png for key, png in sheets.items()} | {"report.html": page.encode()}
-    for name, content in written.items():
-        write_bytes(join(root, name), content)
-    return [*write_tables(root, rows), *(join(root, name) for name in written)]
+    drawn = {join(root, _SHEET_NAMES[key]): png for key, png in sheets.items()}
+    for uri, png in drawn.items():
+        write_bytes(uri, png)
+    tables, html = write_tables(root, rows), join(root, "report.html")
+    write_bytes(html, page.encode())
+    return [*drawn, *tables, html]
+
+
+class _Line(BaseModel):
+    """What of an adapter's manifest, which may be a stranger's, the page shows; a value of another kind is not there."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    adapter_id: str | None = None
+    held_out_accuracy: FiniteFloat | None = None
+    class_names: tuple[str, ...] | None = None
+
+
+def _adapter_line(folder: str) -> dict[str, Any]:
+    line = {"adapter_id": folder.rstrip("/").rpartition("/")[2]}
+    try:
+        manifest = read_manifest(folder)
+    except StorageError:  # the inversion has said so
+        return line
+    known = {key: manifest[key] for key in _Line.model_fields if key in manifest} if isinstance(manifest, dict) else {}
+    for key, value in known.items():
+        with suppress(ValidationError):
+            line |= _Line.model_validate({key: value}).model_dump(exclude_none=True)
+    return line
 
 
 def write_tables(root: str, rows: Sequence[dict[str, Any]]) -> list[str]:

@@ -104,6 +104,27 @@ def test_a_report_is_five_files(measured: ExperimentConfig, tmp_path: Path):
     assert "<td>adapter-1</td>" in page
 
 
+@pytest.mark.parametrize(
+    "manifest",
+    ['{"held_out_accuracy": "high", "class_names": ["a"]}', '{"held_out_accuracy": null, "class_names": 5}', "[1]", "{", "5"],
+)
+def test_a_strangers_manifest_does_not_keep_the_report(measured: ExperimentConfig, tmp_path: Path, manifest: str):
+    (tmp_path / "adapters" / "adapter-1" / "lr_ray.json").write_text(manifest)
+    write_report(measured, [result("nn", 50.0)])
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<td>adapter-1</td>" in page
+    assert "from 1 adapters. No real image" in page
+
+
+def test_what_a_manifest_tells_is_shown(measured: ExperimentConfig, tmp_path: Path):
+    told = {"adapter_id": "birds", "held_out_accuracy": 0.875, "class_names": ["owl", "crow"], "versions": {"torch": "2"}}
+    (tmp_path / "adapters" / "adapter-1" / "lr_ray.json").write_text(json.dumps(told))
+    write_report(measured, [result("nn", 50.0)])
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "from 1 adapters, 87.5 % accurate on images they did not see" in page
+    assert all(f"<td>{cell}</td>" in page for cell in ("birds", "87.5", "owl, crow"))
+
+
 def test_the_images_of_the_metric_are_shown_too(measured: ExperimentConfig, tmp_path: Path):
     add(tmp_path, "adapter-1", seed=3, folder="metric_synthetic")
     config = measured.model_copy(update={"metric_inversion": measured.inversion})
