@@ -37,7 +37,7 @@ def check_cluster(path: str | Path) -> str:
         ClusterError: unreadable, no cluster, an unknown provider, or not what Ray accepts.
     """
     content = _read(path)
-    if content.get("kind") in _KUBERAY_KINDS:
+    if str(content.get("kind")) in _KUBERAY_KINDS:
         config = _validated(path, lambda: _from_kuberay(content))
         provider = f"KubeRay {content['kind']}"
     else:
@@ -177,7 +177,7 @@ def _from_kuberay(content: dict[str, Any]) -> dict[str, Any]:
 def check_launchable(path: str) -> None:
     """Raise a `ClusterError` unless Ray's launcher takes the YAML, as far as that can be said offline."""
     content = _read(path)
-    if content.get("kind") in _KUBERAY_KINDS:
+    if str(content.get("kind")) in _KUBERAY_KINDS:
         raise ClusterError(
             f"cluster {path} is a KubeRay {content['kind']}, which kubectl brings up and down: `kubectl apply -f {path}`, "
             "then `kubectl port-forward` to its head service and give the address: --cluster http://127.0.0.1:8265"

@@ -197,12 +197,13 @@ def _submit_or_join(
         if not status.is_terminal():
             reporter.say(f"job {job} runs already: here is its log")
             return str(job)
+    numbers = [int(number) for job in earlier if (number := str(job).removeprefix(f"{name}-")).isdecimal()]
     python = sys.executable if here else "python"
     with tempfile.TemporaryDirectory() as folder:
         _ship(there, Path(folder))
         job = client.submit_job(
             entrypoint=shlex.join([python, "-m", "lr_ray.cli", *words]),
-            submission_id=f"{name}-{len(earlier) + 1}",
+            submission_id=f"{name}-{max(numbers, default=0) + 1}",
             runtime_env={"working_dir": folder, "env_vars": _environment(config, here=here)},
             metadata={"experiment": config.name},
         )

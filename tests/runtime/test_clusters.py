@@ -96,6 +96,13 @@ def test_local_machines_that_are_not_named(tmp_path: Path, capsys: pytest.Captur
     assert capsys.readouterr() == ("", "")
 
 
+def test_a_kind_that_is_no_word(tmp_path: Path) -> None:
+    path = written(tmp_path, {"kind": ["RayJob"], "metadata": {"name": "x"}})
+    for act in (check_cluster, take_down):
+        with pytest.raises(ClusterError, match="lacks provider.type"):
+            act(path)
+
+
 @pytest.mark.parametrize(
     ("kind", "part"), [("RayJob", "rayClusterSpec"), ("RayService", "rayClusterConfig"), ("RayCluster", "headGroupSpec")]
 )

@@ -302,6 +302,8 @@ def test_a_job_that_runs_is_joined_and_one_that_ended_starts_again(tmp_path: Pat
     assert running.submitted == {}
     for status in (JobStatus.FAILED, JobStatus.STOPPED, JobStatus.SUCCEEDED):
         assert handed_over(Client((first, status)), config) == f"{first[:-2]}-2"
+    without_the_first = Client((f"{first[:-2]}-2", JobStatus.STOPPED))
+    assert handed_over(without_the_first, config) == f"{first[:-2]}-3"
     assert handed_over(running, config.model_copy(update={"seed": 1})) not in (first, f"{first[:-2]}-2")
 
 
