@@ -95,17 +95,22 @@ def _class_names_of(raw: RawAdapter, parsed: Parsed, notes: list[str]) -> tuple[
     if len(raw.class_names) != len(parsed.head_weight):
         notes.append(f"id2label names {len(raw.class_names)} classes and is left out: its head has {len(parsed.head_weight)}")
         return None
-    return raw.class_names
+    return tuple(map(_printable, raw.class_names))
 
 
 def base_model_of(raw: RawAdapter) -> str:
     """What the adapter says it was tuned from, or ""."""
     stated = raw.config.get("base_model_name_or_path") or raw.card.get("base_model") or ""
-    return str(stated[0] if isinstance(stated, list) and stated else stated)
+    return _printable(str(stated[0] if isinstance(stated, list) and stated else stated))
 
 
 def _license_of(raw: RawAdapter) -> str:
-    return str(raw.config.get("license") or raw.card.get("license") or "")
+    return _printable(str(raw.config.get("license") or raw.card.get("license") or ""))
+
+
+def _printable(text: str) -> str:
+    """A stranger's text without what would steer a terminal."""
+    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def _config_within(metadata: Mapping[str, str]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ValidationError
 
 from lr_ray.config import ExperimentConfig
 from lr_ray.errors import ClusterError, InversionError, LrRayError, StorageError
@@ -67,7 +68,7 @@ def choose_by_probe(config: ExperimentConfig, reporter: Reporter) -> ExperimentC
 
     Raises:
         LrRayError: the backbone or the prior cannot be loaded, or not even the smallest batch fits.
-        StorageError: the images were begun without `--fast`.
+        StorageError: the images were begun without `--fast`, or what was chosen then cannot be read.
     """
     uri = join(config.output_root, CHOICE_NAME)
     content = read_if_there(uri)
@@ -80,7 +81,7 @@ def choose_by_probe(config: ExperimentConfig, reporter: Reporter) -> ExperimentC
             found = _probe(config, reporter) | {"machine": machine}
             write_bytes(uri, json.dumps(found | {"versions": versions()}, indent=2).encode())
         else:
-            found = json.loads(content)
+            found = _read_choice(content, uri)
             reporter.say(f"fast: as chosen before, {uri}: {found['chosen']}")
     chosen = found["chosen"]
     actors = chosen["ray"] if found["machine"] == machine else {}
@@ -92,6 +93,26 @@ def choose_by_probe(config: ExperimentConfig, reporter: Reporter) -> ExperimentC
             "ray": config.ray.model_copy(update=actors),
         }
     )
+
+
+class _Chosen(BaseModel):
+    inversion: dict[str, Any]
+    ray: dict[str, Any]
+
+
+class _Choice(BaseModel):
+    """What of the file is read."""
+
+    chosen: _Chosen
+    machine: dict[str, float]
+
+
+def _read_choice(content: bytes, uri: str) -> dict[str, Any]:
+    """Raises: StorageError, it is not what was written."""
+    try:
+        return _Choice.model_validate_json(content).model_dump()
+    except ValidationError as error:
+        raise StorageError(f"{uri} is damaged; choose another --output, or delete it and the images") from error
 
 
 def _largest_node() -> dict[str, float]:

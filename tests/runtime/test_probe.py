@@ -67,6 +67,15 @@ def test_actors_are_kept_to_on_the_same_machine_alone(library: ExperimentConfig)
     assert found.ray == library.ray
 
 
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"chosen": {"inversion": 5}}', '{"chosen": {"inversion": {}, "ray": {}}}'])
+def test_a_damaged_choice_is_named(library: ExperimentConfig, content: str) -> None:
+    path = Path(library.output_root, "fast.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content)
+    with pytest.raises(StorageError, match=r"fast\.json is damaged; choose another --output, or delete it and the images"):
+        choose_by_probe(library, QUIET)
+
+
 def test_a_batch_that_memory_does_not_hold_counts_as_nothing(
     library: ExperimentConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
