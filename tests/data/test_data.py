@@ -359,7 +359,7 @@ def test_a_selection_shows_in_name_and_digest(scenes: Path):
     assert load(scenes, ["a1", "a2"]).digest() == load(scenes, ["0:2"]).digest() == load(scenes, ["a*"]).digest()
 
 
-@pytest.mark.parametrize("pattern", ["d", "d*", "5:", "3:2", "A1"])
+@pytest.mark.parametrize("pattern", ["d", "d*", "5:", "3:2", "A1", "²:"])
 def test_a_pattern_that_matches_nothing(scenes: Path, pattern: str):
     with pytest.raises(DataError) as caught:
         load(scenes, ["c", pattern])

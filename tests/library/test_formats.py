@@ -17,6 +17,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from lr_ray.errors import AdapterError
+from lr_ray.library import formats
 from lr_ray.library.formats import convert
 from lr_ray.library.sources import RawAdapter
 from lr_ray.storage.adapters import read_adapter, write_adapter
@@ -769,3 +770,17 @@ def test_head_and_its_update_of_different_shapes_are_refused(tmp_path):
     save_lora_on_head(tmp_path)
     change_tensors(tmp_path, lambda tensors: tensors | {"base_model.model.head.base_layer.weight": torch.ones(3, 64)})
     refused(tmp_path, r"LoRA on the head is of shape \(5, 64\), but the head of shape \(3, 64\)")
+
+
+def test_a_strangers_text_does_not_steer_the_terminal():
+    raw = RawAdapter(
+        source="a",
+        config={"license": "\x1b]0;owned\x07MIT", "base_model_name_or_path": "\x1b[31mvit"},
+        weights=b"",
+        preprocessor={},
+        manifest={},
+        metadata={},
+        card={},
+        class_names=(),
+    )
+    assert (formats._license_of(raw), formats.base_model_of(raw)) == ("?]0;owned?MIT", "?[31mvit")
