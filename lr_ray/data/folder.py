@@ -41,12 +41,7 @@ def load_folder(folder: Path) -> LabelledImages:
     with readable(folder):
         files = [file for child in folder.iterdir() if child.is_dir() for file in child.iterdir()]
     names = [file.relative_to(folder).as_posix() for file in files]
-
-    def read(name: str) -> bytes:
-        with readable(folder / name):
-            return (folder / name).read_bytes()
-
-    return class_folders(str(folder), names, read)
+    return class_folders(str(folder), names, lambda name: (folder / name).read_bytes())
 
 
 def class_folders(root: str, names: Iterable[str], read: Callable[[str], bytes]) -> LabelledImages:
@@ -71,7 +66,8 @@ def class_folders(root: str, names: Iterable[str], read: Callable[[str], bytes])
     def digest() -> str:
         total = hashlib.sha256()
         for file in files:
-            total.update(f"{file}|".encode() + hashlib.sha256(read(file)).digest())
+            with readable(f"{root}/{file}"):
+                total.update(f"{file}|".encode() + hashlib.sha256(read(file)).digest())
         return total.hexdigest()
 
     return LabelledImages(

@@ -93,7 +93,7 @@ class LabelledImages:
 
 
 @contextmanager
-def readable(file: Path) -> Iterator[None]:
+def readable(file: Path | str) -> Iterator[None]:
     """What cannot be read inside is said of the file.
 
     Raises:
