@@ -203,7 +203,7 @@ def test_what_one_of_two_workers_cannot_do_ends_the_training(inverted: Experimen
     training = {"holdout_adapters": 1, "num_workers": 2, "episodes_per_step": 2}
 
     with pytest.raises(StorageError, match=held_out.name):
-        train_meta_lora(changed(inverted, training=training), QUIET)
+        train_meta_lora(changed(inverted, training=training, ray={"max_failures": 0}), QUIET)
 
 
 @pytest.mark.slow
