@@ -35,7 +35,7 @@ class BatchNormPrior:
 
     def __enter__(self) -> "BatchNormPrior":
         for layer, target in zip(self.layers, self._targets, strict=True):
-            layer.forward = partial(self._watch, layer, target)  # type: ignore[method-assign]
+            layer.forward = partial(self._watch, target)  # type: ignore[method-assign]
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -55,14 +55,13 @@ class BatchNormPrior:
         inputs = ((pixels - self._mean) / self._std).to(memory_format=memory_format)
         getattr(self._network, "forward_features", self._network)(inputs)
 
-    def _watch(self, layer: nn.BatchNorm2d, target: "_Target", inputs: Tensor) -> Tensor:
-        """What `layer` gives for (B, C, H, W) inputs; adds the layer's term."""
+    def _watch(self, target: "_Target", inputs: Tensor) -> Tensor:
+        """What the layer gives for (B, C, H, W) inputs; adds its term."""
         outputs, mean, variance = _Watched.apply(inputs, target.scale, target.shift, target.bounds)
         mean_term = torch.linalg.vector_norm(mean - target.mean) / target.root_mean_square
         variance_term = torch.linalg.vector_norm(variance - target.variance) / target.variance_norm
         self._terms.append(mean_term + variance_term)
-        activation: nn.Module = nn.Identity() if target.bounds else getattr(layer, "act", nn.Identity())
-        found: Tensor = activation(outputs)
+        found: Tensor = target.activation(outputs)
         return found
 
 
@@ -78,8 +77,9 @@ class _Target:
         scale = (self.variance + layer.eps).rsqrt() * (1 if layer.weight is None else layer.weight)
         shift = (0 if layer.bias is None else layer.bias) - self.mean * scale
         self.scale, self.shift = scale[:, None, None], shift[:, None, None]
-        self.bounds = (0.0, 6.0) if isinstance(getattr(layer, "act", None), nn.ReLU6) else None
-        """Of a ReLU6 that is part of the layer, as timm has it."""
+        activation = getattr(layer, "act", nn.Identity())  # part of the layer, as timm has it
+        self.bounds = (0.0, 6.0) if isinstance(activation, nn.ReLU6) else None
+        self.activation = nn.Identity() if self.bounds else activation
 
 
 class _Watched(torch.autograd.Function):

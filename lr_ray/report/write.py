@@ -6,7 +6,7 @@ from contextlib import suppress
 from itertools import chain
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError
+from pydantic import BaseModel, FiniteFloat, ValidationError
 
 from lr_ray.config import ExperimentConfig
 from lr_ray.errors import StorageError
@@ -63,8 +63,6 @@ def write_report(
 class _Line(BaseModel):
     """What of an adapter's manifest, which may be a stranger's, the page shows; a value of another kind is not there."""
 
-    model_config = ConfigDict(extra="ignore")
-
     adapter_id: str | None = None
     held_out_accuracy: FiniteFloat | None = None
     class_names: tuple[str, ...] | None = None
@@ -73,13 +71,12 @@ class _Line(BaseModel):
 def _adapter_line(folder: str) -> dict[str, Any]:
     line = {"adapter_id": folder.rstrip("/").rpartition("/")[2]}
     try:
-        manifest = read_manifest(folder)
+        manifest: Any = read_manifest(folder)
     except StorageError:  # the inversion has said so
         return line
-    known = {key: manifest[key] for key in _Line.model_fields if key in manifest} if isinstance(manifest, dict) else {}
-    for key, value in known.items():
+    for key in _Line.model_fields if isinstance(manifest, dict) else ():
         with suppress(ValidationError):
-            line |= _Line.model_validate({key: value}).model_dump(exclude_none=True)
+            line |= _Line.model_validate({key: manifest.get(key)}).model_dump(exclude_none=True)
     return line
 
 

@@ -121,18 +121,22 @@ def worker_device(config: "RayConfig") -> str:
     return "cuda" if config.num_gpus_per_actor else "cpu"
 
 
-def _check_room(config: "RayConfig") -> None:
-    """Raise if this machine cannot hold a single worker, for which Ray would wait for ever.
+def _room(config: "RayConfig") -> int:
+    """How many workers Ray holds now.
 
     Raises:
-        ClusterError: too few processors or GPUs.
+        ClusterError: this machine cannot hold a single one, for which Ray would wait for ever.
     """
     import ray
 
-    there = ray.cluster_resources()
+    there, room = ray.cluster_resources(), []
     for name, key, need in (("CPU", "cpus", config.cpus_per_actor), ("GPU", "num_gpus", config.num_gpus_per_actor)):
-        if config.address == "local" and need > (found := there.get(name, 0)):
+        found = there.get(name, 0)
+        if config.address == "local" and need > found:
             raise ClusterError(f"ray.{key}_per_actor {need:g}: this machine has {found:g} {name} for Ray; lower it")
+        if need:
+            room.append(int(found / need))
+    return min(room)
 
 
 def check_shared(uris: Collection[str], there: Container[str], *, output: str) -> None:
@@ -163,7 +167,7 @@ def map_tasks(
     """
     import ray
 
-    _check_room(config)
+    _room(config)
     remote = ray.remote(num_cpus=config.cpus_per_actor, num_gpus=config.num_gpus_per_actor, max_retries=config.max_failures)(
         function
     )
@@ -188,13 +192,9 @@ def actor_pool(items: Sequence[Any], config: "RayConfig", actor: type, *argument
     import ray
     from ray.data import ActorPoolStrategy, DataContext
 
-    _check_room(config)
+    room = _room(config)
     DataContext.get_current().enable_progress_bars = False
-    cluster = ray.cluster_resources()
-    fits = int(cluster.get("CPU", 1) // config.cpus_per_actor)
-    if config.num_gpus_per_actor:
-        fits = min(fits, int(cluster.get("GPU", 0) / config.num_gpus_per_actor))
-    largest = max(config.min_actors, min(len(items), config.max_actors or fits))
+    largest = max(config.min_actors, min(len(items), config.max_actors or room))
     rows = ray.data.from_items([asdict(item) for item in items], override_num_blocks=min(len(items), _MOST_BLOCKS))
     found: Dataset = rows.map_batches(
         actor,
@@ -257,8 +257,8 @@ def work_through(
     if config.address != "local":
         from lr_ray.storage.filesystem import exists, read_many
 
-        there = dict(zip(made, read_many(exists, made), strict=True))
-        check_shared(made, {uri for uri in made if there[uri]}, output=made[0].rpartition("/")[0])
+        there = {uri for uri, found in zip(made, read_many(exists, made), strict=True) if found}
+        check_shared(made, there, output=made[0].rpartition("/")[0])
 
 
 def user_error(error: BaseException) -> LrRayError:

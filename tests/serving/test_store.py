@@ -256,10 +256,9 @@ def test_a_change_that_may_have_been_made_is_not_to_be_asked_again(
     store: TaskStore, monkeypatch: pytest.MonkeyPatch, step: str
 ):
     task = store.create("ann", support("a", "b"), BOUNDS, model="m")
-    real, calls = getattr(store_module, step), []
+    real = getattr(store_module, step)
 
     def fails_when_written(*arguments: object) -> object:
-        calls.append(arguments)
         done = real(*arguments)
         if step == "create_bytes" or list_files(f"{store.root}/ann/{task.task_id}", suffix="2.safetensors"):
             raise StorageError("the storage went away")
