@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,6 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.processes import children_of, lr_ray, wait_until
+from lr_ray.storage.manifest import CLAIM_NAME
 
 RESULT = Path(__file__).parent / "results" / "chaos.json"
 DEADLINE_S = 240.0
@@ -54,7 +55,7 @@ class Outcome:
     """Of one fault.
 
     Attributes:
-        hit: whether the work was still going on when the fault came.
+        hit: whether the work had begun and was not done when the fault came.
         attempts: how often the command was run until it had nothing left to do.
         survived: whether the first attempt, the one that was hit, ended well.
         lost: rows that are not there in the end.
@@ -80,10 +81,10 @@ class Bed:
         self.config.write_text(json.dumps(EXPERIMENT | {"output": str(root / "run")}))
         run("tune", "-c", str(self.config), "--json")
         job = self.start(root / "undisturbed")
-        wait_for_actor(job, [job.pid])
-        begun = time.monotonic()
+        wait_for_work(job, root / "undisturbed")
+        begun = time.time()
         assert job.wait(DEADLINE_S) == 0
-        self.work_s = time.monotonic() - begun
+        self.work_s = max(path.stat().st_mtime for path in (root / "undisturbed").iterdir()) - begun
         self.expected = files_of(root / "undisturbed")
         self.expected_rows = Counter(rows_of(root / "undisturbed"))
 
@@ -141,29 +142,29 @@ def rows_of(synthetic: Path) -> Iterator[tuple[str, int, int]]:
             within[key] += 1
 
 
-def wait_for_actor(job: subprocess.Popen[bytes], above: Sequence[int]) -> None:
-    """Until one of the processes of these ids has an actor below it, or the command has ended."""
+def wait_for_work(job: subprocess.Popen[bytes], synthetic: Path) -> None:
+    """Until images, or the state of an inversion, are there, or the command has ended."""
 
     def met() -> bool:
-        return job.poll() is not None or any(children_of(pid, "InversionActor") for pid in above)
+        return job.poll() is not None or (synthetic.exists() and any(path.name != CLAIM_NAME for path in synthetic.iterdir()))
 
-    wait_until(met, "an actor", timeout_s=DEADLINE_S)
+    wait_until(met, "a step of an inversion", timeout_s=DEADLINE_S)
 
 
-def wait_at_random(bed: Bed, job: subprocess.Popen[bytes], rng: random.Random) -> bool:
-    """Until some point of the work; whether it still goes on."""
-    wait_for_actor(job, [job.pid])
+def wait_at_random(bed: Bed, job: subprocess.Popen[bytes], synthetic: Path, rng: random.Random) -> bool:
+    """Until some point of the work; whether it is not done yet."""
+    wait_for_work(job, synthetic)
     try:
         job.wait(rng.uniform(0, 0.9) * bed.work_s)
     except subprocess.TimeoutExpired:
-        return True
+        return any(not (synthetic / name).exists() for name in bed.expected)
     return False
 
 
 def kill(bed: Bed, folder: Path, rng: random.Random, *, title: str) -> Outcome:
     """SIGKILL one process of Ray's, or the driver."""
     begun, job = time.monotonic(), bed.start(folder)
-    hit = wait_at_random(bed, job, rng)
+    hit = wait_at_random(bed, job, folder, rng)
     victims = children_of(job.pid, title) if title else [psutil.Process(job.pid)]
     if hit and victims:
         rng.choice(victims).kill()
@@ -192,13 +193,10 @@ def lose_node(bed: Bed, folder: Path, rng: random.Random, *, number: signal.Sign
     with two_nodes() as (address, nodes):
         begun, job = time.monotonic(), bed.start(folder, f"ray.address={json.dumps(address)}", "ray.max_actors=2")
         raylets = [node.all_processes["raylet"][0].process.pid for node in nodes]
-        wait_for_actor(job, raylets)
-        try:
-            job.wait(rng.uniform(0.1, 0.8) * bed.work_s)
-        except subprocess.TimeoutExpired:
+        hit = wait_at_random(bed, job, folder, rng)
+        if job.poll() is None:
             os.kill(rng.choice(raylets), number)
-            return bed.judge(f"node, {number.name}", folder, job, hit=True, begun=begun)
-        return bed.judge(f"node, {number.name}", folder, job, hit=False, begun=begun)
+        return bed.judge(f"node, {number.name}", folder, job, hit=hit, begun=begun)
 
 
 def fill_disk(bed: Bed, folder: Path, rng: random.Random) -> Outcome:

@@ -7,7 +7,6 @@ own.
 """
 
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from rich.table import Table
 
 from lr_ray.config import ExperimentConfig
 from lr_ray.report.progress import Reporter
+from lr_ray.runtime.cost import peak_memory_mib
 from lr_ray.runtime.inversion import invert_library
 from lr_ray.runtime.session import ray_session
 from lr_ray.storage.adapters import with_digest, write_adapter
@@ -53,7 +53,7 @@ def invert(root: str) -> None:
         report = invert_library(config, Reporter(quiet=True), strict=True)
         over.set()
         watcher.join()
-    print(json.dumps([len(report.uris), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, max(used) / 2**20]))
+    print(json.dumps([len(report.uris), peak_memory_mib(torch.device("cpu")), max(used) / 2**20]))
 
 
 def watch_object_store(over: threading.Event, used: list[int]) -> None:

@@ -33,12 +33,20 @@ def markdown(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def variant_of(row: Row) -> str:
-    """The cell, for its own meta-LoRA; else the method."""
+def cells_of(rows: list[Row]) -> dict[str, set[str]]:
+    """In which cells each method was measured."""
+    cells: dict[str, set[str]] = {}
+    for row in rows:
+        cells.setdefault(row["method"], set()).add(row["cell"])
+    return cells
+
+
+def variant_of(row: Row, cells: dict[str, set[str]]) -> str:
+    """The cell, for its own meta-LoRA; else the method, and its cell where it was measured in several."""
     method, _, options = row["method"].partition(":")
-    if method != "recycle":
-        return str(row["method"])
-    return f"{row['cell']}, {options}" if options else str(row["cell"])
+    if method == "recycle":
+        return f"{row['cell']}, {options}" if options else str(row["cell"])
+    return str(row["method"]) if len(cells[row["method"]]) == 1 else f"{row['cell']}, {row['method']}"
 
 
 def interval(row: Row) -> str:
@@ -54,7 +62,8 @@ def main() -> None:
         rows = json.loads((folder / "results.json").read_text())
         shutil.copy(folder / "results.json", RESULTS / f"{folder.name}.json")
         if "cell" in rows[0]:
-            named = [row | {"variant": variant_of(row)} for row in rows]
+            cells = cells_of(rows)
+            named = [row | {"variant": variant_of(row, cells)} for row in rows]
             print(f"{folder.name}\n\n{markdown(named)}\n")
             shutil.copy(folder / "gain.png", PICTURES / f"{folder.name}.png")
             continue

@@ -1,6 +1,6 @@
 """How many episodes a second are tuned when 1, 2, 5 or 10 of them share a forward pass, on one thread.
 
-    python -m bench.tuned_episodes [--data shared/data/cifar-fs/val.parquet] [--image-px 70] [--rounds 1]
+    python -m bench.tuned_episodes [--data cifar-fs/val] [--image-px 70] [--rounds 1]
         [--methods lora-linear ...] [--shots 1 5]
 
 Writes bench/results/tuned_episodes.json. Processor time, so that what else runs on the machine hardly counts; sizes take
@@ -77,17 +77,18 @@ def measure(label: str, inputs: MethodInputs, tasks: Sequence[FewShotTask], roun
 
 
 def keep(rows: list[Row]) -> None:
-    """Beside those of other methods and shots."""
-    measured = {(row["method"], row["n_shot"]) for row in rows}
+    """Beside those of other methods, shots, sizes and precisions."""
+    kinds = ("method", "n_shot", "image_px", "precision")
+    measured = {tuple(row[kind] for kind in kinds) for row in rows}
     path = RESULTS / f"{NAME}.json"
     known = json.loads(path.read_text())["rows"] if path.exists() else []
-    others = [row for row in known if (row["method"], row["n_shot"]) not in measured]
+    others = [row for row in known if tuple(row[kind] for kind in kinds) not in measured]
     write_result(NAME, {"threads": 1, "rows": others + rows})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--data", default="shared/data/cifar-fs/val.parquet")
+    parser.add_argument("--data", default="cifar-fs/val")
     parser.add_argument("--image-px", type=int, default=70)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--methods", nargs="+", default=METHODS)

@@ -104,13 +104,17 @@ def serve(
     json: Json = False,
 ) -> None:
     """The service under load, on CIFAR-FS images: throughput, latency, start, memory, hostile uploads."""
-    from lr_ray.bench.serve import bench_serve
+    from lr_ray.errors import ConfigError
 
+    try:
+        from lr_ray.bench.serve import bench_serve, table
+    except ModuleNotFoundError as error:
+        needed = "`pip install 'lr-ray[serve,client]' psutil`"
+        raise ConfigError(f"this bench needs a package that is not installed ({error}); {needed}") from error
     found = bench_serve(image_px=image_px, threads=_threads(threads), soak_min=soak, reporter=reporter(quiet=json))
     if json:
         print_json(found)
         return
-    from lr_ray.bench.serve import table
     from rich.console import Console
 
     Console().print(table(found))
