@@ -9,7 +9,7 @@ import asyncio
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -123,9 +123,11 @@ async def ask_replicas(method: Any, pixels: Tensor, model: str, metrics: Metrics
 
 async def _ask_of_group(method: Any, group: np.ndarray, model: str, metrics: Metrics, pause_s: float) -> np.ndarray:
     from ray.exceptions import RayActorError
-    from ray.serve.exceptions import BackPressureError
+    from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-    for attempt in range(1, _ATTEMPTS + 1):
+    for attempt in range(_ATTEMPTS):
+        if attempt:
+            await asyncio.sleep(pause_s * attempt)
         try:
             found: tuple[np.ndarray, Pass | None] | None = await method.remote(group, model)
             if found is not None:
@@ -134,19 +136,23 @@ async def _ask_of_group(method: Any, group: np.ndarray, model: str, metrics: Met
                 return found[0]
         except BackPressureError as error:
             raise RequestError("too many requests wait already; come again", 503, 1) from error
+        except DeploymentUnavailableError:
+            break  # Serve has given it up
         except RayActorError:
             pass  # what it was asked is asked of another
-        await asyncio.sleep(pause_s * attempt)
     raise RequestError("the backbone does not answer; come again", 503, 5)
 
 
+Models: TypeAlias = tuple[Catalogue, int]
+"""What the backbone's replicas have loaded, and the side of their images."""
 _services: list[Service] = []
 """Of this process, where it is a replica of the application; one at most. Only functions of this module may use it: the
 deployments' own methods travel with copies of what they name."""
 
 
-def _start_service(config: ServingConfig, catalogue: Catalogue, image_px: int, backbone: Any) -> None:
+async def _start_service(config: ServingConfig, models: Models | None, backbone: Any) -> None:
     metrics = Metrics(tracer_of_environment())
+    catalogue, image_px = models or await backbone.describe.remote()
 
     async def embed(pixels: Tensor, model: str) -> Tensor:
         return await ask_replicas(backbone.embed, pixels, catalogue.find(model).digest, metrics)
@@ -187,7 +193,8 @@ def backbone_options(config: ServingConfig, resources: Mapping[str, float]) -> d
         resources: that Ray has.
     """
     most = config.max_replicas or config.replicas
-    cpus = config.cpus_per_replica or max(1, int(resources.get("CPU", 1)) // most)
+    share = resources.get("CPU", 1) / most
+    cpus = config.cpus_per_replica or min(share, max(1, int(share)))
     shared = min(1.0, resources.get("GPU", 0.0) / most)
     gpus = shared if config.gpus_per_replica is None else config.gpus_per_replica
     count: dict[str, Any] = {"num_replicas": config.replicas}
@@ -204,12 +211,20 @@ def backbone_options(config: ServingConfig, resources: Mapping[str, float]) -> d
     }
 
 
-def application(config: ServingConfig, catalogue: Catalogue, image_px: int) -> Any:
-    """What Ray Serve runs."""
+def application(config: ServingConfig, models: Models | None) -> Any:
+    """What Ray Serve runs.
+
+    Args:
+        config: of it.
+        models: that the backbone's replicas are going to load. None asks the first of them, which must be there before any
+            request then and is not tried twice: for a service that takes no other's place.
+    """
     import ray
     from ray import serve
 
     options = backbone_options(config, ray.cluster_resources())
+    if models is None:
+        options["max_constructor_retry_count"] = 1
     device = "cuda" if options["ray_actor_options"]["num_gpus"] else "cpu"
 
     @serve.deployment(name=BACKBONE, **options)
@@ -218,9 +233,13 @@ def application(config: ServingConfig, catalogue: Catalogue, image_px: int) -> A
             from lr_ray.serving.multiplex import load_multiplex
 
             torch.set_num_threads(threads)
-            self._multiplex = load_multiplex(config.meta_loras, device, precision=config.precision)
+            self._multiplex = load_multiplex(config.meta_loras, device, precision=config.precision, threads=threads)
             self._names = {model.digest: model.name for model in self._multiplex.catalogue.models}
             self._passes = Batcher(self._embed, size=lambda asked: len(asked[0]), most=_IMAGES_PER_PASS[device])
+
+        async def describe(self) -> Models:
+            """What was loaded."""
+            return self._multiplex.catalogue, self._multiplex.image_px
 
         async def embed(self, group: np.ndarray, model: str) -> tuple[np.ndarray, Pass | None] | None:
             """Features of (n, 3, H, W) images; None where this replica has not that model."""
@@ -251,8 +270,8 @@ def application(config: ServingConfig, catalogue: Catalogue, image_px: int) -> A
     )
     @serve.ingress(_application_of_this_process)
     class Application:
-        def __init__(self, config: ServingConfig, catalogue: Catalogue, image_px: int, backbone: Any) -> None:
-            _start_service(config, catalogue, image_px, backbone)
+        async def __init__(self, config: ServingConfig, models: Models | None, backbone: Any) -> None:  # type: ignore[misc]
+            await _start_service(config, models, backbone)
 
         async def drain(self, timeout_s: float) -> bool:
             """See `Gate.drain`."""
@@ -260,5 +279,5 @@ def application(config: ServingConfig, catalogue: Catalogue, image_px: int) -> A
 
     deployed: Any = Application  # what the decorators make of a class is typed as the class
     backbone: Any = Backbone
-    threads = config.cpus_per_replica or max(1, round(2 * options["ray_actor_options"]["num_cpus"]))
-    return deployed.bind(config, catalogue, image_px, backbone.bind(config, threads, device))
+    threads = 1 if device == "cuda" else max(1, round(2 * options["ray_actor_options"]["num_cpus"]))
+    return deployed.bind(config, models, backbone.bind(config, threads, device))

@@ -2,21 +2,21 @@
 
 import logging
 import os
+import re
 import signal
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from lr_ray import errors
 from lr_ray.errors import ClusterError, ConfigError
-from lr_ray.runtime.deployments import APP_NAME, ServingConfig, application
+from lr_ray.runtime.deployments import APP_NAME, BACKBONE, ServingConfig, application
 from lr_ray.runtime.session import local_ray
 from lr_ray.serving.keys import read_keys
-from lr_ray.serving.models import Catalogue
 from lr_ray.serving.problems import is_loopback
 from lr_ray.serving.tracing import check_tracing
 from lr_ray.storage.filesystem import write_bytes
@@ -57,35 +57,29 @@ def served(config: ServingConfig) -> Iterator[str]:
             meta-LoRAs that do not share a backbone and an image size.
     """
     check_exposure(config)
-    check_tracing()
-    for path in config.meta_loras.values():
-        read_meta_lora_manifest(path)
+    _check_parts(config)
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    with ThreadPoolExecutor(max_workers=1) as beside:
-        loading = beside.submit(_look_at, config)  # here first, for one line of error; meanwhile Ray starts
-        with local_ray(dashboard=False, libraries=False):
-            from ray import serve
-            from ray.serve.config import HTTPOptions
+    with local_ray(dashboard=False, libraries=False):
+        from ray import serve
+        from ray.serve.config import HTTPOptions
 
-            for noisy in ("ray.serve", "ray._common"):
-                logging.getLogger(noisy).setLevel(logging.ERROR)
-            found = serve.status()
-            if found.applications or found.proxies:  # which listen where they were told, not where this is
-                raise ClusterError(
-                    "Ray Serve runs already on this Ray; end it (`serve shutdown`), or start this on another Ray"
-                )
-            try:
-                http = HTTPOptions(host=config.host, port=config.port)
-                serve.start(proxy_location="HeadOnly", http_options=http, logging_config=_quiet())
-                serve.run(application(config, *loading.result()), name=APP_NAME, route_prefix="/")
-                yield f"http://{'[' + config.host + ']' if ':' in config.host else config.host}:{config.port}"
-                _drain()
-            except RuntimeError as error:
-                reason = str(error).strip().partition("\n")[0]
-                raise ClusterError(f"Ray Serve on {config.host}:{config.port}: {reason}; is the port free?") from error
-            finally:
-                serve.shutdown()
+        for noisy in ("ray.serve", "ray._common"):
+            logging.getLogger(noisy).setLevel(logging.ERROR)
+        found = serve.status()
+        if found.applications or found.proxies:  # which listen where they were told, not where this is
+            raise ClusterError("Ray Serve runs already on this Ray; end it (`serve shutdown`), or start this on another Ray")
+        try:
+            http = HTTPOptions(host=config.host, port=config.port)
+            serve.start(proxy_location="HeadOnly", http_options=http, logging_config=_quiet())
+            _run(config)
+            yield f"http://{'[' + config.host + ']' if ':' in config.host else config.host}:{config.port}"
+            _drain()
+        except RuntimeError as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise ClusterError(f"Ray Serve on {config.host}:{config.port}: {reason}; is the port free?") from error
+        finally:
+            serve.shutdown()
 
 
 def build_application(arguments: dict[str, Any]) -> Any:
@@ -98,8 +92,11 @@ def build_application(arguments: dict[str, Any]) -> Any:
     """
     config = ServingConfig.of(arguments)
     _check_keys(config)
-    check_tracing()
-    return application(config, *_look_at(config))
+    _check_parts(config)
+    from lr_ray.serving.multiplex import load_multiplex  # timm takes seconds
+
+    loaded = load_multiplex(config.meta_loras, precision=config.precision)
+    return application(config, (loaded.catalogue, loaded.image_px))
 
 
 def write_serve_config(config: ServingConfig, path: Path) -> None:
@@ -108,9 +105,7 @@ def write_serve_config(config: ServingConfig, path: Path) -> None:
     Raises: as `served`; ConfigError also without keys; StorageError also where it cannot be written.
     """
     _check_keys(config)
-    check_tracing()
-    for meta_lora in config.meta_loras.values():
-        read_meta_lora_manifest(meta_lora)
+    _check_parts(config)
     arguments = {name: value for name, value in config.arguments().items() if value is not None}
     content = {
         "proxy_location": "EveryNode",
@@ -143,6 +138,13 @@ def check_exposure(config: ServingConfig) -> None:
         )
 
 
+def _check_parts(config: ServingConfig) -> None:
+    """Raise where something is missing that can be missed without loading a model."""
+    check_tracing()
+    for path in config.meta_loras.values():
+        read_meta_lora_manifest(path)
+
+
 def _check_keys(config: ServingConfig) -> None:
     """Raise where there are no keys: Ray Serve listens where its own `http_options` say, or did when it was started.
 
@@ -157,12 +159,24 @@ def _check_keys(config: ServingConfig) -> None:
     check_exposure(config)
 
 
-def _look_at(config: ServingConfig) -> tuple[Catalogue, int]:
-    """The models, loaded once and let go, and the side of their images."""
-    from lr_ray.serving.multiplex import load_multiplex  # timm takes seconds
+def _run(config: ServingConfig) -> None:
+    """Return when every replica is ready.
 
-    loaded = load_multiplex(config.meta_loras, precision=config.precision)
-    return loaded.catalogue, loaded.image_px
+    Raises:
+        LrRayError: what the first replica of the backbone met.
+        RuntimeError: what Serve says.
+    """
+    from ray import serve
+
+    try:
+        serve.run(application(config, None), name=APP_NAME, route_prefix="/")
+    except RuntimeError as error:
+        status = serve.status().applications.get(APP_NAME)
+        told = status.deployments[BACKBONE].message if status and BACKBONE in status.deployments else ""
+        met = re.search(rf"^{re.escape(errors.__name__)}\.(\w+): (.+)", told, re.MULTILINE)
+        if met is None:
+            raise
+        raise getattr(errors, met[1])(met[2]) from error
 
 
 def _drain() -> None:

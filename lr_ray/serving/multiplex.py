@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 
@@ -28,18 +29,28 @@ class Multiplex:
     pass costs nothing more. The price: images of different models do not share a pass, and a change of model is paid by
     multiplying out B·A, about as much as the pass of an image.
 
+    A pass of many images is cut into one for each thread, which compute by themselves: threads that share every operation
+    wait for each other at its end, long where another process takes a processor for a moment. Features then are those of
+    `lr_ray.load` up to rounding.
+
     Attributes:
         catalogue: their names and digests.
         models: by name; all have the same backbone.
         adapters: by name; the plain backbone has none.
+        threads: of a pass; 1 on a GPU.
     """
 
     catalogue: Catalogue
     models: dict[str, Model]
     adapters: dict[str, Adapter]
+    threads: int = 1
     _in_use: str = BACKBONE
     _merged: ExitStack = field(default_factory=ExitStack)
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    _alone: ThreadPoolExecutor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._alone = ThreadPoolExecutor(self.threads, initializer=_compute_alone)
 
     @property
     def image_px(self) -> int:
@@ -48,7 +59,7 @@ class Multiplex:
 
     def embed(self, name: str, pixels: Tensor) -> Tensor:
         """(N, D) features of (N, 3, image_px, image_px) uint8 images by the model of that name."""
-        return self._use(name, lambda model: model.embed(pixels))
+        return self._use(name, lambda model: self._embed(model, pixels))
 
     def attend(self, name: str, pixels: Tensor) -> Tensor:
         """(N, h, w) attention maps, as of `Model.attend`, by the model of that name."""
@@ -69,8 +80,15 @@ class Multiplex:
             found |= dict(zip(members, parts, strict=True))
         return [found[index] for index in range(len(groups))]
 
+    def _embed(self, model: Model, pixels: Tensor) -> Tensor:
+        if self.threads == 1 or len(pixels) < 2 * self.threads:
+            return model.embed(pixels)
+        return torch.cat(list(self._alone.map(model.embed, pixels.tensor_split(self.threads))))
+
     def _use(self, name: str, work: Callable[[Model], Tensor]) -> Tensor:
         with self._lock:
+            if self.threads > 1:
+                torch.set_num_threads(self.threads)  # of this thread, which may have started after those that compute alone
             if name != self._in_use:
                 self._merged.close()
                 self._in_use = BACKBONE
@@ -80,7 +98,14 @@ class Multiplex:
             return work(self.models[name])
 
 
-def load_multiplex(meta_loras: Mapping[str, str], device: str = "cpu", *, precision: Precision | None = None) -> Multiplex:
+def _compute_alone() -> None:
+    torch.set_num_threads(1)
+    torch.get_num_threads()  # what torch first asks of a thread sets it to the number of all
+
+
+def load_multiplex(
+    meta_loras: Mapping[str, str], device: str = "cpu", *, precision: Precision | None = None, threads: int = 1
+) -> Multiplex:
     """The meta-LoRAs, and their backbone as `backbone`.
 
     Digests are those of `Parts.digest`.
@@ -89,6 +114,7 @@ def load_multiplex(meta_loras: Mapping[str, str], device: str = "cpu", *, precis
         meta_loras: folders or URIs by name; the first is the default.
         device: as torch names it.
         precision: of the passes; None for that of each meta-LoRA's run.
+        threads: of a pass.
 
     Raises:
         ConfigError: meta-LoRAs of different backbones or image sizes. Besides as `lr_ray.load`.
@@ -118,4 +144,5 @@ def load_multiplex(meta_loras: Mapping[str, str], device: str = "cpu", *, precis
     default = next(iter(models.values()))
     backbone = ServedModel(name=BACKBONE, digest=digest_of([default.backbone.identity, default.precision]))
     catalogue = Catalogue(models=(*served, backbone), num_features=default.backbone.num_features)
-    return Multiplex(catalogue=catalogue, models=models | {BACKBONE: replace(default, metric=None)}, adapters=adapters)
+    models[BACKBONE] = replace(default, metric=None)
+    return Multiplex(catalogue=catalogue, models=models, adapters=adapters, threads=threads)

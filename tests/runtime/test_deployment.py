@@ -33,6 +33,11 @@ def test_replicas_share_out_the_processors_and_leave_room_for_their_successors()
     assert "autoscaling_config" not in options
 
 
+def test_more_replicas_than_processors_find_room_too():
+    reserved = backbone_options(config(replicas=40), HOST)["ray_actor_options"]["num_cpus"]
+    assert 2 * 40 * reserved == pytest.approx(HOST["CPU"])
+
+
 def test_autoscaling_starts_with_the_fewest_and_shares_for_the_most():
     options = backbone_options(config(replicas=1, max_replicas=4), HOST)
     scaling = options["autoscaling_config"]

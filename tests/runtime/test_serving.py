@@ -2,7 +2,9 @@
 
 import asyncio
 import base64
+import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -29,6 +31,7 @@ from lr_ray.runtime.serving import check_exposure, served
 from lr_ray.serving.keys import add_key
 from lr_ray.serving.metrics import Metrics, Pass
 from lr_ray.storage.filesystem import absolute_path
+from lr_ray.storage.manifest import MANIFEST_NAME
 
 
 def free_port() -> int:
@@ -166,6 +169,16 @@ def test_what_is_no_meta_lora_is_an_error_before_ray_starts(tmp_path: Path):
         pass
 
 
+@pytest.mark.slow
+def test_a_backbone_that_cannot_load_is_one_line(ray_cluster: None, meta_lora: str, tmp_path: Path):
+    shutil.copytree(meta_lora, other := tmp_path / "other")
+    manifest = json.loads((other / MANIFEST_NAME).read_text())
+    (other / MANIFEST_NAME).write_text(json.dumps(manifest | {"backbone_digest": 64 * "0"}))
+    config = ServingConfig(meta_loras={"tiny": str(other)}, tasks=str(tmp_path / "tasks"), port=free_port(), cpus_per_replica=1)
+    with pytest.raises(AdapterError, match=r"^meta-LoRA .*other was trained on .*train again$"), served(config):
+        pass
+
+
 def test_paths_are_absolute_and_uris_stay():
     assert absolute_path("tasks") == str(Path.cwd() / "tasks")
     assert absolute_path("s3://bucket/tasks") == "s3://bucket/tasks"
@@ -216,15 +229,21 @@ def test_a_lost_replica_is_asked_again():
     ]
 
 
-@pytest.mark.parametrize("full", [False, True])
-def test_no_replica_and_a_full_queue_are_503(full: bool):
+@pytest.mark.parametrize(("kind", "asked"), [("lost", 6), ("full", 1), ("given up", 1)])
+def test_no_replica_and_a_full_queue_are_503(kind: str, asked: int):
     from ray.exceptions import RayActorError
-    from ray.serve.exceptions import BackPressureError
+    from ray.serve._private.common import DeploymentID
+    from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-    full_queue = BackPressureError(num_queued_requests=1, max_queued_requests=1)
-    failures = [full_queue] if full else [RayActorError()] * 9
+    failures: dict[str, list[Exception | None]] = {
+        "lost": [RayActorError()] * 9,
+        "full": [BackPressureError(num_queued_requests=1, max_queued_requests=1)],
+        "given up": [DeploymentUnavailableError(DeploymentID("backbone", "lr-ray"))],
+    }
+    method = Method(*failures[kind])
     with pytest.raises(RequestError) as caught:
-        asyncio.run(ask_replicas(Method(*failures), torch.ones(1, 3, 4, 4, dtype=torch.uint8), "m", Metrics(), pause_s=0))
+        asyncio.run(ask_replicas(method, torch.ones(1, 3, 4, 4, dtype=torch.uint8), "m", Metrics(), pause_s=0))
+    assert len(method.sizes) == asked
     assert caught.value.status == 503
     assert caught.value.retry_after_s
 

@@ -1,6 +1,7 @@
 """Several meta-LoRAs on one backbone: each answers as if it were alone, and names are found for them."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 import lr_ray
 from lr_ray.errors import ConfigError, RequestError
+from lr_ray.model import Model
 from lr_ray.serving.models import Catalogue, ServedModel, name_meta_loras
 from lr_ray.serving.multiplex import load_multiplex
 from lr_ray.storage.adapters import read_adapter, write_adapter
@@ -48,6 +50,30 @@ def test_a_pass_for_each_model_of_the_groups(two: dict[str, str]):
     found = multiplex.embed_groups([part.numpy() for part in IMAGES.split(sizes)], names)
     for name, part, features in zip(names, IMAGES.split(sizes), found, strict=True):
         torch.testing.assert_close(torch.from_numpy(features), multiplex.embed(name, part), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("images", "expected"), [(9, [(5, 1), (4, 1)]), (4, [(2, 1), (2, 1)]), (3, [(3, 2)]), (1, [(1, 2)])])
+def test_threads_share_out_images_and_a_few_of_them_operations(
+    images: int, expected: list[tuple[int, int]], two: dict[str, str], monkeypatch: pytest.MonkeyPatch
+):
+    multiplex, before, seen = load_multiplex(two, threads=2), torch.get_num_threads(), []
+    embed = Model.embed
+
+    def watched(model: Model, pixels: torch.Tensor) -> torch.Tensor:
+        seen.append((len(pixels), torch.get_num_threads()))
+        return embed(model, pixels)
+
+    monkeypatch.setattr(Model, "embed", watched)
+    try:
+        found = multiplex.embed("two", IMAGES[:images])
+        with ThreadPoolExecutor(1) as later:
+            later.submit(multiplex.embed, "two", IMAGES[:1]).result()
+    finally:
+        torch.set_num_threads(before)
+    *spread, last = seen
+    assert sorted(spread, reverse=True) == expected
+    assert last == (1, 2)
+    torch.testing.assert_close(found, load_multiplex(two).embed("two", IMAGES[:images]), rtol=1e-2, atol=1e-2)
 
 
 def test_attention_is_of_the_model_that_is_asked(two: dict[str, str]):
