@@ -1,5 +1,6 @@
 """`lr-ray serve`."""
 
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -8,7 +9,7 @@ from lr_ray.cli.options import Json, print_json
 from typer.core import TyperGroup
 
 if TYPE_CHECKING:
-    from lr_ray.runtime.deployments import ServingConfig
+    from lr_ray.serving.config import ServingConfig
 
 _START = "start"
 
@@ -59,6 +60,8 @@ PrecisionOption = Annotated[
     typer.Option("--precision", help="Of the passes: fp32, bf16 or auto; default that of the run.", show_default=False),
 ]
 _TASKS = "runs/serving/tasks"
+_PACKAGES = ("fastapi", "prometheus_client", "python_multipart")
+"""Of the extra `serve`."""
 
 
 @serve.command(name=_START)
@@ -108,11 +111,13 @@ def _config(
     precision: Any,
 ) -> "ServingConfig":
     from lr_ray.errors import ConfigError
+    from lr_ray.serving.config import ServingConfig
+    from lr_ray.serving.models import name_meta_loras
     from lr_ray.storage.filesystem import absolute_path
 
     try:
-        from lr_ray.runtime.deployments import ServingConfig
-        from lr_ray.serving.models import name_meta_loras
+        for package in _PACKAGES:
+            import_module(package)
     except ModuleNotFoundError as error:
         raise ConfigError(f"serving needs a package that is not installed ({error}); `pip install 'lr-ray[serve]'`") from error
     least, _, most = replicas.partition(":")

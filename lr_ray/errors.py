@@ -107,3 +107,8 @@ class ServiceError(LrRayError):
     def __reduce__(self) -> tuple[Any, ...]:
         again = partial(type(self), status=self.status, title=self.title, request_id=self.request_id)
         return again, (str(self),)
+
+
+def shown(name: str) -> str:
+    """A stranger's name, as a message quotes it: printable, and not long."""
+    return repr(name if len(name) <= 60 else name[:59] + "…")

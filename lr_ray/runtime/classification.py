@@ -19,7 +19,8 @@ from lr_ray.model import Model, load_parts
 from lr_ray.report.progress import Reporter
 from lr_ray.runtime.board import start_board
 from lr_ray.runtime.session import actor_pool, check_shared, fields_of, ray_session, user_error, worker_device
-from lr_ray.serving.images import Limits, Upload, check_bytes, decode_uploads
+from lr_ray.serving.images import Upload, check_bytes, decode_uploads
+from lr_ray.serving.limits import Limits
 from lr_ray.serving.local import answer_row, embed_support, read_support
 from lr_ray.serving.tasks import Support
 from lr_ray.storage.classified import count_errors, write_classified

@@ -8,27 +8,24 @@ imported where it is used.
 import asyncio
 import time
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from fastapi import FastAPI
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
-from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from lr_ray.errors import ConfigError, RequestError
+from lr_ray.errors import RequestError
 from lr_ray.serving.api import make_app
 from lr_ray.serving.batches import Batcher
+from lr_ray.serving.config import ServingConfig
 from lr_ray.serving.keys import Keyring
 from lr_ray.serving.metrics import Metrics, Pass
-from lr_ray.serving.models import Catalogue, check_names
+from lr_ray.serving.models import Catalogue
 from lr_ray.serving.service import Service
 from lr_ray.serving.store import TaskStore
 from lr_ray.serving.tracing import tracer_of_environment
 
-APP_NAME = "lr-ray"
 BACKBONE = "backbone"
 APPLICATION = "application"
 _GROUP = 32
@@ -42,67 +39,6 @@ _BEYOND_THE_GATE = 512
 """Requests that Ray Serve lets into the application and has wait before it: more than the gate does, which answers the
 others with problem+json."""
 _SHUTDOWN_S = 30.0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, config=ConfigDict(extra="forbid"))
-class ServingConfig:
-    """What is served, and where.
-
-    Attributes:
-        meta_loras: folders or URIs of meta-LoRAs that `lr-ray train` wrote, by name; the first is the default.
-        tasks: folder or URI where tasks are kept.
-        keys: file of API keys; None for no keys, on this machine only.
-        host: to listen on.
-        port: of it.
-        replicas: of the backbone; the fewest where `max_replicas` is given.
-        max_replicas: as many as the load needs, up to these; None for `replicas` always.
-        cpus_per_replica: processors of each; None shares out those that Ray has.
-        gpus_per_replica: GPUs of each, or a share of one; None shares out those that Ray has, one for each at most.
-        precision: of the passes; None for that of the meta-LoRA's run.
-
-    Raises:
-        ConfigError: names that meta-LoRAs cannot have, or none; fewer replicas at most than at least.
-    """
-
-    meta_loras: Mapping[str, str]
-    tasks: str
-    keys: Path | None = None
-    host: str = "127.0.0.1"
-    port: int = Field(default=8000, ge=1, le=65535)
-    replicas: int = Field(default=1, ge=1)
-    max_replicas: int | None = Field(default=None, ge=1)
-    cpus_per_replica: int | None = Field(default=None, ge=1)
-    gpus_per_replica: float | None = Field(default=None, ge=0)
-    precision: Literal["auto", "fp32", "bf16"] | None = None
-
-    @model_validator(mode="after")
-    def _check(self) -> "ServingConfig":
-        check_names(self.meta_loras)
-        if self.max_replicas is not None and self.max_replicas < self.replicas:
-            raise ConfigError(f"{self.replicas} replicas, {self.max_replicas} at most; give the fewest first, such as 1 and 4")
-        return self
-
-    @classmethod
-    def of(cls, arguments: Mapping[str, Any]) -> "ServingConfig":
-        """Of arguments as a person wrote them.
-
-        Raises:
-            ConfigError: unknown, missing, or of another kind or range; names that meta-LoRAs cannot have.
-        """
-        try:
-            return cls(**arguments)
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            where = ".".join(map(str, first["loc"]))
-            given = "" if first["type"] == "missing" else f" = {first['input']!r}"
-            allowed = ", ".join(cls.__dataclass_fields__)
-            more = f"; allowed are {allowed}" if first["type"] == "unexpected_keyword_argument" else ""
-            raise ConfigError(f"args of the application: {where}{given}: {first['msg']}{more}") from error
-
-    def arguments(self) -> dict[str, Any]:
-        """As JSON."""
-        found: dict[str, Any] = TypeAdapter(ServingConfig).dump_python(self, mode="json")
-        return found
 
 
 async def ask_replicas(method: Any, pixels: Tensor, model: str, metrics: Metrics, *, pause_s: float = 0.5) -> Tensor:

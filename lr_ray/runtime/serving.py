@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ import yaml
 
 from lr_ray import errors
 from lr_ray.errors import ClusterError, ConfigError
-from lr_ray.runtime.deployments import APP_NAME, BACKBONE, ServingConfig, application
 from lr_ray.runtime.session import local_ray
+from lr_ray.serving.config import ServingConfig
 from lr_ray.serving.keys import read_keys
 from lr_ray.serving.problems import is_loopback
 from lr_ray.serving.tracing import check_tracing
@@ -23,6 +24,9 @@ from lr_ray.storage.filesystem import write_bytes
 from lr_ray.storage.manifest import read_meta_lora_manifest
 
 _logger = logging.getLogger("lr_ray.serving")
+APP_NAME = "lr-ray"
+_DEPLOYMENTS = "lr_ray.runtime.deployments"
+"""Imports torch and FastAPI, which take seconds."""
 _DRAIN_S = 30.0
 """So long requests under way may take when the service ends."""
 _ENVIRONMENT = {
@@ -60,6 +64,7 @@ def served(config: ServingConfig) -> Iterator[str]:
     _check_parts(config)
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    threading.Thread(target=import_module, args=(_DEPLOYMENTS,), daemon=True).start()  # while Ray starts
     with local_ray(dashboard=False, libraries=False):
         from ray import serve
         from ray.serve.config import HTTPOptions
@@ -93,6 +98,7 @@ def build_application(arguments: dict[str, Any]) -> Any:
     config = ServingConfig.of(arguments)
     _check_keys(config)
     _check_parts(config)
+    from lr_ray.runtime.deployments import application
     from lr_ray.serving.multiplex import load_multiplex  # timm takes seconds
 
     loaded = load_multiplex(config.meta_loras, precision=config.precision)
@@ -167,6 +173,8 @@ def _run(config: ServingConfig) -> None:
         RuntimeError: what Serve says.
     """
     from ray import serve
+
+    from lr_ray.runtime.deployments import BACKBONE, application
 
     try:
         serve.run(application(config, None), name=APP_NAME, route_prefix="/")

@@ -10,8 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field
 if TYPE_CHECKING:  # the client has these answers without torch
     from torch import Tensor
 
+    from lr_ray.serving.limits import Bounds
     from lr_ray.serving.models import Catalogue
-    from lr_ray.serving.store import Bounds
     from lr_ray.serving.tasks import Prediction, Task
 
 

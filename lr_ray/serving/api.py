@@ -20,7 +20,8 @@ from lr_ray.serving.answers import (
     TasksAnswer,
 )
 from lr_ray.serving.bodies import EpisodeBody, QueryBody, SupportBody, Uploads, read_episode, read_queries, read_support
-from lr_ray.serving.images import Limits, decode_uploads
+from lr_ray.serving.images import decode_uploads
+from lr_ray.serving.limits import Limits
 from lr_ray.serving.metrics import Measure
 from lr_ray.serving.models import ServedModel
 from lr_ray.serving.page import page

@@ -19,8 +19,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from lr_ray.errors import RequestError
-from lr_ray.serving.images import Limits, Upload, shown
+from lr_ray.errors import RequestError, shown
+from lr_ray.serving.images import Upload
+from lr_ray.serving.limits import Limits
 
 QUERY = "query"
 """Part of a multipart body, or folder of a zip, that holds queries where a request brings support images too."""

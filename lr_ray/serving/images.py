@@ -10,9 +10,9 @@ from PIL import Image
 from torch import Tensor
 
 from lr_ray.data.images import square_pixels
-from lr_ray.errors import RequestError
+from lr_ray.errors import RequestError, shown
+from lr_ray.serving.limits import Limits
 
-MIB = 2**20
 _MAX_ASPECT = 64
 """Longest side by shortest: the short side is enlarged to the model's, and the long one with it."""
 _MAX_CHUNKS = 20_000
@@ -20,31 +20,6 @@ _MAX_CHUNKS = 20_000
 _UNLIKE = "give PNG, JPEG or WebP; a name or content type does not count"
 
 Found = TypeVar("Found")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Limits:
-    """What one request may bring.
-
-    Attributes:
-        body_bytes: of the whole body, as it comes and, of a zip, unpacked.
-        body_s: in which all of the body is to come.
-        image_bytes: of one encoded image.
-        image_pixels: of one image.
-        pixels: of all images together.
-        images: their count.
-        classes: of a task.
-        name_length: of a class name, in characters.
-    """
-
-    body_bytes: int = 32 * MIB
-    body_s: float = 60.0
-    image_bytes: int = 10 * MIB
-    image_pixels: int = 25_000_000
-    pixels: int = 400_000_000
-    images: int = 500
-    classes: int = 1000
-    name_length: int = 200
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,11 +62,6 @@ def check_bytes(name: str, num_bytes: int, limits: Limits) -> None:
     """
     if num_bytes > limits.image_bytes:
         raise RequestError(f"image {shown(name)} has {num_bytes} bytes; at most {limits.image_bytes} are allowed", 413)
-
-
-def shown(name: str) -> str:
-    """A stranger's name, as a message quotes it: printable, and not long."""
-    return repr(name if len(name) <= 60 else name[:59] + "…")
 
 
 def _open(upload: Upload, limits: Limits) -> Image.Image:

@@ -15,8 +15,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from lr_ray.errors import ConfigError, RequestError
 from lr_ray.section import Section
-from lr_ray.serving.images import MIB
-from lr_ray.serving.store import OWNER, Bounds
+from lr_ray.serving.limits import MIB, OWNER, Bounds
 
 _PREFIX = "lrray_"
 

@@ -4,8 +4,7 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from lr_ray.errors import ConfigError, RequestError
-from lr_ray.serving.images import shown
+from lr_ray.errors import ConfigError, RequestError, shown
 
 BACKBONE = "backbone"
 """Name of the plain backbone among the models."""

@@ -14,11 +14,11 @@ from torch import Tensor
 from lr_ray.errors import RequestError
 from lr_ray.serving.admission import Gate
 from lr_ray.serving.answers import Problem
-from lr_ray.serving.images import Limits
 from lr_ray.serving.keys import Key, Keyring, bounds_of
+from lr_ray.serving.limits import Bounds, Limits
 from lr_ray.serving.metrics import Metrics
 from lr_ray.serving.models import Catalogue
-from lr_ray.serving.store import Bounds, TaskStore
+from lr_ray.serving.store import TaskStore
 
 PROBLEM = {"content": {"application/problem+json": {"schema": Problem.model_json_schema()}}}
 """Of an error, in the OpenAPI document."""

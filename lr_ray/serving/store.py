@@ -18,11 +18,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from lr_ray.errors import RequestError, StorageError
+from lr_ray.serving.limits import OWNER, Bounds
 from lr_ray.serving.tasks import Support, Task
 from lr_ray.storage.filesystem import create_bytes, delete, join, list_sizes, read_if_there, read_many, write_bytes
 
 _logger = logging.getLogger("lr_ray.serving")
-OWNER = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 _ID = re.compile(r"[0-9a-f]{8}[A-Za-z0-9_-]{22}")
 _FILE = re.compile(r"(?P<version>[0-9]{8})\.safetensors")
 _ATTEMPTS = 5
@@ -32,21 +32,6 @@ _CACHE_BYTES = 128 * 2**20
 _KEPT_DELETED = 100
 """Of an owner's deleted tasks so many stay as empty files, so that a change that began before finds its version taken."""
 _NO_TASK = "there is no such task"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Bounds:
-    """What an owner's tasks may take.
-
-    Attributes:
-        tasks: their count.
-        bytes: of all of them, as stored.
-        age_s: after which a task is gone, from its creation.
-    """
-
-    tasks: int = 100
-    bytes: int = 256 * 2**20
-    age_s: float = 30 * 86400.0
 
 
 @dataclass(kw_only=True)

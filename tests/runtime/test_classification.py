@@ -23,7 +23,7 @@ from lr_ray.model import load_parts
 from lr_ray.runtime import classification
 from lr_ray.runtime.board import start_board
 from lr_ray.runtime.classification import ClassificationActor, ClassificationJob, Piece, classify_prefix
-from lr_ray.serving.images import Limits
+from lr_ray.serving.limits import Limits
 from lr_ray.serving.local import answer_row, classify_folder, embed_support, read_support
 from lr_ray.storage.filesystem import delete, list_files, read_bytes, write_bytes
 from tests.jobs import QUIET

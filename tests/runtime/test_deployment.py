@@ -13,8 +13,9 @@ from typer.testing import CliRunner
 
 from lr_ray.errors import ConfigError, StorageError
 from lr_ray.runtime import serving
-from lr_ray.runtime.deployments import ServingConfig, backbone_options
+from lr_ray.runtime.deployments import backbone_options
 from lr_ray.runtime.serving import build_application, served, write_serve_config
+from lr_ray.serving.config import ServingConfig
 from lr_ray.serving.keys import add_key
 
 ROOT = Path(__file__).parents[2]

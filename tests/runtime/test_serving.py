@@ -26,8 +26,9 @@ from bench.processes import wait_until
 from lr_ray.data.images import DataConfig
 from lr_ray.data.load import load_data
 from lr_ray.errors import AdapterError, ClusterError, ConfigError, RequestError
-from lr_ray.runtime.deployments import ServingConfig, ask_replicas
+from lr_ray.runtime.deployments import ask_replicas
 from lr_ray.runtime.serving import check_exposure, served
+from lr_ray.serving.config import ServingConfig
 from lr_ray.serving.keys import add_key
 from lr_ray.serving.metrics import Metrics, Pass
 from lr_ray.storage.filesystem import absolute_path

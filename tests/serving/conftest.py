@@ -9,8 +9,8 @@ from starlette.testclient import TestClient
 from torch import Tensor
 
 from lr_ray.serving.api import Service, make_app
-from lr_ray.serving.images import Limits
 from lr_ray.serving.keys import Keyring, add_key
+from lr_ray.serving.limits import Limits
 from lr_ray.serving.models import BACKBONE, Catalogue, ServedModel
 from lr_ray.serving.store import TaskStore
 from tests.serving.pictures import features_of

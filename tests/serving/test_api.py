@@ -17,8 +17,9 @@ from bench.uploads import base64_of, json_body, multipart, png, zipped
 from lr_ray.errors import RequestError, StorageError
 from lr_ray.serving.api import Service
 from lr_ray.serving.images import Upload, decode_uploads
+from lr_ray.serving.limits import Bounds
 from lr_ray.serving.problems import is_loopback
-from lr_ray.serving.store import Bounds, TaskStore
+from lr_ray.serving.store import TaskStore
 from lr_ray.serving.tasks import Support
 from tests.serving.conftest import CATALOGUE, LIMITS
 from tests.serving.pictures import features_of

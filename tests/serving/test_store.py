@@ -11,7 +11,8 @@ import torch
 
 from lr_ray.errors import RequestError, StorageError
 from lr_ray.serving import store as store_module
-from lr_ray.serving.store import Bounds, TaskStore
+from lr_ray.serving.limits import Bounds
+from lr_ray.serving.store import TaskStore
 from lr_ray.serving.tasks import Support
 from lr_ray.storage.filesystem import list_files, list_sizes
 

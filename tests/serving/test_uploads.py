@@ -33,7 +33,8 @@ from bench.uploads import (
 from lr_ray.data.images import read_pixels
 from lr_ray.errors import RequestError
 from lr_ray.serving.bodies import read_episode, read_queries, read_support
-from lr_ray.serving.images import Limits, Upload, decode_uploads
+from lr_ray.serving.images import Upload, decode_uploads
+from lr_ray.serving.limits import Limits
 from tests.serving.conftest import LIMITS
 from tests.serving.pictures import Bomb
 
