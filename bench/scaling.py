@@ -78,7 +78,7 @@ def scheduling(num_gpus: int = 64, num_items: int = 2000, item_s: float = 10.0) 
 
 
 def actors(count: int = 8) -> list[dict[str, Any]]:
-    """The same adapters by 1 and by 2 actors of one processor each; the time from the first item's start."""
+    """The same adapters by 1 and by 2 actors of one processor each; the time from when every actor has done its first."""
     rows = []
     with tempfile.TemporaryDirectory() as root:
         make_library(root, count)

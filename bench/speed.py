@@ -2,7 +2,6 @@
 
 import json
 import multiprocessing
-import resource
 import statistics
 import sys
 import time
@@ -16,7 +15,7 @@ from rich.table import Table
 
 from lr_ray.errors import ClusterError
 from lr_ray.report.progress import Reporter
-from lr_ray.runtime.cost import count_flops
+from lr_ray.runtime.cost import begin_peak_memory, count_flops, peak_memory_mib
 from lr_ray.storage.manifest import versions
 from lr_ray.vit.backbone import Precision, autocast
 
@@ -139,10 +138,11 @@ def peak_of(make: Callable[[], Step], threads: int) -> int:
 
 def _answer_peak(make: Callable[[], Step], threads: int, answer: Any) -> None:
     torch.set_num_threads(threads)
-    step = make()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step, cpu = make(), torch.device("cpu")
+    begin_peak_memory(cpu)
+    before = peak_memory_mib(cpu)
     step()
-    answer.put(round((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024))
+    answer.put(round(peak_memory_mib(cpu) - before))
 
 
 def write_result(name: str, found: dict[str, Any]) -> dict[str, Any]:
