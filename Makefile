@@ -15,7 +15,7 @@ demo: $(VENV)/.ready
 	$(BIN)/lr-ray demo
 
 test: $(VENV)/.ready
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m 'not slow'
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -rs -m 'not slow'
 
 test-slow: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile -m slow

@@ -14,7 +14,8 @@ from lr_ray.report.tables import shape_of
 from lr_ray.runtime.evaluation import RESULTS_NAME
 from lr_ray.runtime.experiment import run_cell
 from lr_ray.runtime.session import ray_session
-from lr_ray.storage.filesystem import join, read_if_there, write_bytes
+from lr_ray.storage.filesystem import join, write_bytes
+from lr_ray.storage.measurements import read_rows
 
 GRID_RESULTS_NAME = "results.json"
 
@@ -50,7 +51,7 @@ def run_grid(grid: GridConfig, cells: Sequence[str] | None, reporter: Reporter) 
 
 def _finished(cell: Cell) -> list[dict[str, Any]]:
     """What an earlier run measured of the cell's methods, in their order, on the data set that it measured last."""
-    rows: list[dict[str, Any]] = json.loads(read_if_there(join(cell.config.output_root, RESULTS_NAME)) or b"[]")
+    rows = read_rows(join(cell.config.output_root, RESULTS_NAME)) or []
     order = {label: position for position, label in enumerate(expand(cell.config.evaluation.methods))}
     mine = [row for row in rows if row["method"] in order and row["dataset"] == rows[-1]["dataset"]]
     return sorted(mine, key=lambda row: order[row["method"]])

@@ -14,7 +14,7 @@ from torch import Tensor
 from lr_ray.config import ExperimentConfig
 from lr_ray.data.images import LabelledImages
 from lr_ray.data.load import load_data
-from lr_ray.errors import LrRayError
+from lr_ray.errors import LrRayError, StorageError
 from lr_ray.fewshot.episodes import EpisodeShape
 from lr_ray.fewshot.evaluate import is_right, predict_each
 from lr_ray.fewshot.methods import Embed, FeatureMethod, FewShotTask, MethodInputs, TunedMethod, find_method
@@ -32,9 +32,9 @@ from lr_ray.runtime.held import held_backbone
 from lr_ray.runtime.metric import embed_classes
 from lr_ray.runtime.session import work_through, worker_device
 from lr_ray.storage.adapters import read_adapter, read_adapters
-from lr_ray.storage.filesystem import exists, join, list_uris, read_bytes, read_many, write_bytes
+from lr_ray.storage.filesystem import exists, join, list_uris, read_many, write_bytes
 from lr_ray.storage.manifest import CONFIG_NAME
-from lr_ray.storage.measurements import read_tensors, write_episodes, write_predictions, write_tensors
+from lr_ray.storage.measurements import read_rows, read_tensors, write_episodes, write_predictions, write_tensors
 from lr_ray.storage.metric import read_metric
 from lr_ray.storage.synthetic import list_synthetic, read_classes, read_index
 from lr_ray.vit.backbone import Backbone, load_backbone
@@ -100,7 +100,10 @@ def stored_rows(config: ExperimentConfig) -> list[dict[str, Any]]:
     Raises:
         StorageError: nothing was measured, or it cannot be read.
     """
-    rows: list[dict[str, Any]] = json.loads(read_bytes(join(config.output_root, RESULTS_NAME)))
+    uri = join(config.output_root, RESULTS_NAME)
+    rows = read_rows(uri)
+    if rows is None:
+        raise StorageError(f"results {uri} do not exist; run `lr-ray eval` first")
     return rows
 
 

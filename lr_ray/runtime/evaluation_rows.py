@@ -1,6 +1,5 @@
 """From predictions to the rows of `results.json`."""
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,8 +10,8 @@ from lr_ray.fewshot.episodes import EpisodeShape
 from lr_ray.fewshot.evaluate import AccuracyReport, is_right, paired_difference
 from lr_ray.fewshot.protocol import DrawnEpisode, TestShape, draw_episodes
 from lr_ray.runtime.evaluation_plan import REFERENCE, EvaluationPlan, Measurement
-from lr_ray.storage.filesystem import join, list_uris, read_if_there
-from lr_ray.storage.measurements import read_predictions
+from lr_ray.storage.filesystem import join, list_uris
+from lr_ray.storage.measurements import read_predictions, read_rows
 
 _UNCOMPARED: dict[str, Any] = dict.fromkeys(
     ("compared_with", "difference", "difference_ci95", "p_value", "difference_episodes")
@@ -21,7 +20,7 @@ _UNCOMPARED: dict[str, Any] = dict.fromkeys(
 
 def known_rows(plan: EvaluationPlan, uri: str) -> list[dict[str, Any]]:
     """The rows of `results.json`, which are of this protocol where they are of this data set."""
-    known: list[dict[str, Any]] = json.loads(read_if_there(uri) or b"[]")
+    known = read_rows(uri) or []
     for row in known:
         then = row.get("protocol", plan.protocol)
         if row["dataset"] == plan.data.name and then != plan.protocol:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lr_ray.errors import StorageError
 from lr_ray.fewshot.protocol import DrawnEpisode
-from lr_ray.storage.filesystem import read_bytes, write_bytes
+from lr_ray.storage.filesystem import read_bytes, read_if_there, write_bytes
 
 _FACTS_KEY = b"lr_ray"
 
@@ -24,6 +24,24 @@ _FACTS_KEY = b"lr_ray"
 def file_name(label: str, digest: str, suffix: str) -> str:
     """Of something that is called so and was made from inputs of that digest."""
     return f"{re.sub('[^a-zA-Z0-9.]+', '-', label).strip('-')}-{digest[:12]}{suffix}"
+
+
+def read_rows(uri: str) -> list[dict[str, Any]] | None:
+    """What `results.json` holds; None where it is not.
+
+    Raises:
+        StorageError: it is damaged, or cannot be read.
+    """
+    content = read_if_there(uri)
+    if content is None:
+        return None
+    try:
+        rows = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise StorageError(f"results {uri} are damaged ({error}); delete that file and run again") from error
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise StorageError(f"results {uri} are no list of rows; delete that file and run again")
+    return rows
 
 
 def write_episodes(

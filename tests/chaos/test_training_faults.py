@@ -12,12 +12,14 @@ from typing import Any
 
 import psutil
 import pytest
+from tensorboardX.proto.event_pb2 import SessionLog
 
 from bench.chaos import ENVIRONMENT, two_nodes
 from bench.processes import children_of, lr_ray, wait_until
 from lr_ray.config import ExperimentConfig
 from lr_ray.runtime.training import train_meta_lora
 from tests.jobs import QUIET, changed, kill_worker
+from tests.report.test_curves import events_in
 
 LAST_STEP = 60
 
@@ -112,11 +114,15 @@ def test_a_killed_driver(make_config: Callable[[], ExperimentConfig], undisturbe
     wait_for_a_step(config, "driver")
     psutil.Process(first.pid).kill()
     assert first.wait() != 0
-    assert saved_step(config) < LAST_STEP
+    saved = saved_step(config)
+    assert 0 < saved < LAST_STEP
 
     assert start(config).wait() == 0
 
     assert result_of(config) == undisturbed
+    curves = max(Path(config.meta_lora_root, "tensorboard").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    (began,) = [event.step for event in events_in(curves) if event.session_log.status == SessionLog.START]
+    assert began > saved
 
 
 def test_a_lost_node(make_config: Callable[[], ExperimentConfig], undisturbed: dict[str, Any]) -> None:

@@ -287,6 +287,28 @@ def test_a_split_of_a_sample(sample: Callable[[str], Path], name: str, split: st
         assert data.digest() == load(f"{name}/{split}", sample(name)).digest()
 
 
+def test_wilds_gives_each_image_to_its_split_and_class(sample: Callable[[str], Path]):
+    def found(name: str, split: str) -> list[tuple[str, str]]:
+        data = load(f"{name}/{split}", sample(name))
+        return sorted((data.class_names[label], Path(data.describe(i)).name) for i, label in enumerate(data.labels))
+
+    patch = "patch_patient_004_node_4_x_{}_y_7.png".format
+    camelyon = {
+        "train": [("normal", patch(4)), ("tumor", patch(0))],
+        "id_val": [("normal", patch(1))],
+        "val": [("tumor", patch(2))],
+        "test": [("normal", patch(3))],
+    }
+    assert {split: found("wilds/camelyon17", split) for split in camelyon} == camelyon
+    rxrx = {
+        "train": [("0", "B02_s1.png")],
+        "id_test": [("1", "B02_s2.png")],
+        "val": [("2", "B02_s1.png"), ("3", "B02_s2.png")],
+        "test": [("4", "B02_s2.png")],
+    }
+    assert {split: found("wilds/rxrx1", split) for split in rxrx} == rxrx
+
+
 def test_every_dataset_has_a_sample():
     other_domains = {f"domainnet/{domain}" for domain in ("clipart", "infograph", "painting", "quickdraw", "real")}
     assert set(SAMPLES) == set(DATASETS) - other_domains

@@ -9,7 +9,13 @@ from lr_ray.fewshot.methods.nn_cosine import nearest_direction
 
 SHAPE = EpisodeShape(n_way=4, n_shot=3, n_query=5)
 LABELS = np.repeat(np.arange(6), 10)
-NUM_EPISODES = 230  # more than two of the chunks that they are computed in
+NUM_EPISODES = 230
+
+
+@pytest.fixture(autouse=True)
+def _chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of 100 episodes of 32 images and 8 numbers, so that there are more than two of them."""
+    monkeypatch.setattr("lr_ray.fewshot.evaluate._FLOATS_AT_ONCE", 100 * 32 * 8)
 
 
 def features(noise: float) -> torch.Tensor:

@@ -221,7 +221,7 @@ def test_caml_reads_uneven_ways_in_any_order_and_in_parts(monkeypatch: pytest.Mo
     torch.testing.assert_close(in_parts, found, atol=1e-4, rtol=1e-4)
 
 
-def test_caml_is_the_same_twice_and_knows_no_order_of_ways() -> None:
+def test_caml_is_the_same_twice() -> None:
     label = "caml:width=32,num_layers=1,num_steps=3"
     features, labels = caml_data()
     trained, again = fitted(label, features, labels), fitted(label, features, labels)

@@ -8,8 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 
+import peft
 import pytest
 import torch
+import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 from timm.models.deit import VisionTransformerDistilled
@@ -26,9 +28,6 @@ from lr_ray.vit.lora import as_tuned, check_adapter, merged
 from lr_ray.vit.naming import to_timm
 from lr_ray.vit.tokens import encode
 from tests.drawn import randomised
-
-peft = pytest.importorskip("peft", minversion="0.17")
-transformers = pytest.importorskip("transformers", minversion="5.0")
 
 NUM_CLASSES = 5
 TOLERANCE = 1e-4

@@ -9,6 +9,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
+from lr_ray.cli.main import app
+from typer.testing import CliRunner
 
 from lr_ray.errors import AdapterError, StorageError
 from lr_ray.library import index
@@ -153,6 +155,11 @@ def test_an_entry_tells_what_the_weights_are(share: Share, library: str):
     assert (entry.ranks, entry.targets, entry.num_classes) == ((8,), ("q", "v"), 4)
     assert entry.base_model == entry.backbone == TINY.name
     assert [row["verdict"] for row in checks_of(library, entry)] == ["passed"] * 6
+    shown = CliRunner().invoke(app, ["library", "show", library, taken], catch_exceptions=False).stdout.splitlines()
+    assert {"ranks: 8", "targets: q, v", "num_classes: 4", f"adapter_id: {taken}"} <= set(shown)
+    assert sum(line.startswith("passed: ") for line in shown) == 6
+    told = json.loads(CliRunner().invoke(app, ["library", "show", library, taken, "--json"], catch_exceptions=False).stdout)
+    assert (told["adapter_id"], told["ranks"], told["checks"]) == (taken, [8], checks_of(library, entry))
 
 
 def test_an_adapter_without_a_head_is_taken_and_said_to_be(vit: Backbone, without_head: Adapter, library: str, tmp_path: Path):
@@ -191,7 +198,8 @@ def test_removing(share: Share, library: str, tmp_path: Path):
         share(seed)
     add_sources(library, [str(tmp_path / "market")], TINY)
     gone, kept = list_entries(library)
-    remove_entry(library, gone)
+    done = CliRunner().invoke(app, ["library", "rm", library, gone.adapter_id], catch_exceptions=False)
+    assert done.stdout == f"removed {gone.name}\n"
     assert list_entries(library) == [kept]
     assert not [name for name in list_files(library, suffix="") if gone.adapter_id in name]
 

@@ -41,20 +41,25 @@ def test_a_line_says_what_is_under_way(monkeypatch: pytest.MonkeyPatch):
 def test_a_terminal_has_a_bar_for_each_piece_under_way(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LOOKS", 0.001)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    asked = threading.Event()
-    pieces = under_way()
+    monkeypatch.setenv("COLUMNS", "120")
+    drawn = threading.Event()
+    first, second = under_way()
+    looks = iter([[first], [first, second], [second]])
 
     def ask() -> list[UnderWay]:
-        if len(pieces) == 1:
-            asked.set()
-        return [pieces.pop()] if pieces else []
+        found = next(looks, None)
+        if found is None:
+            drawn.set()
+        return [second] if found is None else found
 
     with Reporter().track("invert", 2, ask) as advance:
         advance("one")
-        assert asked.wait(10)
-    shown = capsys.readouterr().err
-    assert "invert" in shown
-    assert "1/2" in shown
+        assert drawn.wait(10)
+    last = capsys.readouterr().err.rpartition("invert")[2]
+    assert "1/2" in last
+    assert "step 9" in last
+    assert "90/100" in last
+    assert "step 4" not in last
 
 
 def test_quiet_says_and_asks_nothing(capsys: pytest.CaptureFixture[str]):

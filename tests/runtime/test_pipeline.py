@@ -54,6 +54,16 @@ def test_whole_job_through_the_command_line(local_run: tuple[Path, list[dict[str
     adapters_and_images = [name for name in before if name.endswith((".safetensors", ".parquet"))]
     assert all(after[name][0] == before[name][0] for name in adapters_and_images)
 
+    (root / "report.html").unlink()
+    drawn = CliRunner().invoke(app, ["report", "-c", str(path), "--json"], catch_exceptions=False)
+
+    assert str(root / "report.html") in json.loads(drawn.stdout)
+    assert all(Path(file).stat().st_size for file in json.loads(drawn.stdout))
+    (root / "results.json").write_text("[")
+    damaged = CliRunner().invoke(app, ["report", "-c", str(path)])
+    assert isinstance(damaged.exception, StorageError)
+    (root / "results.json").write_text(json.dumps(rows))
+
 
 def test_a_trained_meta_lora_loads_and_gives_the_accuracy_of_its_evaluation(
     local_run: tuple[Path, list[dict[str, Any]]],

@@ -1,14 +1,16 @@
 """Uploads: the pixels are those of `lr_ray.load`; whatever is made to break the decoder is refused with 4xx, in time."""
 
+import asyncio
 import io
 import pickle
 import struct
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 from PIL import ExifTags, Image
@@ -32,9 +34,11 @@ from bench.uploads import (
 )
 from lr_ray.data.images import read_pixels
 from lr_ray.errors import RequestError
+from lr_ray.serving.api import make_app
 from lr_ray.serving.bodies import read_episode, read_queries, read_support
 from lr_ray.serving.images import Upload, decode_uploads
 from lr_ray.serving.limits import Limits
+from lr_ray.serving.service import Service
 from tests.serving.conftest import LIMITS
 from tests.serving.pictures import Bomb
 
@@ -340,16 +344,22 @@ def test_bodies_are_bounded(client: TestClient):
     refused(client, "/v1/tasks", (bytes(LIMITS.body_bytes + 1), "application/zip"), 413)
 
 
-def test_a_body_without_a_length_is_bounded(client: TestClient):
-    read = []
+def test_a_body_without_a_length_is_bounded(service: Service):
+    sent = []
 
-    def endless() -> object:
+    async def endless() -> AsyncIterator[bytes]:
         for _ in range(1000):
-            read.append(1)
+            sent.append(10_000)
             yield bytes(10_000)
 
-    answer = client.post("/v1/tasks", content=endless(), headers={"content-type": "application/zip"})
-    assert answer.status_code == 413
+    async def scene() -> int:
+        transport = httpx.ASGITransport(make_app(service))
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
+            answer = await client.post("/v1/tasks", content=endless(), headers={"content-type": "application/zip"})
+            return answer.status_code
+
+    assert asyncio.run(scene()) == 413
+    assert sum(sent) <= LIMITS.body_bytes + 20_000
 
 
 def test_all_pixels_together_are_bounded(client: TestClient):

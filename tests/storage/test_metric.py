@@ -22,9 +22,14 @@ def metric() -> Metric:
     )
 
 
+def write(folder: str, metric: Metric) -> None:
+    """With the manifest that names it."""
+    write_manifest(folder, {}, {"metric": write_metric(folder, metric)})
+
+
 @pytest.fixture
 def folder(tmp_path: Path, metric: Metric) -> str:
-    write_manifest(str(tmp_path), {}, {"metric": write_metric(str(tmp_path), metric)})
+    write(str(tmp_path), metric)
     return str(tmp_path)
 
 
@@ -56,7 +61,7 @@ def test_a_meta_lora_without_one(tmp_path: Path) -> None:
             "6 feat",
         ),
         (
-            lambda folder, m: write_metric(folder, Metric(mean=m.mean * float("nan"), weight=m.weight, length=m.length)),
+            lambda folder, m: write(folder, Metric(mean=m.mean * float("nan"), weight=m.weight, length=m.length)),
             AdapterError,
             "names",
         ),

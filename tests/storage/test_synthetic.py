@@ -2,6 +2,7 @@ import io
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -218,13 +219,17 @@ def test_a_file_that_is_not_of_synthetic_images_is_named(root: str, table: pa.Ta
 def test_a_file_damaged_anywhere_is_named(root: str):
     """Its pages, what they hold, or its footer: byte by byte, a run of zeros for what was there."""
     path = Path(root, "cats-111111111111.parquet")
-    whole, messages = path.read_bytes(), []
+    whole, messages, undamaged = path.read_bytes(), [], read_pool(root, [path.name])
     for start in range(4, len(whole) - 8, 97):
         path.write_bytes(whole[:start] + bytes(40) + whole[start + 40 :])
         try:
-            read_pool(root, [path.name])
+            found = read_pool(root, [path.name])
         except StorageError as error:
             messages.append(str(error))
+        else:
+            assert torch.equal(found.images, undamaged.images), start
+            assert torch.equal(found.teacher_logits, undamaged.teacher_logits), start
+            assert found.class_names == undamaged.class_names, start
     assert len(messages) > 10
     assert all("run `lr-ray invert` again" in message and "\n" not in message for message in messages)
 
@@ -235,6 +240,12 @@ def test_a_missing_file(root: str):
 
 
 def test_the_index_tells_every_class_from_the_footers(root: str, monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("rows are read")
+
+    for name in ("read", "read_row_group", "read_row_groups", "iter_batches"):
+        monkeypatch.setattr(pq.ParquetFile, name, refuse)
+    monkeypatch.setattr(pq, "read_table", refuse)
     index = read_index(root, ["dogs-222222222222.parquet", "cats-111111111111.parquet"], IDENTITY)
     assert [(ref.file, ref.adapter, ref.slot, ref.name, ref.num_images) for ref in index] == [
         ("dogs-222222222222.parquet", "dogs", 0, "wolf", 4),
@@ -258,9 +269,17 @@ def test_classes_of_an_adapter_in_several_files_come_in_their_order(tmp_path: Pa
     assert [ref.name for ref in index] == list(read_pool(str(tmp_path), files).class_names)
 
 
-def test_classes_are_read_by_themselves(root: str):
+def test_classes_are_read_by_themselves(root: str, monkeypatch: pytest.MonkeyPatch):
     index = read_index(root, ["cats-111111111111.parquet"], IDENTITY)
+    groups, read_row_group = [], pq.ParquetFile.read_row_group
+
+    def watched(file: pq.ParquetFile, group: int, *arguments: Any, **options: Any) -> pa.Table:
+        groups.append(group)
+        return read_row_group(file, group, *arguments, **options)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", watched)
     lynx, lion = read_classes(root, [index[2], index[0]])
+    assert sorted(groups) == [index[0].row_group, index[2].row_group]
     assert torch.equal(lynx.images, CATS.images[4:])
     assert torch.equal(lynx.teacher_logits, CATS.teacher_logits[4:])
     assert torch.equal(lynx.flipped_logits, CATS.flipped_logits[4:])

@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
@@ -90,16 +91,11 @@ STRANGERS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def transformers():
-    return pytest.importorskip("transformers", minversion="5.24")
-
-
 def image_sizes(family):
     return {"image_size": 28, "patch_size": 14} if family == "dinov2" else {"image_size": 32, "patch_size": 16}
 
 
-def make_foreign(transformers, family, **options):
+def make_foreign(family, **options):
     """A random model of a family, without pooler, head or text tower."""
     sizes = SIZES | image_sizes(family) | {"layer_norm_eps": 1e-5} | options
     if family == "dinov2":
@@ -181,9 +177,9 @@ def test_a_wrapper_tells_the_family(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_modules_are_those_of_transformers(transformers, family):
+def test_modules_are_those_of_transformers(family):
     """All its modules with parameters of their own, but embeddings, which are parameters in timm."""
-    model = make_foreign(transformers, family)
+    model = make_foreign(family)
     modules = {name for name, module in model.named_modules() if next(module.parameters(recurse=False), None) is not None}
     assert set(foreign_names(family, num_blocks=2, version=5)) == modules - {"embeddings", "embeddings.position_embedding"}
 
@@ -196,8 +192,8 @@ def test_modules_are_those_of_timm(family):
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
-def test_converted_model_computes_the_same(transformers, family):
-    model, ours = make_foreign(transformers, family), make_timm(family)
+def test_converted_model_computes_the_same(family):
+    model, ours = make_foreign(family), make_timm(family)
     ours.load_state_dict(to_timm(model.state_dict()))
     images = torch.randn(3, 3, *[image_sizes(family)["image_size"]] * 2, generator=torch.Generator().manual_seed(1))
     expected = normalised_tokens(family, model, images)
@@ -206,14 +202,14 @@ def test_converted_model_computes_the_same(transformers, family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_there_and_back(transformers, family):
-    state = make_foreign(transformers, family).state_dict()
+def test_there_and_back(family):
+    state = make_foreign(family).state_dict()
     assert_same(from_timm(to_timm(state), family, version=5), kept(state))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_names_of_version_4_are_those_that_transformers_saves(transformers, family, tmp_path):
-    model = make_foreign(transformers, family)
+def test_names_of_version_4_are_those_that_transformers_saves(family, tmp_path):
+    model = make_foreign(family)
     model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "model.safetensors")
     weights = to_timm(model.state_dict())
@@ -222,8 +218,8 @@ def test_names_of_version_4_are_those_that_transformers_saves(transformers, fami
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_transformers_loads_what_is_written(transformers, family, tmp_path):
-    model = make_foreign(transformers, family)
+def test_transformers_loads_what_is_written(family, tmp_path):
+    model = make_foreign(family)
     weights = to_timm(model.state_dict())
     model.config.save_pretrained(tmp_path)
     save_file(from_timm(weights, family), tmp_path / "model.safetensors", metadata={"format": "pt"})
@@ -234,7 +230,7 @@ def test_transformers_loads_what_is_written(transformers, family, tmp_path):
     assert_same(to_timm(loaded.state_dict()), weights)
 
 
-def test_whole_models_are_read_without_heads_and_text(transformers):
+def test_whole_models_are_read_without_heads_and_text():
     vit = SIZES | image_sizes("vit") | {"intermediate_size": 128}
     text = SIZES | {"intermediate_size": 128, "vocab_size": 50, "eos_token_id": 1, "bos_token_id": 0, "pad_token_id": 2}
     clip = transformers.CLIPConfig(vision_config=vit, text_config=text, projection_dim=32)
