@@ -145,7 +145,7 @@ def check_exposure(config: ServingConfig) -> None:
 
 
 def _check_parts(config: ServingConfig) -> None:
-    """Raise where something is missing that can be missed without loading a model."""
+    """Raise where anything is wrong that can be seen without loading a model."""
     check_tracing()
     for path in config.meta_loras.values():
         read_meta_lora_manifest(path)
@@ -169,8 +169,7 @@ def _run(config: ServingConfig) -> None:
     """Return when every replica is ready.
 
     Raises:
-        LrRayError: what the first replica of the backbone met.
-        RuntimeError: what Serve says.
+        LrRayError: what the first replica of the backbone met; a ClusterError where that is no error of ours.
     """
     from ray import serve
 
@@ -182,9 +181,10 @@ def _run(config: ServingConfig) -> None:
         status = serve.status().applications.get(APP_NAME)
         told = status.deployments[BACKBONE].message if status and BACKBONE in status.deployments else ""
         met = re.search(rf"^{re.escape(errors.__name__)}\.(\w+): (.+)", told, re.MULTILINE)
-        if met is None:
-            raise
-        raise getattr(errors, met[1])(met[2]) from error
+        if met is not None:
+            raise getattr(errors, met[1])(met[2]) from error
+        reason = (told or str(error)).strip().rpartition("\n")[2]
+        raise ClusterError(f"Ray Serve cannot start the backbone: {reason}") from error
 
 
 def _drain() -> None:
