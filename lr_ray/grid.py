@@ -139,7 +139,9 @@ def plan_cell(grid: GridConfig, name: str, seed: int) -> Cell:
                 f"cell {name!r}: images, in the place of all that are inverted, do not go with {own[0]}; leave it out"
             )
         config = config.model_copy(update={"metric_inversion": None})
-    measured = {**images, "training": config.training.model_dump(mode="json")}
+    measured = {**images, "training": config.training.determining()}
+    if config.data.validation is not None:
+        measured["validation"] = config.data.validation.model_dump(mode="json")
     if for_metric := config.metric_inversion and {**inverted, "inversion": config.metric_inversion.model_dump(mode="json")}:
         measured["for_metric"] = for_metric
 

@@ -23,6 +23,7 @@ from lr_ray.export import hugging_face, write
 from lr_ray.export.hugging_face import counterpart_of, installed_version
 from lr_ray.export.write import TOLERANCE, export_model
 from lr_ray.storage.adapters import read_adapter, write_adapter
+from lr_ray.storage.manifest import CONFIG_NAME
 from lr_ray.vit.backbone import Backbone, load_backbone
 from lr_ray.vit.lora import Adapter, AdapterSpec, LoRAConfig, attach_lora, extract_lora
 from lr_ray.vit.naming import from_timm
@@ -248,6 +249,23 @@ def test_the_config_comes_last(meta_lora: str, tmp_path: Path, monkeypatch: pyte
     with pytest.raises(StorageError):
         export_model(meta_lora, "peft", "out")
     assert committed == ["out/README.md", "out/metric.safetensors", "out/adapter_model.safetensors"]
+
+
+def test_a_replacement_that_is_cut_off_leaves_no_adapter(meta_lora: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Not the new weights under the old config."""
+    to = tmp_path / "out"
+    export_model(meta_lora, "peft", str(to))
+    real = write.write_bytes
+
+    def full_after_the_weights(uri: str, content: bytes) -> None:
+        if uri.endswith(CONFIG_NAME):
+            raise StorageError("full")
+        real(uri, content)
+
+    monkeypatch.setattr(write, "write_bytes", full_after_the_weights)
+    with pytest.raises(StorageError):
+        export_model(meta_lora, "peft", str(to))
+    assert {path.name for path in to.iterdir()} == {"README.md", "metric.safetensors", "adapter_model.safetensors"}
 
 
 def test_to_object_storage_by_the_command(meta_lora: str, bucket: str):

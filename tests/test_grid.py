@@ -60,6 +60,15 @@ def test_values_of_the_cell_go_over_those_of_the_grid_and_the_base(write):
     assert a.data.tune.source == "digits"
 
 
+def test_how_the_work_is_spread_does_not_name_a_cell_and_validation_does(write):
+    spread = {"training.num_workers": 2, "training.episodes_per_step": 2, "training.recompute": True}
+    alone = {"training.episodes_per_step": 2}
+    validated = {**alone, "data.validation": {"source": "digits", "classes": ["4:9"]}}
+    grid = load_grid(write({name: {"set": values} for name, values in (("a", alone), ("A", spread), ("b", validated))}))
+    digests = [plan_cell(grid, name, 0).config.output_root.rpartition("-")[2] for name in grid.cells]
+    assert digests[0] == digests[1] != digests[2]
+
+
 def test_cells_share_adapters_and_images_as_far_as_they_agree(write):
     grid = load_grid(
         write(

@@ -17,8 +17,8 @@ from lr_ray.export.usage import usage_peft, usage_peft_hf, usage_timm
 from lr_ray.fewshot.metric import Metric
 from lr_ray.model import Parts, load_parts
 from lr_ray.report.card import fitted_card
-from lr_ray.storage.filesystem import join, read_if_there, write_bytes
-from lr_ray.storage.manifest import CARD_NAME
+from lr_ray.storage.filesystem import delete, join, read_if_there, write_bytes
+from lr_ray.storage.manifest import CARD_NAME, CONFIG_NAME, METRIC_NAME
 from lr_ray.vit.backbone import Backbone
 from lr_ray.vit.lora import merged
 from lr_ray.vit.tokens import encode_pixels
@@ -113,6 +113,8 @@ def export_model(meta_lora: str, kind: str, uri: str) -> Exported:
     files, difference = make_files(parts, kind)
     if KINDS[kind].is_folder:
         files = {CARD_NAME: card_of(parts, meta_lora, kind, where="PATH").encode(), **files}
+        for name in (CONFIG_NAME, METRIC_NAME):  # without the first nobody takes old and new files for one adapter
+            delete(join(uri, name))
     for name, content in files.items():
         write_bytes(join(uri, name) if name != ALONE else uri, content)
     return Exported(uri=uri, num_bytes=sum(map(len, files.values())), difference=difference)

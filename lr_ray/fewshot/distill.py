@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -115,6 +115,10 @@ class TrainConfig(Section):
     """Ray Train workers."""
     min_workers: int | None = Field(default=None, gt=0)
     """Go on with as few as these when machines are lost, and with more when they come back; default `num_workers`."""
+
+    def determining(self) -> dict[str, Any]:
+        """What the trained weights depend on: all but how the work is spread and how much memory it takes."""
+        return self.model_dump(mode="json", exclude={"num_workers", "min_workers", "recompute"})
 
     def validates_at(self, step: int) -> bool:
         """Whether the training is validated and saved after optimiser step `step`, counted from 1."""

@@ -49,20 +49,24 @@ class Reporter:
             self._console.print(message, soft_wrap=True, markup=False)
 
     @contextmanager
-    def track(self, title: str, total: int, under_way: Callable[[], Sequence[UnderWay]] = _nothing) -> Iterator[Advance]:
+    def track(
+        self, title: str, total: int, under_way: Callable[[], Sequence[UnderWay]] = _nothing, *, done: int = 0
+    ) -> Iterator[Advance]:
         """A bar of `total` pieces; yields what to call after each.
 
         Args:
+            done: pieces that an earlier run has finished, which tell nothing of this one's speed.
             under_way: asked again and again, in another thread, for the pieces that are not finished yet.
         """
         if self._quiet:
             yield lambda _note: None
             return
-        with self._bars(title, total, under_way) if sys.stderr.isatty() else self._lines(title, total, under_way) as advance:
+        show = self._bars if sys.stderr.isatty() else self._lines
+        with show(title, total, under_way, done) as advance:
             yield advance
 
     @contextmanager
-    def _bars(self, title: str, total: int, under_way: Callable[[], Sequence[UnderWay]]) -> Iterator[Advance]:
+    def _bars(self, title: str, total: int, under_way: Callable[[], Sequence[UnderWay]], done: int) -> Iterator[Advance]:
         columns = (
             TextColumn("[bold]{task.description}"),
             BarColumn(),
@@ -73,7 +77,7 @@ class Reporter:
             TextColumn("{task.fields[note]}", style="dim", markup=False),
         )
         with Progress(*columns, console=self._console) as bar:
-            task = bar.add_task(title, total=total, note="")
+            task = bar.add_task(title, total=total, completed=done, note="")
             shown: dict[str, TaskID] = {}
 
             def look() -> None:
@@ -89,21 +93,21 @@ class Reporter:
                 yield lambda note: bar.update(task, advance=1, note=note)
 
     @contextmanager
-    def _lines(self, title: str, total: int, under_way: Callable[[], Sequence[UnderWay]]) -> Iterator[Advance]:
+    def _lines(self, title: str, total: int, under_way: Callable[[], Sequence[UnderWay]], done: int) -> Iterator[Advance]:
         """A line at the first, the last and every few seconds between."""
         start = last = time.monotonic()
-        done = 0
+        before = done
 
         def say(note: str) -> None:
             nonlocal last
             last = time.monotonic()
-            eta = f"{(last - start) / done * (total - done):.0f} s" if done else "unknown"
+            eta = f"{(last - start) / (done - before) * (total - done):.0f} s" if done > before else "unknown"
             self.say(f"{title}: {done}/{total}, {last - start:.0f} s, eta {eta}: {note}")
 
         def advance(note: str) -> None:
             nonlocal done
             done += 1
-            if done in (1, total) or time.monotonic() - last >= _SECONDS_BETWEEN_LINES:
+            if done in (before + 1, total) or time.monotonic() - last >= _SECONDS_BETWEEN_LINES:
                 say(note)
 
         def look() -> None:

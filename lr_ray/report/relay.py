@@ -29,8 +29,8 @@ class Relay:
         done, total = int(progress["done"]), int(progress["total"])
         if progress["title"] != self._title or done < self._done:
             self._bar.close()
-            self._title, self._done = progress["title"], 0
-            self._advance = self._bar.enter_context(self._reporter.track(self._title, total))
+            self._title, self._done = progress["title"], max(0, done - 1)
+            self._advance = self._bar.enter_context(self._reporter.track(self._title, total, done=self._done))
         for _ in range(done - self._done):
             self._advance(progress["note"])
         self._done = done

@@ -36,17 +36,21 @@ def run_grid(grid: GridConfig, cells: Sequence[str] | None, reporter: Reporter) 
     plan = [plan_cell(grid, name, seed) for name in grid.cells for seed in grid.cells[name].seeds or grid.seeds]
     for cell in plan:
         ingredients_of(cell.config.evaluation.methods)
-    found = {(cell.name, cell.seed): _finished(cell) for cell in plan}
+    _all_finished(plan)  # damaged ones are told before the work
     todo = [cell for cell in plan if cell.name in (cells or grid.cells)]
     summary: list[dict[str, Any]] = []
     with ray_session(todo[0].config.ray):
         for position, cell in enumerate(todo):
             reporter.say(f"cell {position + 1} of {len(todo)}: {cell.name}, seed {cell.seed}")
-            found[cell.name, cell.seed] = run_cell(cell, reporter)
-            summary = summarise([{"cell": name, "seed": seed, **row} for (name, seed), rows in found.items() for row in rows])
+            run_cell(cell, reporter)
+            summary = summarise(_all_finished(plan))  # also what other commands have finished meanwhile
             content = json.dumps(summary, indent=2, ensure_ascii=False)
             write_bytes(join(grid.output_root, GRID_RESULTS_NAME), content.encode())
     return summary
+
+
+def _all_finished(plan: Sequence[Cell]) -> list[dict[str, Any]]:
+    return [{"cell": cell.name, "seed": cell.seed, **row} for cell in plan for row in _finished(cell)]
 
 
 def _finished(cell: Cell) -> list[dict[str, Any]]:

@@ -57,7 +57,7 @@ def evaluate_methods(config: ExperimentConfig, reporter: Reporter) -> list[dict[
     """
     plan = EvaluationPlan(config)
     uri = join(config.output_root, RESULTS_NAME)
-    known = known_rows(plan, uri)
+    known_rows(plan, uri)  # refuses what cannot be gone on with, before the work
     tasks = [task for measurement in plan.measurements for task in measurement.tasks]
     done = list_uris(join(config.output_root, "evaluation"), suffix="")
     todo = [task for task in tasks if task.uri not in done]
@@ -82,6 +82,7 @@ def evaluate_methods(config: ExperimentConfig, reporter: Reporter) -> list[dict[
     with _kept(failures):
         work_through("eval", predict_episodes, todo, config.ray, reporter, found)
     rows = rows_of(plan)
+    known = known_rows(plan, uri)  # again, since another command may have measured meanwhile
     merged = merge_rows(known, rows)
     if merged != known:
         write_tables(config.output_root, merged)

@@ -46,6 +46,7 @@ def ray_session(config: "RayConfig") -> Iterator[str]:
     Raises:
         ClusterError: it cannot be started or joined.
     """
+    os.environ.setdefault("RAY_task_oom_retries", str(config.max_failures))  # Ray goes on for ever by default
     if config.address == "local":
         with local_ray(num_cpus=config.num_cpus, dashboard=config.dashboard) as dashboard:
             yield dashboard
@@ -273,7 +274,7 @@ def user_error(error: BaseException) -> LrRayError:
     lost = (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError)
     if isinstance(error, ray.exceptions.OutOfMemoryError):
         return ClusterError(
-            f"a machine ran out of memory: {error}; run fewer processes on it at once (raise ray.cpus_per_actor), or give "
+            f"a machine ran out of memory: {str(error).partition(os.linesep)[0]}; run fewer processes on it at once (raise ray.cpus_per_actor), or give "
             "it more memory"
         )
     if isinstance(error, lost):

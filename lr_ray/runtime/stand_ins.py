@@ -36,8 +36,8 @@ class StandInTask:
     stand_in: StandInConfig
     inverted_root: str
     adapter_folder: str
-    index: int
     uri: str
+    seed: int
 
 
 def make_stand_ins(config: ExperimentConfig, stand_in: StandInConfig, inverted_root: str, reporter: Reporter) -> None:
@@ -63,12 +63,17 @@ def make_stand_ins(config: ExperimentConfig, stand_in: StandInConfig, inverted_r
     tasks = []
     folders = list_adapters(config.adapters_root)
     done = list_uris(config.synthetic_root, suffix=".parquet")
-    for index, (folder, spec) in enumerate(zip(folders, read_specs(folders), strict=True)):
-        name = synthetic_name(spec.adapter_id, digest_of({**inputs, "adapter": spec.digest}))
-        uri = join(config.synthetic_root, name)
+    for folder, spec in zip(folders, read_specs(folders), strict=True):
+        digest = digest_of({**inputs, "adapter": spec.digest})
+        uri = join(config.synthetic_root, synthetic_name(spec.adapter_id, digest))
         if uri not in done and chosen_classes(spec, config.inversion.classes):
             task = StandInTask(
-                config=config, stand_in=stand_in, inverted_root=inverted_root, adapter_folder=folder, index=index, uri=uri
+                config=config,
+                stand_in=stand_in,
+                inverted_root=inverted_root,
+                adapter_folder=folder,
+                uri=uri,
+                seed=int(digest[:12], 16),
             )
             tasks.append(task)
 
@@ -94,7 +99,7 @@ def make_one(task: StandInTask) -> int:
     adapter = read_adapter(task.adapter_folder).to(backbone.device)
     check_adapter(adapter, backbone)
     backbone = as_tuned(adapter, backbone)
-    rng = np.random.default_rng((config.seed, task.index, 2))
+    rng = np.random.default_rng(task.seed)
     with merged(backbone.model, adapter.updates()):
         images, labels = _images(task, adapter, backbone, rng)
         teacher_logits, flipped_logits, patch_order = describe(adapter, backbone, images, config.inversion)

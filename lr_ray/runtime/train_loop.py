@@ -88,12 +88,12 @@ def _validate_and_report(
 
 
 def _write_metric(job: TrainingJob, trainer: MetaTrainer) -> None:
-    """Fitted on images of its own, or on what was trained on, as the best weights see them; done again, it is the same."""
+    """Fitted on images of its own, or on what was trained on, as the best weights see them; the driver commits it."""
     read, config = partial(read_shelves, replace(job, config=job.config.for_metric)), job.training.metric
     features, kind_of = embed_classes(job.metric_refs or job.refs, read, trainer.embed_by_best, config, seed=job.config.seed)
     if not torch.isfinite(features).all():
         raise AdapterError(f"{job.kind}: the trained weights give NaN or infinite features; lower training.schedule.highest")
-    write_metric(job.folder, fit_metric(features, kind_of, config))
+    write_metric(checkpoints_of(job), fit_metric(features, kind_of, config))
 
 
 def _start(job: TrainingJob) -> dict[str, torch.Tensor] | None:
@@ -119,6 +119,14 @@ def _write_checkpoint(trainer: MetaTrainer, folder: Path) -> None:
 
 
 def read_checkpoint(job: TrainingJob, checkpoint: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The tensors and facts of `MetaTrainer.state`, from wherever Ray Train has put them."""
+    """The tensors and facts of `MetaTrainer.state`, from wherever Ray Train has put them.
+
+    Raises:
+        StorageError: unreadable or damaged.
+    """
     with storage_errors("read a checkpoint from", checkpoints_of(job)), checkpoint.as_directory() as folder:
-        return load_file(Path(folder, "state.safetensors")), json.loads(Path(folder, "state.json").read_text())
+        try:
+            return load_file(Path(folder, "state.safetensors")), json.loads(Path(folder, "state.json").read_text())
+        except (SafetensorError, ValueError) as error:
+            remedy = "delete that folder to start over"
+            raise StorageError(f"a checkpoint in {checkpoints_of(job)} is damaged ({error}); {remedy}") from error

@@ -1,7 +1,9 @@
 """`lr-ray train`: meta-training by Ray Train, from synthetic images or, for the oracle, from real ones."""
 
+import json
 import threading
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -12,7 +14,7 @@ from lr_ray.errors import ClusterError, LrRayError, StorageError
 from lr_ray.fewshot.metatrain import kept_modules
 from lr_ray.report.card import model_card
 from lr_ray.report.curves import Curves
-from lr_ray.report.progress import Reporter
+from lr_ray.report.progress import Advance, Reporter
 from lr_ray.report.trackers import TrackedRun, Tracker, open_trackers
 from lr_ray.runtime.relations import see_with_every_adapter
 from lr_ray.runtime.session import ray_session, this_node, user_error
@@ -20,13 +22,24 @@ from lr_ray.runtime.train_entry import train_loop_per_worker
 from lr_ray.runtime.train_loop import checkpoints_of, read_checkpoint
 from lr_ray.runtime.training_job import TrainingJob, joint_job, meta_lora_job, oracle_job
 from lr_ray.storage.adapters import with_digest, write_adapter
-from lr_ray.storage.filesystem import arrow_filesystem, exists, join, storage_errors
+from lr_ray.storage.filesystem import (
+    arrow_filesystem,
+    delete,
+    exists,
+    join,
+    read_bytes,
+    read_if_there,
+    storage_errors,
+    write_bytes,
+)
 from lr_ray.storage.manifest import CONFIG_NAME, METRIC_NAME, claim_folder, digest_of, read_manifest
 from lr_ray.storage.measurements import read_tensors
 from lr_ray.storage.synthetic import by_adapter
 from lr_ray.vit.backbone import Backbone, load_backbone
 from lr_ray.vit.lora import Adapter, AdapterSpec
 
+_RECORD = "checkpoint_manager_snapshot.json"
+"""Ray Train's, in a run's folder: written in place, and read before anything else."""
 _END_S = 10.0
 """So long a training may take to end that one of its workers has given up."""
 
@@ -71,7 +84,12 @@ def _train(job: TrainingJob, backbone: Backbone, reporter: Reporter) -> dict[str
         if job.training.relations.share:
             job = replace(job, feature_uris=see_with_every_adapter(job.config, job.files, reporter))
         tensors, facts = _fit(job, trackers, reporter)
-    metric = read_tensors(join(job.folder, METRIC_NAME))[1]["digest"]
+    if exists(join(job.folder, CONFIG_NAME)):  # another command was faster, and what it wrote belongs together
+        reporter.say(f"train: {job.folder} was finished meanwhile")
+        return read_manifest(job.folder) or {}
+    fitted = join(checkpoints_of(job), METRIC_NAME)
+    metric = read_tensors(fitted)[1]["digest"]
+    write_bytes(join(job.folder, METRIC_NAME), read_bytes(fitted))
     common = {"kind": job.kind, "history": facts["history"], "config": job.config.resolved()}
     last = _meta_lora(job, backbone, tensors, which="last")
     write_adapter(join(job.folder, "last"), last, inputs=job.inputs, facts={"step": facts["step"], **common})
@@ -131,6 +149,8 @@ def _fit(job: TrainingJob, trackers: Sequence[Tracker], reporter: Reporter) -> t
 
     config, most = job.config.ray, job.training.num_workers
     filesystem, path = arrow_filesystem(checkpoints_of(job))
+    name = f"{job.kind}-{digest_of(job.inputs)[:12]}"
+    _drop_if_torn(join(checkpoints_of(job), name, _RECORD), reporter)
     beside_the_driver = {"num_cpus": 0, "scheduling_strategy": this_node()}  # lost with it, and only then
     steps: Any = Queue(actor_options=beside_the_driver)
     trainer = TorchTrainer(
@@ -143,7 +163,7 @@ def _fit(job: TrainingJob, trackers: Sequence[Tracker], reporter: Reporter) -> t
             resources_per_worker={"CPU": config.cpus_per_trainer},
         ),
         run_config=RunConfig(
-            name=f"{job.kind}-{digest_of(job.inputs)[:12]}",
+            name=name,
             storage_path=path,
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=config.max_failures),
@@ -161,7 +181,8 @@ def _fit(job: TrainingJob, trackers: Sequence[Tracker], reporter: Reporter) -> t
 
     thread = threading.Thread(target=fit, daemon=True)
     thread.start()
-    with reporter.track(f"train {job.kind}", job.training.num_steps) as advance, Curves(job.folder) as curves:
+    with ExitStack() as bar, Curves(job.folder) as curves:
+        advance: Advance | None = None
         shown = 0
         unwritten: StorageError | None = None
         while thread.is_alive() or not steps.empty():
@@ -185,6 +206,9 @@ def _fit(job: TrainingJob, trackers: Sequence[Tracker], reporter: Reporter) -> t
                     curves.commit()
                 except StorageError as error:  # a failure of the training itself comes before it
                     unwritten = unwritten or error
+            if advance is None:
+                shown = metrics["step"] - 1  # an earlier run had done
+                advance = bar.enter_context(reporter.track(f"train {job.kind}", job.training.num_steps, done=shown))
             for _ in range(metrics["step"] - shown):
                 advance(", ".join(f"{key.replace('_', ' ')} {value:.3f}" for key, value in metrics.items() if key != "step"))
             shown = metrics["step"]
@@ -206,6 +230,18 @@ def _fit(job: TrainingJob, trackers: Sequence[Tracker], reporter: Reporter) -> t
     if unwritten is not None:
         raise unwritten
     return read_checkpoint(job, result.checkpoint)
+
+
+def _drop_if_torn(uri: str, reporter: Reporter) -> None:
+    """Delete Ray Train's record of its checkpoints if its writer was killed over it, for with it nothing starts."""
+    content = read_if_there(uri)
+    if content is None:
+        return
+    try:
+        json.loads(content)
+    except ValueError:
+        reporter.say(f"train: {uri}, which tells the checkpoints, is damaged; beginning anew")
+        delete(uri)
 
 
 def _meta_lora(

@@ -190,7 +190,7 @@ def _shared_inputs(config: ExperimentConfig, training: TrainConfig, backbone: Ba
         "step": "train",
         "seed": config.seed,
         "backbone": backbone.identity,
-        "training": training.model_dump(mode="json", exclude={"num_workers", "min_workers", "recompute"}),
+        "training": training.determining(),
         "validation": load_data(validation).digest() if validation else None,
     }
 

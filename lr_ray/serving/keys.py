@@ -7,10 +7,12 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from filelock import FileLock
 from pydantic import Field, TypeAdapter, ValidationError
 
 from lr_ray.errors import ConfigError, RequestError
@@ -52,19 +54,20 @@ def add_key(path: Path, name: str, **limits: int) -> str:
     Raises:
         ConfigError: a name that cannot be, or is taken; a limit that cannot be; a damaged or unwritable file.
     """
-    keys = read_keys(path) if path.exists() else []
     if not OWNER.fullmatch(name):
         raise ConfigError(f"key name {name!r}: give 1 to 63 of a-z, 0-9, _ and -, the first a letter or digit")
-    if name in [key.name for key in keys]:
-        raise ConfigError(
-            f"key {name!r} is in {path} already; remove it first (`lr-ray serve key rm {name}`), or choose another"
-        )
     secret = _PREFIX + secrets.token_urlsafe(32)
     try:
         key = Key.model_validate({"name": name, "sha256": _hash(secret), **limits})
     except ValidationError as error:
         raise ConfigError(f"key {name!r}: {_first(error)}") from error
-    _write_keys(path, [*keys, key])
+    with _changing(path):
+        keys = read_keys(path) if path.exists() else []
+        if name in [other.name for other in keys]:
+            raise ConfigError(
+                f"key {name!r} is in {path} already; remove it first (`lr-ray serve key rm {name}`), or choose another"
+            )
+        _write_keys(path, [*keys, key])
     return secret
 
 
@@ -74,10 +77,12 @@ def remove_key(path: Path, name: str) -> None:
     Raises:
         ConfigError: no such key; a damaged, absent or unwritable file.
     """
-    keys = read_keys(path)
-    if name not in (names := [key.name for key in keys]):
-        raise ConfigError(f"key {name!r} is not in {path}; it holds {', '.join(names) or 'none'}")
-    _write_keys(path, [key for key in keys if key.name != name])
+    read_keys(path)  # makes no folder for a file that is not there
+    with _changing(path):
+        keys = read_keys(path)
+        if name not in (names := [key.name for key in keys]):
+            raise ConfigError(f"key {name!r} is not in {path}; it holds {', '.join(names) or 'none'}")
+        _write_keys(path, [key for key in keys if key.name != name])
 
 
 def read_keys(path: Path) -> list[Key]:
@@ -114,11 +119,25 @@ def _hash(secret: str) -> str:
     return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).hexdigest()
 
 
+@contextmanager
+def _changing(path: Path) -> Iterator[None]:
+    """Alone: of two commands at once neither undoes what the other does."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path.with_name(f"{path.name}.lock"))
+        lock.acquire()
+    except OSError as error:
+        raise ConfigError(f"keys {path}: {error.strerror}; choose another file with --keys") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def _write_keys(path: Path, keys: Sequence[Key]) -> None:
     """At once, readable by its owner alone."""
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with open(os.open(temporary, os.O_CREAT | os.O_WRONLY | os.O_EXCL, 0o600), "w") as file:
             file.write(json.dumps([key.model_dump() for key in keys], indent=2) + "\n")
             file.flush()

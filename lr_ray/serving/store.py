@@ -13,14 +13,23 @@ import secrets
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 from lr_ray.errors import RequestError, StorageError
 from lr_ray.serving.limits import OWNER, Bounds
 from lr_ray.serving.tasks import Support, Task
-from lr_ray.storage.filesystem import create_bytes, delete, join, list_sizes, read_if_there, read_many, write_bytes
+from lr_ray.storage.filesystem import (
+    create_bytes,
+    delete,
+    delete_empty_folder,
+    join,
+    list_sizes,
+    read_if_there,
+    read_many,
+    write_bytes,
+)
 
 _logger = logging.getLogger("lr_ray.serving")
 _ID = re.compile(r"[0-9a-f]{8}[A-Za-z0-9_-]{22}")
@@ -64,7 +73,7 @@ class TaskStore:
         """Keep a new task of the model of that digest.
 
         Raises:
-            RequestError: 413 the owner's tasks would be too many or too large.
+            RequestError: 413 the owner's tasks would be too many or too large; 500 as of `_perhaps_written`.
         """
         task_id = f"{int(self.clock()):08x}{secrets.token_urlsafe(16)}"
         task = Task(task_id=task_id, owner=owner, version=1, model=model, support=support)
@@ -74,7 +83,10 @@ class TaskStore:
             if len(sizes) >= bounds.tasks:
                 raise RequestError(f"{len(sizes)} tasks are kept already, and no more may be; delete one", 413)
             _check_bytes(sum(sizes.values()) + len(content), bounds)
-            create_bytes(self._uri(owner, task_id, 1), content)
+            with _perhaps_written(task_id, 1):
+                created = create_bytes(self._uri(owner, task_id, 1), content)
+            if not created:
+                raise RequestError("the task's name was taken; ask again", 503, 1)
         return task
 
     def read(self, owner: str, task_id: str, bounds: Bounds) -> Task:
@@ -194,17 +206,11 @@ class TaskStore:
         """Write the version if it is the next one, and make less of those before it; whether it is.
 
         Those that cannot be removed now are left to the next change.
-
-        Raises:
-            RequestError: 500 the storage failed when the version may have been written, so that to ask again may do it twice.
         """
-        try:
+        with _perhaps_written(task_id, version):
             if not create_bytes(self._uri(owner, task_id, version), content):
                 return False
             versions = _versions(list_sizes(join(self.root, owner, task_id)))
-        except StorageError as error:
-            _logger.error("task %s, version %d: %s", task_id, version, error)
-            raise RequestError("the storage failed, and the change may have been made; look at the task", 500) from error
         if version - 1 not in versions:  # the name was free because this comes too late
             self._remove(owner, task_id, [version])
             return False
@@ -224,11 +230,28 @@ class TaskStore:
                 delete(uri)
         self._uncache(uris)
 
+        with suppress(StorageError):
+            delete_empty_folder(join(self.root, owner, task_id))
+
     def _uncache(self, uris: Iterable[str]) -> None:
         with self._lock:
             for uri in uris:
                 self._cache.pop(uri, None)
                 self._cached_bytes.pop(uri, None)
+
+
+@contextmanager
+def _perhaps_written(task_id: str, version: int) -> Iterator[None]:
+    """What fails inside may be done nevertheless.
+
+    Raises:
+        RequestError: 500 the storage failed, and to ask again may do it twice.
+    """
+    try:
+        yield
+    except StorageError as error:
+        _logger.error("task %s, version %d: %s", task_id, version, error)
+        raise RequestError("the storage failed, and the change may have been made; look at the task", 500) from error
 
 
 def _versions(sizes: dict[str, int]) -> dict[int, int]:

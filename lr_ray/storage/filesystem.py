@@ -199,6 +199,23 @@ def delete(uri: str) -> None:
     _run("delete", uri, remove, lambda path: Path(path).unlink(missing_ok=True))
 
 
+def delete_empty_folder(uri: str) -> None:
+    """Remove a local folder that holds nothing; an object store has none.
+
+    Raises:
+        StorageError: it cannot be removed.
+    """
+
+    def remove(path: str) -> None:
+        try:
+            os.rmdir(path)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.ENOENT):
+                raise
+
+    _run("delete", uri, lambda _store, _path: None, remove)
+
+
 def exists(uri: str) -> bool:
     """Whether a file of that name has been committed. To look up many, `list_uris` once."""
     return file_size(uri) is not None
@@ -245,7 +262,7 @@ def list_files(uri: str, *, suffix: str) -> list[str]:
 def list_sizes(uri: str) -> dict[str, int]:
     """Bytes of each file below the folder, by its name relative to it, in the order of names; none if it is absent.
 
-    A folder that links lead to twice, such as one above itself, is listed once.
+    A folder that links lead to, too, is listed once: by its own name if it is below this one.
 
     Raises:
         StorageError: it, or a folder below it, cannot be listed.
@@ -297,13 +314,18 @@ def _local_sizes(root: str) -> dict[str, int]:
 
     sizes: dict[str, int] = {}
     seen: set[tuple[int, int]] = set()
-    start = root.rstrip("/") + "/"
+    start, own = root.rstrip("/") + "/", os.path.realpath(root)
+
+    def leads_back(path: str) -> bool:
+        return os.path.islink(path) and f"{os.path.realpath(path)}/".startswith(f"{own}/")
+
     for folder, folders, names in os.walk(root, followlinks=True, onerror=refuse) if os.path.lexists(root) else ():
         if (identity := _identity(folder)) in seen or identity is None:
             folders.clear()
             continue
         seen.add(identity)
         below = folder.rstrip("/") + "/"
+        folders[:] = sorted(name for name in folders if not leads_back(below + name))
         for name in names:
             if (size := _local_size(below + name)) is not None:
                 sizes[(below + name).removeprefix(start)] = size

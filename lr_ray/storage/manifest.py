@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from lr_ray.errors import AdapterError, StorageError
-from lr_ray.storage.filesystem import exists, join, read_if_there, read_many, write_bytes
+from lr_ray.storage.filesystem import create_bytes, exists, join, read_bytes, read_if_there, read_many, write_bytes
 
 MANIFEST_NAME = "lr_ray.json"
 CONFIG_NAME, WEIGHTS_NAME, CARD_NAME = "adapter_config.json", "adapter_model.safetensors", "README.md"
@@ -94,8 +94,9 @@ def claim_folder(folder: str, inputs: dict[str, Any], *, config: dict[str, Any])
     content = read_if_there(uri)
     if content is None:
         claim = {"inputs": inputs, "config": config, "versions": versions()}
-        write_bytes(uri, json.dumps(claim, indent=2, ensure_ascii=False).encode())
-        return
+        if create_bytes(uri, json.dumps(claim, indent=2, ensure_ascii=False).encode()):
+            return
+        content = read_bytes(uri)  # of another command, which came first
     try:
         found = json.loads(content)["inputs"]
     except (ValueError, KeyError, TypeError) as error:

@@ -1,3 +1,4 @@
+import itertools
 import sys
 import threading
 
@@ -18,6 +19,17 @@ def test_lines_at_the_first_and_the_last(capsys: pytest.CaptureFixture[str]):
     first, last = capsys.readouterr().err.splitlines()
     assert first.startswith("invert: 1/3, 0 s, eta 0 s: one")
     assert last.startswith("invert: 3/3, 0 s, eta 0 s: three")
+
+
+def test_what_an_earlier_run_has_done_says_nothing_of_the_speed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    clock = itertools.count(0, 10)
+    monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LOOKS", 60.0)
+    with Reporter().track("train", 1000, done=900) as advance:
+        advance("one")
+    assert capsys.readouterr().err == "train: 901/1000, 10 s, eta 990 s: one\n"
 
 
 def test_a_line_says_what_is_under_way(monkeypatch: pytest.MonkeyPatch):

@@ -28,8 +28,8 @@ class Noted(Reporter):
         self.bars: list[tuple[str, int, list[str]]] = []
 
     @contextmanager
-    def track(self, title: str, total: int, *_more: object) -> Iterator[Advance]:
-        notes: list[str] = []
+    def track(self, title: str, total: int, *_more: object, done: int = 0) -> Iterator[Advance]:
+        notes = done * ["before"]
         self.bars.append((title, total, notes))
         yield notes.append
 
@@ -50,3 +50,10 @@ def test_progress_moves_a_bar_on_a_terminal(capsys: pytest.CaptureFixture[str], 
     notes = ["a: 12 images, cross-entropy 1.000", *2 * ["c: 12 images: more"], *2 * ["e"]]
     assert reporter.bars == [("invert", 5, notes), ("invert", 5, ["again"])]
     assert capsys.readouterr().out.splitlines() == [LINES[0], LINES[3]]
+
+
+def test_a_log_that_is_joined_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    reporter = Noted()
+    Relay(reporter).show(LINES[4])
+    assert reporter.bars == [("invert", 5, ["before", "before", "c: 12 images: more"])]

@@ -31,6 +31,7 @@ from lr_ray.fewshot.methods import (
 from lr_ray.fewshot.metric import Metric, MetricConfig, fit_metric
 from lr_ray.fewshot.protocol import VaryingShape
 from lr_ray.model import Model
+from lr_ray.runtime import evaluation
 from lr_ray.runtime.evaluation import evaluate_methods, predict_episodes
 from lr_ray.runtime.evaluation_plan import EvaluationPlan
 from lr_ray.runtime.experiment import run_experiment
@@ -71,6 +72,22 @@ def test_methods_that_are_added_use_what_is_there(tiny_experiment: ExperimentCon
     assert before == {name: after[name] for name in before}
     stored = json.loads(Path(tiny_experiment.output_root, "results.json").read_text())
     assert [row["method"] for row in stored] == ["raw-pixels", "bpa", "nn", CAML]
+
+
+def test_rows_of_a_command_that_ended_meanwhile_stay(
+    tiny_experiment: ExperimentConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = evaluation.rows_of
+
+    def rows_of(plan: EvaluationPlan) -> list[dict[str, Any]]:
+        monkeypatch.undo()
+        measure(tiny_experiment, "raw-pixels")
+        return real(plan)
+
+    monkeypatch.setattr(evaluation, "rows_of", rows_of)
+    measure(tiny_experiment, "nn")
+    stored = json.loads(Path(tiny_experiment.output_root, "results.json").read_text())
+    assert [row["method"] for row in stored] == ["raw-pixels", "nn"]
 
 
 def test_predictions_that_are_lost_are_made_again_and_are_the_same(tiny_experiment: ExperimentConfig) -> None:

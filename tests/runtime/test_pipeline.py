@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from lr_ray.errors import ClusterError, DataError, EpisodeError, StorageError
 from lr_ray.fewshot.episodes import draw_test_episodes
 from lr_ray.fewshot.evaluate import episode_accuracies
 from lr_ray.fewshot.relations import directions
+from lr_ray.report.progress import Reporter
+from lr_ray.runtime import training
 from lr_ray.runtime.relations import relation_targets, see_with_every_adapter
 from lr_ray.runtime.training import train_meta_lora
 from lr_ray.runtime.tuning import tune_library
@@ -176,6 +179,30 @@ def test_features_of_every_adapter_are_committed_once(inverted: ExperimentConfig
     Path(first).write_bytes(b"damaged")
     with pytest.raises(StorageError, match=r"features .*damaged.*delete the file"):
         relation_targets(inverted, files, [first, *others], grid_size)
+
+
+@pytest.mark.slow
+def test_a_torn_record_of_checkpoints_is_begun_anew_and_a_torn_checkpoint_is_told(
+    inverted: ExperimentConfig, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As kills leave them: Ray Train writes its record in place."""
+    config = changed(inverted, training={"num_steps": 2, "validate_every": 1})
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "write_adapter", Mock(side_effect=StorageError("killed")))
+        with pytest.raises(StorageError, match="killed"):
+            train_meta_lora(config, QUIET)
+    (record,) = Path(config.meta_lora_root, "training").rglob("checkpoint_manager_snapshot.json")
+    (checkpoint,) = record.parent.rglob("state.safetensors")
+    whole = checkpoint.read_bytes()
+
+    checkpoint.write_bytes(whole[:100])
+    with pytest.raises(StorageError, match=r"checkpoint in .*/training is damaged .*; delete that folder to start over"):
+        train_meta_lora(config, QUIET)
+    record.write_bytes(b"")
+    train_meta_lora(config, Reporter())
+
+    assert "which tells the checkpoints, is damaged; beginning anew" in capsys.readouterr().err
+    assert Path(config.meta_lora_root, "adapter_config.json").exists()
 
 
 def test_errors_before_and_inside_training(inverted: ExperimentConfig) -> None:

@@ -1,6 +1,8 @@
 """Which Ray errors a user can act on."""
 
 import os
+import subprocess
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,7 +10,7 @@ from typing import Any
 
 import pytest
 import ray
-from ray.exceptions import ActorDiedError, RayTaskError, WorkerCrashedError
+from ray.exceptions import ActorDiedError, OutOfMemoryError, RayTaskError, WorkerCrashedError
 
 from lr_ray.config import RayConfig
 from lr_ray.errors import AdapterError, ClusterError, StorageError
@@ -29,6 +31,42 @@ def test_a_lost_process_is_no_fault_of_ours(lost: Exception) -> None:
     error = user_error(lost)
     assert isinstance(error, ClusterError)
     assert "run the same command again" in str(error)
+
+
+def test_a_machine_without_memory_is_told_in_one_line() -> None:
+    error = user_error(OutOfMemoryError("1 worker(s) were killed\nprovision more, tune less,\nor …"))
+    assert isinstance(error, ClusterError)
+    assert str(error).startswith("a machine ran out of memory: 1 worker(s) were killed; run fewer processes")
+
+
+_GREEDY = """
+import os
+os.environ["RAY_memory_usage_threshold"] = "0.001"  # whatever runs is too much
+from dataclasses import dataclass
+from lr_ray.config import RayConfig
+from lr_ray.runtime.session import map_tasks, ray_session
+
+@dataclass
+class Item:
+    uri: str = ""
+
+def work(item):
+    import time
+    with open({log!r}, "a") as file:
+        file.write("x")
+    time.sleep(120)
+
+with ray_session(config := RayConfig(num_cpus=1, max_failures=1, dashboard=False)):
+    print(*[type(found).__name__ for _, found in map_tasks(work, [Item()], config)])
+"""
+
+
+@pytest.mark.slow
+def test_a_task_that_is_too_large_for_the_machine_is_given_up(tmp_path: Path) -> None:
+    log = tmp_path / "begun"
+    done = subprocess.run([sys.executable, "-c", _GREEDY.format(log=str(log))], capture_output=True, text=True, timeout=240)
+    assert done.stdout.split() == ["ClusterError"]
+    assert log.read_text() == "xx"
 
 
 def test_a_fault_of_ours_keeps_its_traceback() -> None:

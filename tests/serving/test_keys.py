@@ -2,11 +2,14 @@
 
 import json
 import stat
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lr_ray.errors import ConfigError, RequestError
+from lr_ray.serving import keys as keys_module
 from lr_ray.serving.keys import Bucket, Key, Keyring, add_key, bounds_of, find_key, read_keys, remove_key
 
 
@@ -24,7 +27,7 @@ def test_the_file_holds_the_hash_and_not_the_key(path: Path):
     assert (found.name, found.tasks, found.requests_per_minute) == ("ann", 3, 600)
     assert find_key([found], secret) == found
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    assert [file.name for file in path.parent.iterdir()] == ["keys.json"]
+    assert {file.name for file in path.parent.iterdir()} == {"keys.json", "keys.json.lock"}
 
 
 def test_keys_differ_and_are_long(path: Path):
@@ -33,6 +36,24 @@ def test_keys_differ_and_are_long(path: Path):
     assert all(len(secret) == len("lrray_") + 43 for secret in secrets)
     keys = read_keys(path)
     assert [found.name for secret in secrets if (found := find_key(keys, secret))] == ["a", "b", "c"]
+
+
+def test_of_two_commands_at_once_neither_undoes_the_other(path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The removal of a key that leaked waits for the one that adds another."""
+    add_key(path, "leaked")
+    real, removing = keys_module._write_keys, threading.Thread(target=remove_key, args=(path, "leaked"))
+
+    def remove_meanwhile(*arguments: Any) -> None:
+        if not removing.is_alive():
+            removing.start()
+            removing.join(0.2)  # without a lock it is done by now, and undone below
+            monkeypatch.setattr(keys_module, "_write_keys", real)
+        real(*arguments)
+
+    monkeypatch.setattr(keys_module, "_write_keys", remove_meanwhile)
+    add_key(path, "new")
+    removing.join()
+    assert [key.name for key in read_keys(path)] == ["new"]
 
 
 @pytest.mark.parametrize("wrong", ["", "x", "lrray_", "Ü", "\ud800", "a" * 10_000])

@@ -243,6 +243,7 @@ def test_tasks_expire_and_their_files_go(store: TaskStore):
     assert status_of(lambda: store.read("ann", task.task_id, bounds)) == 404
     newer = store.create("ann", support("a", "b"), bounds, model="m")
     assert list_files(store.root, suffix="") == [f"ann/{newer.task_id}/00000001.safetensors"]
+    assert [folder.name for folder in Path(store.root, "ann").iterdir()] == [newer.task_id]
 
 
 def test_a_task_of_another_model_is_409_and_not_listed(store: TaskStore):
@@ -269,6 +270,20 @@ def test_a_change_that_may_have_been_made_is_not_to_be_asked_again(
     assert status_of(lambda: store.update("ann", task.task_id, lambda found: found.add(support("a")), BOUNDS)) == 500
     monkeypatch.undo()
     assert store.read("ann", task.task_id, BOUNDS).version == 2
+
+
+def test_a_task_that_may_have_been_made_is_not_to_be_asked_for_again(store: TaskStore, monkeypatch: pytest.MonkeyPatch):
+    real = store_module.create_bytes
+
+    def made_but_not_answered(uri: str, content: bytes) -> bool:
+        real(uri, content)
+        raise StorageError("the storage went away")
+
+    monkeypatch.setattr(store_module, "create_bytes", made_but_not_answered)
+    assert status_of(lambda: store.create("ann", support("a", "b"), BOUNDS, model="m")) == 500
+    monkeypatch.setattr(store_module, "create_bytes", lambda _uri, _content: False)
+    assert status_of(lambda: store.create("ann", support("a", "b"), BOUNDS, model="m")) == 503
+    assert len(store.list("ann", BOUNDS)) == 1
 
 
 def test_a_task_under_a_foreign_name_is_refused(store: TaskStore):

@@ -195,6 +195,18 @@ def test_sizes(tmp_path: Path, scheme: str):
         open_file(f"{root}/absent")
 
 
+@pytest.mark.parametrize("link", ["a-first", "latest", "zz"])
+def test_a_link_hides_no_folder_beside_it(tmp_path: Path, link: str):
+    for name in ("task-0", "task-1", "task-2"):
+        write_bytes(f"{tmp_path}/root/deep/{name}/file", b"x")
+    write_bytes(f"{tmp_path}/elsewhere/file", b"x")
+    (tmp_path / "root" / link).symlink_to("deep/task-1")
+    (tmp_path / "root" / "deep" / link).symlink_to("task-1")
+    (tmp_path / "root" / "deep" / "outside").symlink_to(tmp_path / "elsewhere")
+    found = list_files(f"{tmp_path}/root", suffix="file")
+    assert found == ["deep/outside/file", *(f"deep/task-{index}/file" for index in range(3))]
+
+
 def test_a_file_that_is_renamed_while_its_folder_is_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """As every write does that goes on at the same time."""
     write_bytes(f"{tmp_path}/deep/a", b"x")

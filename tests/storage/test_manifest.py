@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from lr_ray.errors import StorageError
+from lr_ray.storage import manifest
 from lr_ray.storage.manifest import (
     CLAIM_NAME,
     MANIFEST_NAME,
@@ -117,6 +118,16 @@ def test_another_claim_names_what_differs_and_changes_nothing(tmp_path: Path, ch
     assert f"{tmp_path} holds another run's results {difference}" in str(caught.value)
     assert "--output" in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == [CLAIM_NAME]
+    assert (tmp_path / CLAIM_NAME).read_bytes() == before
+
+
+def test_of_two_that_claim_a_new_folder_at_once_one_gets_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Each has looked before either wrote."""
+    before = claim(tmp_path)
+    real, looks = manifest.read_if_there, iter([None])
+    monkeypatch.setattr(manifest, "read_if_there", lambda uri: next(looks, real(uri)))
+    with pytest.raises(StorageError, match=r"holds another run's results \(seed was 0, now 1\)"):
+        claim(tmp_path, seed=1)
     assert (tmp_path / CLAIM_NAME).read_bytes() == before
 
 
