@@ -273,9 +273,10 @@ def user_error(error: BaseException) -> LrRayError:
         return cause
     lost = (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError)
     if isinstance(error, ray.exceptions.OutOfMemoryError):
+        what = str(error).partition("\n")[0]
         return ClusterError(
-            f"a machine ran out of memory: {str(error).partition(os.linesep)[0]}; run fewer processes on it at once (raise ray.cpus_per_actor), or give "
-            "it more memory"
+            f"a machine ran out of memory: {what}; run fewer processes on it at once (raise ray.cpus_per_actor), or give it "
+            "more memory"
         )
     if isinstance(error, lost):
         return ClusterError(f"Ray lost a process for good: {error}; what was finished is kept: run the same command again")
