@@ -81,7 +81,7 @@ class TrainConfig(Section):
     temperature: float = Field(default=1.0, gt=0)
     """Of teacher and student in the KL."""
     distance: Distance = "euclidean"
-    """Between queries and prototypes."""
+    """Between queries and prototypes, in training; validation and `recycle` go by Euclidean distance whatever it is."""
     logit_scale: float = Field(default=1.0, gt=0)
     """Factor on the student's logits."""
     keep_ratio: float = Field(default=1.0, gt=0, le=1)
@@ -103,8 +103,8 @@ class TrainConfig(Section):
     validation_episodes: int = Field(default=100, gt=0)
     """Episodes of one validation."""
     holdout_adapters: int = Field(default=2, ge=0)
-    """Adapters kept from training, whose synthetic images validate it when no real data are named for that; 0 keeps
-    none: then the last weights are the result."""
+    """Adapters whose synthetic images are not trained on but validate, when no real data are named for that (in the average
+    to start from and among the teachers of relations they are nevertheless); 0: then the last weights are the result."""
     patience: int | None = Field(default=None, gt=0)
     """End after this many validations without a better one; default never."""
     ema: float = Field(default=0.0, ge=0, lt=1)

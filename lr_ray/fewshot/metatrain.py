@@ -179,7 +179,7 @@ class MetaTrainer:
         for name, parameter in self._parameters.items():
             prefix = f"optimizer/{name}/"
             state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-            self._optimizer.state[parameter] = {key: value.clone() for key, value in state.items()}
+            self._optimizer.state[parameter] = _moved(state, parameter.device)
         self.step, self.best_step, self.best_accuracy = facts["step"], facts["best_step"], facts["best_accuracy"]
         self.history = list(facts["history"])
 
@@ -190,6 +190,11 @@ class MetaTrainer:
     def _load(self, values: Mapping[str, Tensor]) -> None:
         for name, parameter in self._parameters.items():
             parameter.copy_(values[name])
+
+
+def _moved(state: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """A copy of Adam's state of a parameter on its device; the count of steps stays on the CPU."""
+    return {key: value.to("cpu" if key == "step" else device, copy=True) for key, value in state.items()}
 
 
 def _leave_frozen_to_each_worker(student: nn.Module) -> None:

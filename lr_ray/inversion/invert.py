@@ -292,10 +292,14 @@ class InversionBatch:
         return seen[:, :3], order[:, : num_kept(order.shape[1], keep_ratio)]
 
     def result(self) -> tuple[Tensor, Tensor]:
-        """(B, 3, H, W) uint8 images, and the (B,) prior loss of the step that each was kept from."""
-        if not torch.isfinite(self._best_loss).all():
+        """(B, 3, H, W) uint8 images, and the (B,) prior loss of the step that each was kept from.
+
+        Raises:
+            InversionError: the loss became NaN.
+        """
+        if not (torch.isfinite(self._best_loss).all() and torch.isfinite(self._canvas.draw()).all()):
             raise InversionError(
-                f"adapter {self._adapter.spec.adapter_id}: the loss is NaN or infinite from the first step; "
+                f"adapter {self._adapter.spec.adapter_id}: the loss became NaN or infinite; "
                 "look for extreme weights in the adapter, or try inversion.precision=fp32"
             )
         pixels = self._canvas.finish(self._backbone.denormalize(self._best)).mul(255).round().clamp(0, 255).to(torch.uint8)

@@ -69,16 +69,16 @@ def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
-        groups.setdefault((row["cell"], row["method"], shape_of(row)), []).append(row)
+        groups.setdefault((row["cell"], row["method"], shape_of(row), row.get("n_query")), []).append(row)
     summary: list[dict[str, Any]] = []
-    for (cell, method, _), found in groups.items():
+    for (cell, method, *_), found in groups.items():
         accuracies = [row["accuracy"] for row in found]
         summary.append(
             {
                 "cell": cell,
                 "method": method,
                 "dataset": found[0]["dataset"],
-                **{key: found[0][key] for key in ("shape", "n_way", "n_shot") if key in found[0]},
+                **{key: found[0][key] for key in ("shape", "n_way", "n_shot", "n_query") if key in found[0]},
                 "episodes": found[0]["episodes"],
                 "seeds": {str(row["seed"]): row["accuracy"] for row in found},
                 "accuracy": round(float(np.mean(accuracies)), 2),

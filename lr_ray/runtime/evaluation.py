@@ -17,7 +17,7 @@ from lr_ray.data.load import load_data
 from lr_ray.errors import LrRayError, StorageError
 from lr_ray.fewshot.episodes import EpisodeShape
 from lr_ray.fewshot.evaluate import is_right, predict_each
-from lr_ray.fewshot.methods import Embed, FeatureMethod, FewShotTask, MethodInputs, TunedMethod, find_method
+from lr_ray.fewshot.methods import Embed, FeatureMethod, FewShotTask, Head, MethodInputs, TunedMethod, find_method
 from lr_ray.fewshot.methods.features import embedder
 from lr_ray.fewshot.metric import MetricConfig
 from lr_ray.fewshot.protocol import DrawnEpisode, draw_episodes
@@ -31,13 +31,14 @@ from lr_ray.runtime.evaluation_rows import known_rows, merge_rows, rows_of
 from lr_ray.runtime.held import held_backbone
 from lr_ray.runtime.metric import embed_classes
 from lr_ray.runtime.session import work_through, worker_device
+from lr_ray.runtime.training_job import metric_files
 from lr_ray.storage.adapters import read_adapter, read_adapters
 from lr_ray.storage.filesystem import exists, join, list_uris, read_many, write_bytes
 from lr_ray.storage.manifest import CONFIG_NAME
 from lr_ray.storage.measurements import read_rows, read_tensors, write_episodes, write_predictions, write_tensors
 from lr_ray.storage.metric import read_metric
-from lr_ray.storage.synthetic import list_synthetic, read_classes, read_index
-from lr_ray.vit.backbone import Backbone, load_backbone
+from lr_ray.storage.synthetic import read_classes, read_index
+from lr_ray.vit.backbone import Backbone
 
 RESULTS_NAME = "results.json"
 _FIT_IMAGES_PER_CLASS = 100
@@ -214,7 +215,7 @@ def _real_features(config: ExperimentConfig, backbone: Backbone, embed: Embed) -
 def _synthetic_features(config: ExperimentConfig, backbone: Backbone, embed: Embed) -> tuple[Tensor, Tensor]:
     """The same of the synthetic images for the metric, or of views of them and which image each shows."""
     root = config.for_metric.synthetic_root
-    refs = read_index(root, list_synthetic(root), backbone.identity)
+    refs = read_index(root, metric_files(config), backbone.identity)
     read = partial(read_many, partial(read_classes, root))
     return embed_classes(refs, read, embed, config.training.metric, seed=config.seed)
 
@@ -240,9 +241,12 @@ def _predict_from_features(
         features = tensors["features"]
     else:
         start = time.perf_counter()
-        features = data.pixels(np.arange(len(data)), load_backbone(task.config.backbone).image_px).flatten(1)
+        backbone = held_backbone(task.config.backbone, str(device))
+        features = data.pixels(np.arange(len(data)), backbone.image_px).flatten(1)
         cost = {"seconds": time.perf_counter() - start, "peak_memory_mib": 0.0, "flops_per_image": 0}
     head = chosen.method.head(chosen.settings, _fitted(task, features.shape[1]))
+    if not task.features_uri:
+        head = _of_bytes(head)
     begin_peak_memory(device)
     start = time.perf_counter()
     with torch.inference_mode():
@@ -263,6 +267,11 @@ def _predict_from_features(
         "seconds": cost["seconds"] + head_s * len(episodes),
     }
     return predicted, head_s + images / images_per_s, facts
+
+
+def _of_bytes(head: Head) -> Head:
+    """For pixels from 0 to 255, a head of those from 0 to 1 that `embedder` gives."""
+    return lambda support, labels, queries: head(support / 255, labels, queries / 255)
 
 
 def _fitted(task: EpisodesTask, num_features: int) -> dict[str, Tensor]:

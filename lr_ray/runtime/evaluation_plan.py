@@ -13,12 +13,12 @@ from lr_ray.fewshot.methods import ChosenMethod, FeatureMethod, Ingredient, Tune
 from lr_ray.fewshot.methods.features import RAW_PIXELS, needs_of
 from lr_ray.fewshot.metric import MetricConfig
 from lr_ray.fewshot.protocol import TestShape, draw_episodes
+from lr_ray.runtime.training_job import metric_files
 from lr_ray.storage.adapters import list_adapters, read_adapter
 from lr_ray.storage.filesystem import exists, join, read_many
 from lr_ray.storage.manifest import CONFIG_NAME, digest_of
 from lr_ray.storage.measurements import file_name
 from lr_ray.storage.metric import metric_digest, read_metric
-from lr_ray.storage.synthetic import list_synthetic
 from lr_ray.vit.backbone import load_backbone
 from lr_ray.vit.lora import check_adapter
 
@@ -210,7 +210,7 @@ class EvaluationPlan:
             assert config.data.tune is not None
             self._found[need] = load_data(config.data.tune).digest()
         elif need == "synthetic":
-            self._found[need] = list_synthetic(config.for_metric.synthetic_root)
+            self._found[need] = metric_files(config)
         else:
             root, option = self._trained_by(need)
             if not exists(join(root, CONFIG_NAME)):

@@ -15,6 +15,7 @@ from lr_ray.grid import StandInConfig
 from lr_ray.inversion.invert import SyntheticImages, describe
 from lr_ray.inversion.objective import cross_entropy
 from lr_ray.report.progress import Reporter
+from lr_ray.runtime.held import held_backbone
 from lr_ray.runtime.inversion_plan import chosen_classes
 from lr_ray.runtime.session import work_through, worker_device
 from lr_ray.storage.adapters import list_adapters, read_adapter, read_specs
@@ -95,10 +96,10 @@ def _real_images(config: ExperimentConfig, stand_in: StandInConfig) -> LabelledI
 def make_one(task: StandInTask) -> int:
     """Commit one adapter's set; returns the number of its images."""
     config = task.config
-    backbone = load_backbone(config.backbone, device=worker_device(config.ray))
-    adapter = read_adapter(task.adapter_folder).to(backbone.device)
-    check_adapter(adapter, backbone)
-    backbone = as_tuned(adapter, backbone)
+    untuned = held_backbone(config.backbone, worker_device(config.ray))
+    adapter = read_adapter(task.adapter_folder).to(untuned.device)
+    check_adapter(adapter, untuned)
+    backbone = as_tuned(adapter, untuned)
     rng = np.random.default_rng(task.seed)
     with merged(backbone.model, adapter.updates()):
         images, labels = _images(task, adapter, backbone, rng)
@@ -113,7 +114,7 @@ def make_one(task: StandInTask) -> int:
         loss_ce=cross_entropy(teacher_logits, labels)[order],
         loss_prior=torch.zeros(len(labels)),
     )
-    write_synthetic(task.uri, stand_ins, adapter.spec, seed=config.seed, identity=backbone.identity)
+    write_synthetic(task.uri, stand_ins, adapter.spec, seed=config.seed, identity=untuned.identity)
     return len(labels)
 
 

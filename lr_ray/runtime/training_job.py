@@ -1,5 +1,6 @@
 """What a meta-training has to do, planned and checked before anything is started."""
 
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -76,14 +77,7 @@ def meta_lora_job(config: ExperimentConfig, backbone: Backbone) -> TrainingJob:
         EpisodeError: too few adapters, classes or images.
     """
     files = list_synthetic(config.synthetic_root)
-    num_holdout = 0 if config.data.validation else config.training.holdout_adapters
-    groups = by_adapter(files)
-    if num_holdout >= len(groups):
-        raise EpisodeError(
-            f"training.holdout_adapters {num_holdout} of {len(groups)} adapters leaves none to train on; lower it"
-        )
-    kept = tuple(chain.from_iterable(groups[: len(groups) - num_holdout]))
-    held_out = tuple(chain.from_iterable(groups[len(groups) - num_holdout :]))
+    kept, held_out = _held_apart(config, files)
     teachers: list[AdapterSpec] = []
     if config.training.init_scale or config.training.relations.share:
         teachers = read_specs(list_adapters(config.adapters_root))
@@ -91,6 +85,7 @@ def meta_lora_job(config: ExperimentConfig, backbone: Backbone) -> TrainingJob:
     refs = read_index(config.synthetic_root, files, backbone.identity)
     trained = tuple(ref for ref in refs if ref.file in set(kept))
     _check_episodes(trained, config.training)
+    _check_validation(config, [ref for ref in refs if ref.file in set(held_out)])
     inputs = {**_shared_inputs(config, config.training, backbone), "synthetic": files, "adapters": [t.digest for t in teachers]}
     metric_refs: tuple[ClassRef, ...] = ()
     if config.metric_inversion is not None:
@@ -114,6 +109,28 @@ def meta_lora_job(config: ExperimentConfig, backbone: Backbone) -> TrainingJob:
         inputs=inputs,
         facts=_facts(trained, adapters=_adapter_facts(files, teachers)),
     )
+
+
+def _held_apart(config: ExperimentConfig, files: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The files that are trained on, and those that validate.
+
+    Raises:
+        EpisodeError: none would be left.
+    """
+    num_holdout = 0 if config.data.validation else config.training.holdout_adapters
+    groups = by_adapter(files)
+    if num_holdout >= len(groups):
+        raise EpisodeError(
+            f"training.holdout_adapters {num_holdout} of {len(groups)} adapters leaves none to train on; lower it"
+        )
+    kept, held_out = groups[: len(groups) - num_holdout], groups[len(groups) - num_holdout :]
+    return tuple(chain.from_iterable(kept)), tuple(chain.from_iterable(held_out))
+
+
+def metric_files(config: ExperimentConfig) -> list[str]:
+    """The files of the images that the metric is fitted on; raises EpisodeError where none is left."""
+    files = list_synthetic(config.for_metric.synthetic_root)
+    return files if config.metric_inversion is not None or not files else list(_held_apart(config, files)[0])
 
 
 def _facts(refs: Sequence[ClassRef], *, adapters: list[dict[str, str]]) -> dict[str, Any]:
@@ -164,13 +181,9 @@ def oracle_job(config: ExperimentConfig, backbone: Backbone) -> TrainingJob:
     classes = tuple(name for name in data.class_names if name in known)
     if not classes:
         raise ConfigError(f"data.tune {data.name} has none of the adapters' classes; the oracle needs the adapters' own data")
-    counts = dict(zip(*np.unique(data.labels, return_counts=True), strict=True))
-    refs = tuple(
-        ClassRef(file="", row_group=c, adapter="", slot=c, name=name, num_images=int(counts[c]))
-        for c, name in enumerate(data.class_names)
-        if name in known
-    )
+    refs = tuple(ref for ref in _refs_of(data) if ref.name in known)
     _check_episodes(refs, training)
+    _check_validation(config, [])
     return TrainingJob(
         kind="oracle",
         config=config,
@@ -195,8 +208,35 @@ def _shared_inputs(config: ExperimentConfig, training: TrainConfig, backbone: Ba
     }
 
 
+def _refs_of(data: LabelledImages) -> list[ClassRef]:
+    """Its classes; those without images are none."""
+    labels, counts = np.unique(data.labels, return_counts=True)
+    return [
+        ClassRef(file="", row_group=int(c), adapter="", slot=int(c), name=data.class_names[c], num_images=int(count))
+        for c, count in zip(labels, counts, strict=True)
+    ]
+
+
 def _check_episodes(refs: Sequence[ClassRef], training: TrainConfig) -> None:
     check_classes(refs, training.episode, adapter_share=training.adapter_share)
+    room, most = training.stream.buffer_classes, max(Counter(ref.file for ref in refs).values())
+    if training.adapter_share and len(refs) > room and most < training.episode.n_way:
+        raise EpisodeError(
+            f"{training.episode.n_way}-way episodes of one adapter: {len(refs)} classes are read by the file, {most} at most, "
+            f"since training.stream.buffer_classes is {room}; raise that, or lower n_way"
+        )
+
+
+def _check_validation(config: ExperimentConfig, held_out: Sequence[ClassRef]) -> None:
+    """Raise unless episodes can be drawn from what validates."""
+    validation, shape = config.data.validation, config.training.episode
+    refs = _refs_of(load_data(validation)) if validation else held_out
+    if not refs:
+        return
+    if len(refs) < 2:
+        which = "data.validation has" if validation else "the images of training.holdout_adapters have"
+        raise EpisodeError(f"{which} the class {refs[0].name!r} alone, but validation needs two; give more, or hold out none")
+    check_classes(refs, shape.model_copy(update={"n_way": 2}), adapter_share=0)
 
 
 def read_shelves(job: TrainingJob, shelves: Sequence[Shelf]) -> list[list[ClassImages]]:

@@ -179,14 +179,18 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def load_delta(self, delta: Tensor) -> None:
-        """Become the best approximation of `delta` (D_out, D_in) at the targets' ranks (truncated SVD)."""
+        """Become the best approximation of `delta` (D_out, D_in) at the targets' ranks (truncated SVD).
+
+        Ranks that `delta` does not fill keep their random `lora_a`, and a zero `lora_b`: with both zero they would never learn.
+        """
         start = 0
         for rows, rank, scale in self.slots:
             u, s, vh = torch.linalg.svd(delta[rows].double(), full_matrices=False)
-            root = (s[:rank] / scale).sqrt()
-            columns = slice(start, start + rank)
-            self.lora_a[columns].copy_(root[:, None] * vh[:rank])
-            self.lora_b[rows, columns] = (u[:, :rank] * root).to(self.lora_b)
+            filled = min(rank, int((s > s[0] * max(delta.shape) * torch.finfo(delta.dtype).eps).sum()))
+            root = (s[:filled] / scale).sqrt()
+            self.lora_a[start : start + filled].copy_(root[:, None] * vh[:filled])
+            self.lora_b[rows, start : start + rank] = 0.0
+            self.lora_b[rows, start : start + filled] = (u[:, :filled] * root).to(self.lora_b)
             start += rank
 
 

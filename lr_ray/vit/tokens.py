@@ -68,7 +68,7 @@ def class_attention(attention: nn.Module, qkv: Tensor, *, num_prefix_tokens: int
     Returns:
         (B, N - num_prefix_tokens), without gradient.
     """
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(qkv.device.type, enabled=False):
         num_heads: int = attention.num_heads  # type: ignore[assignment]
         query, key, _ = qkv.detach().float().chunk(3, dim=-1)
         query = query[:, :1].unflatten(-1, (num_heads, -1)).transpose(1, 2)

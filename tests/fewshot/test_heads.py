@@ -175,7 +175,7 @@ def test_bpa_of_uneven_ways_is_the_nearest_centre_of_what_it_makes() -> None:
 
 # --------------------------------------------------------------------------------------------------------------- CAML
 
-SMALL = "caml:width=32,num_layers=1,num_steps=400,learning_rate=0.003"
+SMALL = "caml:width=32,num_layers=1,num_steps=600,learning_rate=0.003"
 
 
 def caml_data(num_classes: int = 12, per_class: int = 12) -> tuple[Tensor, Tensor]:
@@ -221,6 +221,17 @@ def test_caml_reads_uneven_ways_in_any_order_and_in_parts(monkeypatch: pytest.Mo
     torch.testing.assert_close(in_parts, found, atol=1e-4, rtol=1e-4)
 
 
+def test_caml_knows_every_way_that_it_takes() -> None:
+    features, labels = caml_data(24)
+    trained = fitted(f"{SMALL},n_way=8", features[:192], labels[:192])
+    shape = EpisodeShape(n_way=8, n_shot=3, n_query=5)
+    drawn = draw_test_episodes(labels[192:].numpy() - 16, shape, num_episodes=40, seed=0)
+    with torch.inference_mode():
+        found = predict(features[192:], drawn, shape, head_of(f"{SMALL},n_way=8", trained))
+    by_way = (found == np.arange(8)[:, None]).mean(axis=(0, 2))
+    assert by_way[3:].min() > 0.2, "an eighth would be chance"
+
+
 def test_caml_is_the_same_twice() -> None:
     label = "caml:width=32,num_layers=1,num_steps=3"
     features, labels = caml_data()
@@ -233,7 +244,7 @@ def test_caml_is_the_same_twice() -> None:
     ("label", "message"),
     [
         ("caml:num_steps=1,n_way=13", "12 classes of data.tune have 10 images, and its episodes have 13 ways"),
-        ("caml:num_steps=1,max_way=5,n_way=5", "episodes of 6 ways, but its max_way is 5; raise it"),
+        ("caml:num_steps=1", "episodes of 6 ways, but it is trained for 5; raise its n_way"),
     ],
 )
 def test_caml_and_too_many_ways(label: str, message: str) -> None:

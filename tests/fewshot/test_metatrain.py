@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from lr_ray.fewshot import metatrain
 from lr_ray.fewshot.distill import TrainConfig
 from lr_ray.fewshot.episodes import EpisodeShape, ImagePool, draw_test_episodes
 from lr_ray.fewshot.evaluate import episode_accuracies
@@ -450,3 +451,15 @@ def test_joint_supervision_goes_on_where_it_stopped(make_backbone: MakeBackbone,
         second.run_step()
     assert largest_difference(weights(whole), weights(second)) == 0
     assert any("classifier" in name for name in weights(whole))
+
+
+def test_adams_state_goes_to_where_its_parameter_is() -> None:
+    """A checkpoint is read on the CPU."""
+    saved = {"step": torch.tensor(3.0), "exp_avg": torch.ones(2), "exp_avg_sq": torch.ones(2)}
+    moved = metatrain._moved(saved, torch.device("meta"))
+    assert {name: value.device.type for name, value in moved.items()} == {
+        "step": "cpu",
+        "exp_avg": "meta",
+        "exp_avg_sq": "meta",
+    }
+    assert metatrain._moved(saved, torch.device("cpu"))["exp_avg"].data_ptr() != saved["exp_avg"].data_ptr()

@@ -364,21 +364,18 @@ def test_one_hopeless_image_is_enough_for_an_error(backbone: Backbone, make_adap
         run(replace(adapter, head_bias=bias), backbone, config())
 
 
-def test_images_that_break_later_are_kept_from_before(
+def test_images_that_break_on_the_way_are_an_error(
     backbone: Backbone, make_adapter: MakeAdapter, monkeypatch: pytest.MonkeyPatch
 ):
-    """Every loss is NaN in the second and third step."""
+    """What was kept before is hardly more than noise. Adam keeps a NaN of the second step for ever."""
     calls: list[Tensor] = []
 
     def breaking(logits: Tensor, labels: Tensor) -> Tensor:
         calls.append(logits)
         loss = cross_entropy(logits, labels)
-        return loss * torch.nan if len(calls) in (2, 3) else loss
+        return loss * torch.nan if len(calls) == 2 else loss
 
     monkeypatch.setattr("lr_ray.inversion.invert.cross_entropy", breaking)
-    found = run(make_adapter(), backbone, config(num_steps=3))
-    assert len(calls) == 4  # the last is of what is kept
-    monkeypatch.undo()
-    assert torch.equal(found.images, run(make_adapter(), backbone, config(num_steps=1)).images)
-    assert torch.isfinite(found.loss_ce).all()
-    assert torch.isfinite(found.teacher_logits).all()
+    with pytest.raises(InversionError, match="the loss became NaN or infinite"):
+        run(make_adapter(), backbone, config(num_steps=4))
+    assert len(calls) == 4

@@ -19,8 +19,9 @@ from lr_ray.grid import StandInConfig, load_grid
 from lr_ray.runtime.ablation import run_grid, summarise
 from lr_ray.runtime.inversion import invert_library
 from lr_ray.runtime.stand_ins import make_stand_ins
-from lr_ray.storage.adapters import read_adapters
-from lr_ray.storage.synthetic import list_synthetic, read_pool
+from lr_ray.storage.adapters import list_adapters, read_adapter, read_adapters
+from lr_ray.storage.synthetic import list_synthetic, read_index, read_pool
+from lr_ray.vit.backbone import load_backbone
 from tests.jobs import QUIET
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -126,6 +127,16 @@ def test_stand_ins_are_made_once(library: ExperimentConfig):
     assert len(files) == 3
 
 
+def test_stand_ins_of_an_adapter_with_a_normalisation_of_its_own(library: ExperimentConfig):
+    """Which is the adapter's and not the backbone's that trains on them."""
+    manifest = Path(list_adapters(library.adapters_root)[0], "lr_ray.json")
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"mean": [0.1, 0.2, 0.3]}))
+    assert read_adapter(str(manifest.parent)).mean == (0.1, 0.2, 0.3)
+    stand_ins(library, kind="noise")
+    root = f"{library.output_root}/stand-ins"
+    assert len(read_index(root, list_synthetic(root), load_backbone(library.backbone).identity)) == 9
+
+
 def test_too_few_real_images_are_an_error(library: ExperimentConfig):
     with pytest.raises(DataError, match="images in digits.*but 1000 are asked for"):
         stand_ins(library, kind="real", per_class=1000)
@@ -211,3 +222,12 @@ def test_the_summary_keeps_shapes_apart():
     shapes = [{"n_way": 5, "n_shot": 1}, *varying]
     found = summarise([{**row, **shape} for shape in shapes])
     assert [{key: entry[key] for key in ("n_way", "n_shot", "shape") if key in entry} for entry in found] == shapes
+
+
+def test_the_summary_keeps_numbers_of_queries_apart():
+    row = {"cell": "a", "method": "nn", "dataset": "d", "n_way": 5, "n_shot": 1, "seed": 0, "episodes": 600, "ci95": 1.0}
+    found = summarise([{**row, "n_query": q, "accuracy": accuracy} for q, accuracy in ((15, 60.0), (5, 50.0))])
+    assert [(entry["n_query"], entry["accuracy"], entry["seeds"]) for entry in found] == [
+        (15, 60.0, {"0": 60.0}),
+        (5, 50.0, {"0": 50.0}),
+    ]

@@ -13,15 +13,19 @@ from typer.testing import CliRunner
 
 import lr_ray
 from lr_ray.config import ExperimentConfig, load_config
+from lr_ray.data.images import DataConfig
 from lr_ray.data.load import load_data
 from lr_ray.errors import ClusterError, DataError, EpisodeError, StorageError
-from lr_ray.fewshot.episodes import draw_test_episodes
+from lr_ray.fewshot.distill import StreamConfig
+from lr_ray.fewshot.episodes import EpisodeShape, draw_test_episodes
 from lr_ray.fewshot.evaluate import episode_accuracies
 from lr_ray.fewshot.relations import directions
 from lr_ray.report.progress import Reporter
 from lr_ray.runtime import training
+from lr_ray.runtime.inversion import invert_library
 from lr_ray.runtime.relations import relation_targets, see_with_every_adapter
 from lr_ray.runtime.training import train_meta_lora
+from lr_ray.runtime.training_job import meta_lora_job
 from lr_ray.runtime.tuning import tune_library
 from lr_ray.storage.adapters import list_adapters, read_adapter
 from lr_ray.storage.synthetic import list_synthetic
@@ -203,6 +207,25 @@ def test_a_torn_record_of_checkpoints_is_begun_anew_and_a_torn_checkpoint_is_tol
 
     assert "which tells the checkpoints, is damaged; beginning anew" in capsys.readouterr().err
     assert Path(config.meta_lora_root, "adapter_config.json").exists()
+
+
+def test_classes_that_are_read_by_the_file_and_validation_are_checked_before_training(inverted: ExperimentConfig) -> None:
+    backbone = load_backbone(inverted.backbone)
+    parts = changed(inverted, inversion={"classes_per_item": 2})
+    parts = parts.model_copy(update={"synthetic": f"{inverted.output_root}/parts"})
+    invert_library(parts, QUIET)
+    three_ways = {"episode": EpisodeShape(n_way=3, n_shot=1, n_query=2), "holdout_adapters": 0}
+    meta_lora_job(changed(parts, training=three_ways), backbone)
+    small = StreamConfig(buffer_classes=6)
+    with pytest.raises(EpisodeError, match="9 classes are read by the file, 2 at most, since .*buffer_classes is 6"):
+        meta_lora_job(changed(parts, training={**three_ways, "stream": small}), backbone)
+
+    one = changed(inverted, data={"validation": DataConfig(source="digits", classes=("6",))})
+    with pytest.raises(EpisodeError, match="data.validation has the class '6' alone, but validation needs two"):
+        meta_lora_job(one, backbone)
+    few = {"episode": EpisodeShape(n_way=2, n_shot=1, n_query=2)}
+    many = changed(inverted, data={"validation": DataConfig(source="digits", classes=("6:8",))}, training=few)
+    meta_lora_job(many, backbone)
 
 
 def test_errors_before_and_inside_training(inverted: ExperimentConfig) -> None:

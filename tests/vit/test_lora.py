@@ -258,6 +258,21 @@ def test_load_delta_is_otherwise_the_truncated_svd_of_each_targets_rows(make_bac
         torch.testing.assert_close(error, s[rank:].square().sum(), rtol=1e-4, atol=0)  # Eckart–Young
 
 
+def test_ranks_that_load_delta_does_not_fill_can_learn(make_backbone):
+    """As where the meta-LoRA is on k and no adapter was, or where there are fewer adapters than it has ranks."""
+    (lora,) = attach_lora(make_backbone(depth=1).model, LoRAConfig(targets=("q", "k"), rank=6, alpha=6), generator=seeded())
+    delta = torch.zeros(72, 24)
+    delta[ROWS["q"]] = torch.randn(24, 2, generator=seeded(1)) @ torch.randn(2, 24, generator=seeded(2))
+    lora.load_delta(delta)
+    torch.testing.assert_close(lora.low_rank().delta(), delta, rtol=0, atol=1e-5)
+
+    inputs = torch.randn(5, 24, generator=seeded(3))
+    (lora(inputs) * torch.randn(5, 72, generator=seeded(4))).sum().backward()
+    assert lora.lora_b.grad is not None
+    of_rank = (lora.lora_b.grad * lora.mask).norm(dim=0)
+    assert of_rank.min() > 0.1 * of_rank.max()
+
+
 def test_the_average_is_of_products_and_not_of_factors(make_backbone):
     backbone = make_backbone()
     adapters = [random_adapter(backbone, rank=rank, scale=scale, seed=rank) for rank, scale in ((1, 2.0), (3, 0.5), (5, 1.0))]

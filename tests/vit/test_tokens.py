@@ -92,6 +92,9 @@ def test_class_attention_is_the_first_row_of_the_full_softmax_matrix(make_backbo
         expected = matrices.mean(dim=0)[0, model.num_prefix_tokens :]
         assert expected.max() > 1.3 * expected.min(), "attention must not be uniform, or the test shows nothing"
         torch.testing.assert_close(row[image], expected.detach(), rtol=0, atol=1e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        same = class_attention(attention, attention.qkv(tokens).float(), num_prefix_tokens=model.num_prefix_tokens)
+        assert same.dtype == torch.float32, "patches are ranked by it, and ties of bf16 by their position"
 
 
 @pytest.mark.parametrize(

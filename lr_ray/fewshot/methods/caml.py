@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from lr_ray.errors import EpisodeError
@@ -29,20 +29,13 @@ class CAMLSettings(Section):
     """Of the encoder, with 4 heads."""
     num_layers: int = Field(default=4, gt=0)
     """Of the encoder."""
-    max_way: int = Field(default=20, gt=1)
-    """Most ways of an episode: as many label encodings are fixed."""
     n_way: int = Field(default=5, gt=1)
-    """Of the training episodes, whose shots are drawn from 1 to 5."""
+    """Of the training episodes, whose shots are drawn from 1 to 5; as many label encodings are fixed, and learnt, so that
+    no episode may have more ways."""
     num_steps: int = Field(default=1000, gt=0)
     """Training episodes, one a step."""
     learning_rate: float = Field(default=3e-4, gt=0)
     """Of Adam, after a tenth of the steps; decays along a cosine."""
-
-    @model_validator(mode="after")
-    def _check(self) -> "CAMLSettings":
-        if self.n_way > self.max_way:
-            raise ValueError(f"n_way {self.n_way} is more than max_way {self.max_way}")
-        return self
 
 
 class SequenceModel(nn.Module):
@@ -53,7 +46,7 @@ class SequenceModel(nn.Module):
 
     def __init__(self, dim: int, settings: CAMLSettings) -> None:
         super().__init__()
-        ways = settings.max_way
+        ways = settings.n_way
         elmes = (torch.eye(ways) - 1 / ways) * (ways / (ways - 1)) ** 0.5
         self.register_buffer("elmes", elmes, persistent=False)
         self.elmes: Tensor
@@ -107,14 +100,14 @@ def _fit(settings: CAMLSettings, features: Tensor, labels: Tensor, seed: int, _m
 
 
 def _head(settings: CAMLSettings, trained: Mapping[str, Tensor]) -> Head:
-    model = SequenceModel(trained["project.weight"].shape[1] - settings.max_way, settings)
+    model = SequenceModel(trained["project.weight"].shape[1] - settings.n_way, settings)
     model.load_state_dict(dict(trained))
     model.eval()
 
     def score(support: Tensor, labels: Tensor, queries: Tensor) -> Tensor:
         n_way, at_once = int(labels.max()) + 1, max(1, _TOKENS_AT_ONCE // (len(labels) + 1))
-        if n_way > settings.max_way:
-            raise EpisodeError(f"caml: episodes of {n_way} ways, but its max_way is {settings.max_way}; raise it")
+        if n_way > settings.n_way:
+            raise EpisodeError(f"caml: episodes of {n_way} ways, but it is trained for {settings.n_way}; raise its n_way")
         scores = []
         for of_support, of_queries in zip(F.normalize(support, dim=-1), F.normalize(queries, dim=-1), strict=True):
             scores.append(torch.cat([model(of_support, labels, part) for part in of_queries.split(at_once)]))
