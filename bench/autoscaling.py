@@ -23,10 +23,10 @@ from typing import Any
 
 import psutil
 import torch
+from lr_ray.bench.processes import lr_ray, wait_until
+from lr_ray.bench.speed import write_result
 
-from bench.processes import lr_ray, wait_until
 from lr_ray.storage.adapters import with_digest, write_adapter
-from lr_ray.storage.manifest import versions
 from lr_ray.vit.backbone import load_backbone
 from lr_ray.vit.lora import Adapter, AdapterSpec, LoRAConfig, attach_lora, extract_lora
 from tests.jobs import changed, tiny
@@ -36,7 +36,6 @@ IDLE_S = 6
 CPUS_OF_A_WORKER = 2
 """One more than the head has: the actors of an inversion that take as many fit on workers alone."""
 TOKEN = "a-token-for-a-cluster-on-loopback-only"
-RESULT = Path(__file__).parent / "results" / "autoscaling.json"
 _HEAD_ID = 51 * "f" + "00000"
 _HEAD_TYPE = "ray.head.default"
 
@@ -229,9 +228,8 @@ def main() -> None:
             finished = round(time.monotonic() - start, 1)
             wait_until(lambda: found[-1][1] == 0, "a cluster without workers")
     rows = [{"seconds": seconds, "workers": workers} for seconds, workers in found]
-    result = {"sizes": rows, "job_finished_s": finished, "idle_timeout_s": IDLE_S, "versions": versions()}
-    RESULT.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result))
+    result = {"sizes": rows, "job_finished_s": finished, "idle_timeout_s": IDLE_S}
+    print(json.dumps(write_result("autoscaling", result)))
 
 
 if __name__ == "__main__":

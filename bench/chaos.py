@@ -26,13 +26,13 @@ from unittest.mock import patch
 
 import psutil
 import pyarrow.parquet as pq
+from lr_ray.bench.processes import children_of, lr_ray, wait_until
+from lr_ray.bench.speed import write_result
 from rich.console import Console
 from rich.table import Table
 
-from bench.processes import children_of, lr_ray, wait_until
 from lr_ray.storage.manifest import CLAIM_NAME
 
-RESULT = Path(__file__).parent / "results" / "chaos.json"
 DEADLINE_S = 240.0
 EXPERIMENT = {
     "name": "chaos",
@@ -194,7 +194,7 @@ def lose_node(bed: Bed, folder: Path, rng: random.Random, *, number: signal.Sign
         begun, job = time.monotonic(), bed.start(folder, f"ray.address={json.dumps(address)}", "ray.max_actors=2")
         raylets = [node.all_processes["raylet"][0].process.pid for node in nodes]
         hit = wait_at_random(bed, job, folder, rng)
-        if job.poll() is None:
+        if hit:
             os.kill(rng.choice(raylets), number)
         return bed.judge(f"node, {number.name}", folder, job, hit=hit, begun=begun)
 
@@ -253,7 +253,7 @@ def main() -> None:
         table.add_row(fault, str(len(mine)), *map(str, sums.values()))
     Console().print(table)
     result = {"rows": rows, "outcomes": [asdict(outcome) for outcome in outcomes], "seed": arguments.seed}
-    RESULT.write_text(json.dumps(result, indent=2) + "\n")
+    write_result("chaos", result)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,9 @@ import sys
 import tempfile
 import threading
 from dataclasses import replace
-from pathlib import Path
 
 import torch
+from lr_ray.bench.speed import write_result
 from rich.console import Console
 from rich.table import Table
 
@@ -24,12 +24,10 @@ from lr_ray.runtime.cost import peak_memory_mib
 from lr_ray.runtime.inversion import invert_library
 from lr_ray.runtime.session import ray_session
 from lr_ray.storage.adapters import with_digest, write_adapter
-from lr_ray.storage.manifest import versions
 from lr_ray.vit.backbone import load_backbone
 from lr_ray.vit.lora import Adapter, AdapterSpec, LoRAConfig, attach_lora, extract_lora
 
 SIZES = (10, 100, 1000)
-RESULT = Path(__file__).parent / "results" / "driver_memory.json"
 
 
 def experiment(root: str) -> ExperimentConfig:
@@ -98,7 +96,7 @@ def main() -> None:
     for row in rows:
         table.add_row(*map(str, row.values()))
     Console().print(table)
-    RESULT.write_text(json.dumps({"rows": rows, "versions": versions()}, indent=2) + "\n")
+    write_result("driver_memory", {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -9,22 +9,19 @@ image. Writes bench/results/foreground-NAME.json.
 
 import argparse
 import json
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from lr_ray.bench.speed import write_result
 from torch import Tensor
 
 from lr_ray.config import load_config
 from lr_ray.inversion.canvas import CANVASES
 from lr_ray.storage.adapters import list_adapters, read_adapter
-from lr_ray.storage.manifest import versions
 from lr_ray.storage.synthetic import adapter_id_of, by_adapter, list_synthetic, read_pool
 from lr_ray.vit.backbone import Backbone, load_backbone
 from lr_ray.vit.lora import Adapter, as_tuned, merged
 from lr_ray.vit.tokens import encode
-
-RESULTS = Path(__file__).parent / "results"
 
 
 def main() -> None:
@@ -51,8 +48,7 @@ def main() -> None:
                 losses.setdefault(f"{part}, {moment}", []).append(loss_of(backbone, adapter, images, kept, labels))
     result = {name: round(float(torch.cat(found).mean()), 3) for name, found in losses.items()}
     print(json.dumps(result, indent=2))
-    path = RESULTS / f"foreground-{config.name}.json"
-    path.write_text(json.dumps({"cross_entropy": result, "adapters": index + 1, "versions": versions()}, indent=2) + "\n")
+    write_result(f"foreground-{config.name}", {"cross_entropy": result, "adapters": index + 1})
 
 
 @torch.inference_mode()

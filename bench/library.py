@@ -15,11 +15,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from lr_ray.bench.inversion import random_adapter
+from lr_ray.bench.speed import write_result
 from rich.console import Console
 from rich.table import Table
 
-from bench.inversion import random_adapter
-from bench.speed import write_result
 from lr_ray.library.add import add_sources
 from lr_ray.library.index import list_entries
 from lr_ray.library.market import save_as_stranger

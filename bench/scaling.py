@@ -7,29 +7,25 @@ Prints a table and writes bench/results/scaling-PART.json. Items and pool are th
 """
 
 import argparse
-import json
 import os
 import statistics
 import tempfile
 import time
 from collections import defaultdict
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
+from lr_ray.bench.driver_memory import make_library
+from lr_ray.bench.speed import write_result
 from rich.console import Console
 from rich.table import Table
 
-from bench.driver_memory import make_library
 from lr_ray.config import ExperimentConfig, RayConfig
 from lr_ray.report.progress import Reporter
 from lr_ray.runtime.board import start_board
 from lr_ray.runtime.inversion import InversionActor
 from lr_ray.runtime.inversion_plan import InversionItem, plan_inversion
 from lr_ray.runtime.session import actor_pool, ray_session
-from lr_ray.storage.manifest import versions
-
-RESULTS = Path(__file__).parent / "results"
 
 
 class SleepActor:
@@ -115,7 +111,7 @@ def main() -> None:
     for row in rows:
         table.add_row(*map(str, row.values()))
     Console().print(table)
-    (RESULTS / f"scaling-{part}.json").write_text(json.dumps({"rows": rows, "versions": versions()}, indent=2) + "\n")
+    write_result(f"scaling-{part}", {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -5,25 +5,22 @@
 Prints a table and writes bench/results/storage.json. The server is moto's, the requests are counted by a proxy before it.
 """
 
-import json
 import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import boto3
+from lr_ray.bench.driver_memory import experiment, make_library
+from lr_ray.bench.speed import write_result
 from rich.console import Console
 from rich.table import Table
 
-from bench.driver_memory import experiment, make_library
 from lr_ray.runtime.inversion_plan import plan_inversion
 from lr_ray.storage.adapters import list_adapters, read_adapters, read_specs
 from lr_ray.storage.filesystem import list_uris, write_bytes
-from lr_ray.storage.manifest import versions
 from tests.s3 import FaultyProxy, environment, s3_server
 
 NUM_ADAPTERS = 100
-RESULT = Path(__file__).parent / "results" / "storage.json"
 
 
 def measure(proxy: FaultyProxy) -> list[dict[str, str | int | float]]:
@@ -58,7 +55,7 @@ def main() -> None:
     for row in rows:
         table.add_row(str(row["step"]), str(row["requests"]), str(row["s"]))
     Console().print(table)
-    RESULT.write_text(json.dumps({"num_adapters": NUM_ADAPTERS, "rows": rows, "versions": versions()}, indent=2) + "\n")
+    write_result("storage", {"num_adapters": NUM_ADAPTERS, "rows": rows})
 
 
 if __name__ == "__main__":

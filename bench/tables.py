@@ -10,11 +10,12 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from lr_ray.bench.speed import RESULTS
+
 from lr_ray.report.pictures import contact_sheet
 from lr_ray.report.tables import as_markdown, results_table, shape_of, shapes_of
 from lr_ray.storage.synthetic import by_adapter, list_synthetic, read_pool
 
-RESULTS = Path(__file__).parent / "results"
 PICTURES = Path(__file__).parent.parent / "docs" / "pictures"
 ADAPTERS_SHOWN = 2
 

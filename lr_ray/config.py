@@ -17,7 +17,7 @@ from lr_ray.fewshot.episodes import EpisodeShape
 from lr_ray.fewshot.protocol import TestShape
 from lr_ray.inversion.invert import InversionConfig
 from lr_ray.section import Section
-from lr_ray.storage.filesystem import absolute_path
+from lr_ray.storage.filesystem import absolute_path, join
 from lr_ray.tuning.tune import TuneConfig
 from lr_ray.vit.backbone import BackboneConfig, Precision
 
@@ -123,36 +123,36 @@ class ExperimentConfig(Section):
 
     @property
     def adapters_root(self) -> str:
-        return self.adapters or f"{self.output_root.rstrip('/')}/adapters"
+        return self.adapters or join(self.output_root, "adapters")
 
     @property
     def synthetic_root(self) -> str:
-        return self.synthetic or f"{self.output_root.rstrip('/')}/synthetic"
+        return self.synthetic or join(self.output_root, "synthetic")
 
     @property
     def for_metric(self) -> "ExperimentConfig":
         """The same experiment with the images that the metric is learnt from in the place of those to train on."""
         if self.metric_inversion is None:
             return self
-        root = self.metric_synthetic or f"{self.output_root.rstrip('/')}/metric_synthetic"
+        root = self.metric_synthetic or join(self.output_root, "metric_synthetic")
         others = {"synthetic": root, "inversion": self.metric_inversion}
         return self.model_copy(update={**others, "metric_synthetic": None, "metric_inversion": None})
 
     @property
     def relations_root(self) -> str:
-        return self.relations or f"{self.output_root.rstrip('/')}/relations"
+        return self.relations or join(self.output_root, "relations")
 
     @property
     def meta_lora_root(self) -> str:
-        return f"{self.output_root.rstrip('/')}/meta_lora"
+        return join(self.output_root, "meta_lora")
 
     @property
     def joint_root(self) -> str:
-        return f"{self.output_root.rstrip('/')}/joint"
+        return join(self.output_root, "joint")
 
     @property
     def oracle_root(self) -> str:
-        return f"{self.output_root.rstrip('/')}/oracle"
+        return join(self.output_root, "oracle")
 
     @model_validator(mode="after")
     def _check(self) -> "ExperimentConfig":

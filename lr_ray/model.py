@@ -15,7 +15,7 @@ from lr_ray.config import EvaluationConfig, explain
 from lr_ray.data.images import read_pixels
 from lr_ray.errors import AdapterError, ConfigError, DataError
 from lr_ray.fewshot.metric import Metric
-from lr_ray.fewshot.protonet import class_centres, prototype_logits
+from lr_ray.fewshot.protonet import centres_of_ways, prototype_logits
 from lr_ray.section import Section
 from lr_ray.storage.adapters import read_adapter
 from lr_ray.storage.filesystem import join
@@ -85,9 +85,9 @@ class Model:
         self._check_images(query, "query")
         names = _check_labels(labels, len(support))
         features = self._features(support)
-        members = [[i for i, name in enumerate(names) if name == wanted] for wanted in sorted(set(names))]
-        prototypes = torch.cat([class_centres(features[indices], n_way=1) for indices in members])
-        return prototype_logits(self._features(query), prototypes)
+        order = sorted(set(names))
+        ways = torch.tensor([order.index(name) for name in names])
+        return prototype_logits(self._features(query), centres_of_ways(features, ways))
 
     def _features(self, images: Images) -> Tensor:
         found = self._in_batches(images, encode_pixels)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from lr_ray.errors import DataError
@@ -133,7 +133,7 @@ def read_pixels(
                     f"has {image_px}: replace or remove it"
                 )
             return square_pixels(image, image_px)
-        except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError) as error:
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
             raise DataError(
                 f"image {describe(index)} does not decode ({type(error).__name__}: {error}); replace or remove it"
             ) from error

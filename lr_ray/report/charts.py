@@ -138,14 +138,14 @@ def _covered(box: Bbox, taken: Sequence[Bbox], frame: Bbox) -> float:
 # --------------------------------------------------------------------------------------------------------- classes
 
 
-def per_class_bars(rows: Sequence[Row], methods: Sequence[str] = ("nn", "recycle", "oracle")) -> bytes | None:
+def per_class_bars(rows: Sequence[Row]) -> bytes | None:
     """PNG: accuracy by class on the first shape, the class that gains most by `recycle` over `nn` on top.
 
     Of more than 40 classes those that gain most and least. None where no row of these methods has classes.
     """
     shape = shape_of(rows[0]) if rows else None
     found = {row["method"]: row["per_class"] for row in rows if shape_of(row) == shape and row.get("per_class")}
-    shown = {method: found[method] for method in methods if method in found}
+    shown = {method: found[method] for method in ("nn", "recycle", "oracle") if method in found}
     if shape is None or not shown:
         return None
     order, title = _ordered_classes(shown)

@@ -189,7 +189,7 @@ def classify_prefix(
 
     A row an image: `file` (its name below the folder), `class` (null for none of these with `reject`), `probability`,
     `distance`, `none_of_these` (null without a threshold), and for an image that does not decode or is beyond
-    `lr_ray.serving.images.Limits` only `error`.
+    `lr_ray.serving.limits.Limits` only `error`.
 
     Args:
         meta_lora: folder or URI of a meta-LoRA.

@@ -55,6 +55,7 @@ def evaluate_methods(config: ExperimentConfig, reporter: Reporter) -> list[dict[
     Raises:
         ConfigError: no test data, an unknown method, or one that needs what is not there; before any work.
         EpisodeError: too few classes or images.
+        StorageError: the results there are damaged, or of other settings.
     """
     plan = EvaluationPlan(config)
     uri = join(config.output_root, RESULTS_NAME)

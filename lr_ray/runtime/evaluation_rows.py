@@ -19,7 +19,11 @@ _UNCOMPARED: dict[str, Any] = dict.fromkeys(
 
 
 def known_rows(plan: EvaluationPlan, uri: str) -> list[dict[str, Any]]:
-    """The rows of `results.json`, which are of this protocol where they are of this data set."""
+    """The rows of `results.json`, which are of this protocol where they are of this data set.
+
+    Raises:
+        StorageError: unreadable, or of other settings.
+    """
     known = read_rows(uri) or []
     for row in known:
         then = row.get("protocol", plan.protocol)

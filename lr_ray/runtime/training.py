@@ -60,7 +60,8 @@ def train_oracle(config: ExperimentConfig, reporter: Reporter) -> dict[str, Any]
     """The same meta-training, from zero and without teachers, on the real images of the adapters' classes.
 
     Raises:
-        ConfigError: no real images are given.
+        ConfigError: no real images are given, or none of the adapters' classes.
+        EpisodeError, StorageError, ClusterError: as of `train_meta_lora`.
     """
     backbone = load_backbone(config.backbone)
     return _train(oracle_job(config, backbone), backbone, reporter)

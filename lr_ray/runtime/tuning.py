@@ -79,7 +79,12 @@ def tune_missing(tasks: Sequence[TuningTask], config: ExperimentConfig, reporter
 
 
 def plan_tuning(config: ExperimentConfig) -> list[TuningTask]:
-    """The tasks of the library, drawn from the seed."""
+    """The tasks of the library, drawn from the seed.
+
+    Raises:
+        ConfigError: data.tune is not set.
+        DataError: too few classes, or images of one.
+    """
     data = _tuning_data(config)
     tuning = config.tuning
     if tuning.n_way > len(data.class_names):

@@ -110,23 +110,18 @@ def read_episode(content: bytes, content_type: str, limits: Limits) -> Uploads:
     return _checked(uploads, limits)
 
 
-def check_class_name(name: str, limits: Limits) -> str:
-    """The name.
-
-    Raises:
-        RequestError: 422 empty, too long, not printable, or `.` or `..`, which in an address mean another place.
-    """
+def _check_class_name(name: str, limits: Limits) -> None:
+    """Raise (422) where it is empty, too long, not printable, or `.` or `..`, which in an address mean another place."""
     if not name.strip() or len(name) > limits.name_length or not name.isprintable() or name in (".", ".."):
         most = limits.name_length
         raise RequestError(f"class name {shown(name)}: give 1 to {most} printable characters, not '.' or '..'", 422)
-    return name
 
 
 def _checked(uploads: Uploads, limits: Limits) -> Uploads:
     if len(uploads.support) > limits.classes:
         raise RequestError(f"{len(uploads.support)} classes; at most {limits.classes} are allowed", 413)
     for name, members in uploads.support.items():
-        check_class_name(name, limits)
+        _check_class_name(name, limits)
         if not members:
             raise RequestError(f"class {shown(name)} has no images; give at least one", 422)
     if not uploads.support:

@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from lr_ray.section import Section
-from lr_ray.vit.augment import AugmentationConfig, augment
+from lr_ray.vit.augment import AugmentationConfig, random_views
 from lr_ray.vit.backbone import Backbone, Precision, autocast
 from lr_ray.vit.lora import LoRAConfig, LowRank, attach_lora, detach_lora, extract_lora
 from lr_ray.vit.tokens import encode
@@ -78,7 +78,7 @@ def tune(
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.num_steps)
         order = _batches(len(images), config, generator)
         for chosen in order:
-            pixels, _, _ = augment(images[chosen], None, config.augmentation, grid_size=(1, 1), generator=generator)
+            pixels, _ = random_views(images[chosen].float().div(255), config.augmentation, generator=generator)
             with autocast(backbone.device, config.precision):
                 features = encode(backbone.model, backbone.normalize(pixels)).features
             loss = F.cross_entropy(head(features.float()), labels[chosen].to(backbone.device))
