@@ -237,14 +237,18 @@ def _soak(service: Running, pngs: Sequence[bytes], per_s: float, duration_s: flo
     """Requests at a bounded rate, while a process with the backbone is killed every now and then."""
     begin, over, kills = service.memory(), threading.Event(), []
     rng = random.Random(0)
+    memory: list[dict[str, Any]] = []
 
     def kill() -> None:
         while not over.wait(rng.uniform(20, 60)):
+            sizes = {title: round(size / 1e6) for title, size in service.memory().most_common() if size > 1e7}
+            memory.append({"minute": round((time.perf_counter() - start) / 60, 1), **sizes})
             found = [p for p in psutil.Process(service.process.pid).children(recursive=True) if _is_backbone(p)]
             if found:
                 rng.choice(found).kill()
                 kills.append(time.perf_counter())
 
+    start = time.perf_counter()
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
     try:
@@ -265,6 +269,7 @@ def _soak(service: Running, pngs: Sequence[bytes], per_s: float, duration_s: flo
         "p99_ms": round(1000 * answers.quantile(0.99), 1),
         "slowest_s": round(answers.quantile(1.0), 2),
         "grown_mb_by_process": {title: round(size / 1e6, 1) for title, size in grown.most_common() if abs(size) > 1e6},
+        "memory_mb": memory,
     }
 
 
