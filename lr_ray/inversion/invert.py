@@ -183,7 +183,14 @@ def invert(
                     checkpoint.save(_state(finished) | batch.state() | {"generator": generator.get_state()})
             finished.append(batch.result())
         images, loss_prior = (torch.cat(found) for found in zip(*finished, strict=True))
-        teacher_logits, flipped_logits, patch_order = describe(adapter, backbone, images, config)
+        return described(adapter, backbone, images, labels, loss_prior, config)
+
+
+def described(
+    adapter: Adapter, backbone: Backbone, images: Tensor, labels: Tensor, loss_prior: Tensor, config: InversionConfig
+) -> SyntheticImages:
+    """(B, 3, H, W) uint8 images by class, with what the adapter makes of them; it is merged into the backbone's weights."""
+    teacher_logits, flipped_logits, patch_order = describe(adapter, backbone, images, config)
     order = labels.argsort(stable=True)
     return SyntheticImages(
         images=images[order],

@@ -184,20 +184,13 @@ def _ordered_classes(shown: Mapping[str, Mapping[str, float]]) -> tuple[list[str
 # ------------------------------------------------------------------------------------------------------ embeddings
 
 
-def embedding_maps(
-    features: Mapping[str, np.ndarray], labels: np.ndarray, class_names: Sequence[str], support: np.ndarray
-) -> bytes:
-    """PNG: t-SNE of one episode by each method, support as stars, queries as dots.
-
-    Args:
-        features: {method: (N, D)}, `nn` before the meta-LoRA, `recycle` after.
-        labels: (N,) indices of `class_names`.
-        support: (N,) bool.
-    """
+def embedding_maps(episode: EpisodeFeatures) -> bytes:
+    """PNG: t-SNE of one episode by each method, support as stars, queries as dots."""
     titles = {"nn": "nn: before the meta-LoRA", "recycle": "recycle: after it"}
-    figure = Figure(figsize=(5.0 * len(features), 5.0), dpi=110, layout="constrained")
-    for axis, (method, found) in zip(figure.subplots(1, len(features), squeeze=False).flat, features.items(), strict=True):
-        _draw_classes(axis, _tsne(found), labels, support, class_names)
+    count = len(episode.features)
+    figure = Figure(figsize=(5.0 * count, 5.0), dpi=110, layout="constrained")
+    for axis, (method, found) in zip(figure.subplots(1, count, squeeze=False).flat, episode.features.items(), strict=True):
+        _draw_classes(axis, _tsne(found), episode.labels, episode.support, episode.class_names)
         axis.set_title(titles.get(method, method), fontsize=10, loc="left", color=INK, parse_math=False)
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_color("#d8d8e0")

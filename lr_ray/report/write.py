@@ -96,9 +96,7 @@ def _charts(rows: Sequence[dict[str, Any]], embeddings: EpisodeFeatures | None) 
         "bars": accuracy_bars(measured) if measured else None,
         "time": accuracy_against_time(measured),
         "classes": per_class_bars(measured),
-        "embeddings": None
-        if embeddings is None
-        else embedding_maps(embeddings.features, embeddings.labels, embeddings.class_names, embeddings.support),
+        "embeddings": embedding_maps(embeddings) if embeddings else None,
     }
     return {name: png for name, png in drawn.items() if png is not None}
 

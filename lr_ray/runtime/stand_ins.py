@@ -12,8 +12,7 @@ from lr_ray.data.load import load_data
 from lr_ray.data.procedural import PROCEDURAL
 from lr_ray.errors import ConfigError, DataError
 from lr_ray.grid import StandInConfig
-from lr_ray.inversion.invert import SyntheticImages, describe
-from lr_ray.inversion.objective import cross_entropy
+from lr_ray.inversion.invert import describe, described
 from lr_ray.report.progress import Reporter
 from lr_ray.runtime.held import held_backbone
 from lr_ray.runtime.inversion_plan import chosen_classes
@@ -103,17 +102,7 @@ def make_one(task: StandInTask) -> int:
     rng = np.random.default_rng(task.seed)
     with merged(backbone.model, adapter.updates()):
         images, labels = _images(task, adapter, backbone, rng)
-        teacher_logits, flipped_logits, patch_order = describe(adapter, backbone, images, config.inversion)
-    order = labels.argsort(stable=True)
-    stand_ins = SyntheticImages(
-        images=images[order],
-        labels=labels[order],
-        patch_order=patch_order[order],
-        teacher_logits=teacher_logits[order],
-        flipped_logits=flipped_logits[order],
-        loss_ce=cross_entropy(teacher_logits, labels)[order],
-        loss_prior=torch.zeros(len(labels)),
-    )
+        stand_ins = described(adapter, backbone, images, labels, torch.zeros(len(labels)), config.inversion)
     write_synthetic(task.uri, stand_ins, adapter.spec, seed=config.seed, identity=untuned.identity)
     return len(labels)
 

@@ -143,18 +143,43 @@ def _check_workers(job: TrainingJob, reporter: Reporter) -> None:
 
 def _fit(job: TrainingJob, trackers: Sequence[Tracker], reporter: Reporter) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Run Ray Train and show its steps; what the last checkpoint holds. A run of the same name goes on by itself."""
+    from ray.util.queue import Queue
+
+    beside_the_driver = {"num_cpus": 0, "scheduling_strategy": this_node()}  # lost with it, and only then
+    steps: Any = Queue(actor_options=beside_the_driver)
+    trainer = _trainer_of(job, steps, reporter)
+    outcome: list[Any] = []
+
+    def fit() -> None:
+        try:
+            outcome.append(trainer.fit())
+        except Exception as error:  # handed to the main thread, which raises it
+            outcome.append(error)
+
+    thread = threading.Thread(target=fit, daemon=True)
+    thread.start()
+    refused, unwritten = _show(job, thread, steps, trackers, reporter)
+    thread.join(_END_S if refused else None)  # where one worker has ended, others may wait for it
+    steps.shutdown()
+    if refused is not None:
+        raise refused
+    checkpoint = _checkpoint_of(job, outcome[0])
+    if unwritten is not None:
+        raise unwritten
+    return read_checkpoint(job, checkpoint)
+
+
+def _trainer_of(job: TrainingJob, steps: Any, reporter: Reporter) -> Any:
+    """Ray Train's, whose workers put the metrics of each step into the queue."""
     import ray
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
-    from ray.util.queue import Empty, Queue
 
     config, most = job.config.ray, job.training.num_workers
     filesystem, path = arrow_filesystem(checkpoints_of(job))
     name = f"{job.kind}-{digest_of(job.inputs)[:12]}"
     _drop_if_torn(join(checkpoints_of(job), name, _RECORD), reporter)
-    beside_the_driver = {"num_cpus": 0, "scheduling_strategy": this_node()}  # lost with it, and only then
-    steps: Any = Queue(actor_options=beside_the_driver)
-    trainer = TorchTrainer(
+    return TorchTrainer(
         train_loop_per_worker,
         train_loop_config={"job": ray.put(job), "steps": steps, "max_failures": config.max_failures},
         torch_config=TorchConfig(backend="nccl" if config.use_gpu_in_training else "gloo"),
@@ -171,29 +196,24 @@ def _fit(job: TrainingJob, trackers: Sequence[Tracker], reporter: Reporter) -> t
             checkpoint_config=CheckpointConfig(num_to_keep=1),
         ),
     )
-    outcome: list[Any] = []
-    refused: LrRayError | None = None
 
-    def fit() -> None:
-        try:
-            outcome.append(trainer.fit())
-        except Exception as error:  # handed to the main thread, which raises it
-            outcome.append(error)
 
-    thread = threading.Thread(target=fit, daemon=True)
-    thread.start()
+def _show(
+    job: TrainingJob, training: threading.Thread, steps: Any, trackers: Sequence[Tracker], reporter: Reporter
+) -> tuple[LrRayError | None, StorageError | None]:
+    """Show each step, as long as the training lasts; what a worker gave up with, and why curves could not be written."""
+    from ray.util.queue import Empty
+
+    shown, unwritten = 0, None
     with ExitStack() as bar, Curves(job.folder) as curves:
         advance: Advance | None = None
-        shown = 0
-        unwritten: StorageError | None = None
-        while thread.is_alive() or not steps.empty():
+        while training.is_alive() or not steps.empty():
             try:
                 metrics = steps.get(timeout=1)
             except Empty:
                 continue
             if isinstance(metrics, LrRayError):
-                refused = metrics
-                break
+                return metrics, unwritten
             if metrics["step"] <= shown:  # done again, after a worker was lost
                 continue
             validated = job.training.validates_at(metrics["step"])
@@ -213,24 +233,23 @@ def _fit(job: TrainingJob, trackers: Sequence[Tracker], reporter: Reporter) -> t
             for _ in range(metrics["step"] - shown):
                 advance(", ".join(f"{key.replace('_', ' ')} {value:.3f}" for key, value in metrics.items() if key != "step"))
             shown = metrics["step"]
-    thread.join(_END_S if refused else None)  # where one worker has ended, others may wait for it
-    steps.shutdown()
-    if refused is not None:
-        raise refused
-    result = outcome[0]
-    if isinstance(result, Exception):
-        if isinstance(result, ray.exceptions.RayError):
-            raise user_error(result) from result
-        failures = getattr(result, "worker_failures", {})
-        for failure in failures.values():
-            raise user_error(failure) from result
-        with storage_errors("write to", checkpoints_of(job)):
-            if isinstance(failure := getattr(result, "controller_failure", None), OSError):
-                raise failure
-        raise ClusterError(f"meta-training failed: {result}") from result
-    if unwritten is not None:
-        raise unwritten
-    return read_checkpoint(job, result.checkpoint)
+    return None, unwritten
+
+
+def _checkpoint_of(job: TrainingJob, result: Any) -> Any:
+    """The last one of a training that ended well; else what it ended with is raised."""
+    import ray
+
+    if not isinstance(result, Exception):
+        return result.checkpoint
+    if isinstance(result, ray.exceptions.RayError):
+        raise user_error(result) from result
+    for failure in getattr(result, "worker_failures", {}).values():
+        raise user_error(failure) from result
+    with storage_errors("write to", checkpoints_of(job)):
+        if isinstance(failure := getattr(result, "controller_failure", None), OSError):
+            raise failure
+    raise ClusterError(f"meta-training failed: {result}") from result
 
 
 def _drop_if_torn(uri: str, reporter: Reporter) -> None:

@@ -122,7 +122,7 @@ def encode(
     for index, block in enumerate(model.blocks):
         drops = index in keep_ratios or (rank_patches and index == last)
         with _output_of(block.attn.qkv, enabled=drops) as qkv:
-            tokens = run(_attend, block, tokens)
+            tokens = run(attend, block, tokens)
         if drops:
             attention = class_attention(block.attn, qkv[0], num_prefix_tokens=num_prefix)
             order = attention.argsort(dim=1, descending=True, stable=True)
@@ -132,8 +132,8 @@ def encode(
             tokens = gather_patches(tokens, kept, num_prefix_tokens=num_prefix)
         if index == last and pool == "cls":
             tokens = tokens[:, :num_prefix]
-        tokens = run(_transform, block, tokens)
-    features = _pool(model, tokens, pool)
+        tokens = run(transform, block, tokens)
+    features = pool_tokens(model, tokens, pool)
     return Encoding(features=features, patch_order=torch.cat([positions, *dropped], dim=1) if rank_patches else None)
 
 
@@ -154,7 +154,8 @@ def embed_patches(model: VisionTransformer, images: Tensor) -> Tensor:
     return tokens
 
 
-def _pool(model: VisionTransformer, tokens: Tensor, pool: Pool) -> Tensor:
+def pool_tokens(model: VisionTransformer, tokens: Tensor, pool: Pool) -> Tensor:
+    """(B, N, D) tokens after the last block → (B, D or 2·D) features."""
     if pool == "patches":
         return tokens[:, model.num_prefix_tokens :].mean(dim=1)
     tokens = model.norm(tokens)
@@ -162,12 +163,14 @@ def _pool(model: VisionTransformer, tokens: Tensor, pool: Pool) -> Tensor:
     return features if pool == "cls" else torch.cat([features, tokens[:, model.num_prefix_tokens :].mean(dim=1)], dim=1)
 
 
-def _attend(block: Block, tokens: Tensor) -> Tensor:
+def attend(block: Block, tokens: Tensor) -> Tensor:
+    """The first half of a block, (B, N, D) → the same."""
     attended: Tensor = tokens + block.drop_path1(block.ls1(block.attn(block.norm1(tokens))))
     return attended
 
 
-def _transform(block: Block, tokens: Tensor) -> Tensor:
+def transform(block: Block, tokens: Tensor) -> Tensor:
+    """The second half of a block, (B, N, D) → the same."""
     transformed: Tensor = tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens))))
     return transformed
 
@@ -199,7 +202,7 @@ def attention_map(backbone: Backbone, images: Tensor, *, precision: Precision) -
         tokens = embed_patches(model, backbone.normalize(images))
         *before, last = model.blocks
         for block in before:
-            tokens = _transform(block, _attend(block, tokens))
+            tokens = transform(block, attend(block, tokens))
         qkv = last.attn.qkv(last.norm1(tokens))
     paid = class_attention(last.attn, qkv, num_prefix_tokens=model.num_prefix_tokens)
     rows, columns = model.patch_embed.grid_size

@@ -10,7 +10,7 @@ from matplotlib.text import Text
 from PIL import Image
 
 from lr_ray.report import charts
-from lr_ray.report.charts import accuracy_against_time, embedding_maps, per_class_bars
+from lr_ray.report.charts import EpisodeFeatures, accuracy_against_time, embedding_maps, per_class_bars
 
 pytestmark = pytest.mark.filterwarnings("error")  # matplotlib warns where a picture would be a mess
 
@@ -139,22 +139,22 @@ def test_without_classes_there_is_no_picture(rows: list[dict[str, Any]]):
 # ------------------------------------------------------------------------------------------------------ embeddings
 
 
-def episode(n_way: int = 5, each: int = 4) -> dict[str, Any]:
+def episode(n_way: int = 5, each: int = 4, shift: float = 0.0) -> EpisodeFeatures:
     rng = np.random.default_rng(0)
     labels = np.repeat(np.arange(n_way), each)
     features = {name: rng.normal(size=(len(labels), 8)).astype(np.float32) for name in ("nn", "recycle")}
     names = [EVIL, "_hidden", "щ", "W" * 60, "e", *map(str, range(n_way))]
-    return {"features": features, "labels": labels, "class_names": names, "support": np.tile(np.arange(each) < 1, n_way)}
+    features["recycle"] += shift * np.arange(len(labels), dtype=np.float32)[:, None]
+    support = np.tile(np.arange(each) < 1, n_way)
+    return EpisodeFeatures(features=features, labels=labels, class_names=names, support=support)
 
 
 def test_a_map_is_the_same_twice_and_differs_with_the_features():
-    first, second, other = episode(), episode(), episode()
-    other["features"]["recycle"] += np.arange(20, dtype=np.float32)[:, None]
-    assert embedding_maps(**first) == embedding_maps(**second) != embedding_maps(**other)
+    assert embedding_maps(episode()) == embedding_maps(episode()) != embedding_maps(episode(shift=1.0))
 
 
 def test_support_and_queries_of_each_class_are_drawn(drawn: list[Figure]):
-    size = opened(embedding_maps(**episode())).size
+    size = opened(embedding_maps(episode())).size
     assert size[0] > size[1]
     before, after = drawn[0].axes
     for axis in (before, after):
@@ -165,11 +165,11 @@ def test_support_and_queries_of_each_class_are_drawn(drawn: list[Figure]):
 
 @pytest.mark.parametrize(("n_way", "each"), [(2, 1), (2, 2), (20, 3)], ids=["two images", "four images", "20 ways"])
 def test_any_number_of_images_and_classes(n_way: int, each: int):
-    opened(embedding_maps(**episode(n_way, each)))
+    opened(embedding_maps(episode(n_way, each)))
 
 
 def test_classes_that_share_a_colour_have_other_markers(drawn: list[Figure]):
-    embedding_maps(**episode(20, 2))
+    embedding_maps(episode(20, 2))
     looks = {
         (tuple(points.get_facecolor()[0]), points.get_paths()[0].vertices.shape)  # type: ignore[index,union-attr]
         for points in drawn[0].axes[0].collections[::2]

@@ -13,7 +13,7 @@ from lr_ray.fewshot.methods import Adapt, Adaptation, FewShotTask, MethodInputs,
 from lr_ray.fewshot.methods.episode_tuning import HeadStart, Tuning, episodes_at_once, tune_with_linear_heads, within_memory
 from lr_ray.section import Section
 from lr_ray.vit.backbone import autocast
-from lr_ray.vit.tokens import embed_patches
+from lr_ray.vit.tokens import attend, embed_patches, pool_tokens, transform
 
 
 class VPTSettings(Section):
@@ -63,12 +63,11 @@ def encode_prompted(model: VisionTransformer, images: Tensor, prompts: list[nn.P
             prompt = prompts[index].repeat_interleave(len(tokens) // len(prompts[index]), dim=0)
             tokens = torch.cat([tokens[:, :num_prefix], prompt, tokens[:, num_prefix + num_before :]], dim=1)
             num_before = prompt.shape[1]
-        tokens = tokens + block.drop_path1(block.ls1(block.attn(block.norm1(tokens))))
+        tokens = attend(block, tokens)
         if index == last:
             tokens = tokens[:, :num_prefix]
-        tokens = tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens))))
-    features: Tensor = model.fc_norm(model.norm(tokens)[:, 0])
-    return features
+        tokens = transform(block, tokens)
+    return pool_tokens(model, tokens, "cls")
 
 
 @contextmanager
