@@ -267,7 +267,8 @@ def user_error(error: BaseException) -> LrRayError:
     import ray
 
     cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, LrRayError):
+    wrapper = ray.exceptions.RayTaskError  # also where it is an `LrRayError`: Ray gives it the class of its cause
+    while cause is not None and (isinstance(cause, wrapper) or not isinstance(cause, LrRayError)):
         cause = getattr(cause, "cause", None) or cause.__cause__
     if cause is not None:
         return cause

@@ -258,7 +258,7 @@ def _reading(uri: str) -> Iterator[None]:
             yield
     except StorageError as error:
         if isinstance(error.__cause__, pa.ArrowInvalid):
-            raise StorageError(f"synthetic images {uri}: {error.__cause__}; run `lr-ray invert` again") from error
+            raise StorageError(f"synthetic images {uri}: {error.__cause__}; remove it and run `lr-ray invert` again") from error
         raise
 
 

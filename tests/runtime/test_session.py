@@ -21,6 +21,9 @@ from tests.jobs import QUIET
 def test_the_error_of_ours_inside_rays_is_found() -> None:
     ours = AdapterError("adapter a: damaged")
     assert user_error(RayTaskError("f", "traceback", ours)) is ours
+    raised = RayTaskError("f", "traceback", ours).as_instanceof_cause()  # as `ray.get` does
+    assert isinstance(raised, AdapterError)
+    assert user_error(raised) is ours
     outer = RuntimeError("outer")
     outer.__cause__ = ours
     assert user_error(outer) is ours
