@@ -10,6 +10,7 @@ import errno
 import io
 import os
 import random
+import re
 import stat
 import time
 import uuid
@@ -36,6 +37,9 @@ _PATIENCE_S = 30.0
 _CONNECT_TIMEOUT_S, _READ_TIMEOUT_S = 5.0, 15.0
 _READERS = 8
 _S3 = ("s3://", "s3a://")
+_SCHEMES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "http", "https", "memory")
+_URI = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):/")
+"""How a URI begins, also one that lacks its second slash."""
 
 _TORN = (
     ClientPayloadError,
@@ -72,12 +76,18 @@ Result = TypeVar("Result")
 
 
 def absolute_path(path: str) -> str:
-    """A local path made absolute; a URI as it is."""
-    return path if "://" in path else os.path.abspath(os.path.expanduser(path))
+    """A local path made absolute; a URI, and an empty path, as it is."""
+    return path if not path or _URI.match(path) else os.path.abspath(os.path.expanduser(path))
 
 
 def join(root: str, *parts: str) -> str:
-    """`root/part/…`, for a path as for a URI."""
+    """`root/part/…`, for a path as for a URI.
+
+    Raises:
+        StorageError: the root is empty, which would mean the root of all files.
+    """
+    if not root:
+        raise StorageError("the path is empty; give a folder (. is the working directory) or a URI such as s3://bucket/prefix")
     return "/".join([root.rstrip("/"), *parts])
 
 
@@ -382,7 +392,7 @@ def storage_errors(verb: str, uri: str) -> Iterator[None]:
     try:
         yield
     except _FAILURES as error:
-        raise StorageError(f"cannot {verb} {uri}: {_explain(error, uri)}") from error
+        raise StorageError(f"cannot {verb} {uri or repr(uri)}: {_explain(error, uri)}") from error
 
 
 def _explain(error: Exception, uri: str) -> str:
@@ -439,7 +449,11 @@ def _local_path(uri: str) -> str | None:
     """The absolute path that a path or `file://` URI means; None for other URIs."""
     scheme, separator, path = uri.partition("://")
     if not separator:
-        return os.path.abspath(uri)
+        if not uri:
+            raise ValueError("the path is empty")
+        if found := _URI.match(uri):
+            raise ValueError(f"a URI has two slashes, {found['scheme']}://")
+        return os.path.abspath(os.path.expanduser(uri))
     if scheme != "file":
         return None
     if not path.startswith("/"):
@@ -453,8 +467,8 @@ def _open_store(uri: str, **s3_options: Any) -> tuple[AbstractFileSystem, str]:
     Not by `url_to_fs`, to which `::` in a name chains two URLs.
     """
     scheme, _, path = uri.partition("://")
-    if scheme not in known_implementations:
-        raise ValueError(f"unknown scheme {scheme}://")
+    if scheme not in _SCHEMES:
+        raise ValueError(f"{scheme}:// is none of {', '.join(f'{known}://' for known in ('file', *_SCHEMES))}")
     if not path.strip("/") or path.startswith("/"):
         raise ValueError(f"{scheme}:// needs the name of a bucket")
     if uri.startswith(_S3):

@@ -10,6 +10,7 @@ import pytest
 
 from lr_ray.errors import StorageError
 from lr_ray.storage.filesystem import (
+    absolute_path,
     create_bytes,
     delete,
     exists,
@@ -237,6 +238,33 @@ def test_list_files_of_an_absent_folder(tmp_path: Path):
 def test_an_unknown_scheme(call: Any, verb: str):
     with pytest.raises(StorageError, match=f"cannot {verb} gopher://host/a: .*gopher"):
         call("gopher://host/a")
+
+
+@pytest.mark.parametrize("uri", ["hf://a/b", "github://a/b", "dask://a/b"])
+def test_schemes_that_are_no_store(uri: str):
+    with pytest.raises(StorageError, match=f"{uri.partition(':')[0]}:// is none of file://, s3://, .*; correct the URI"):
+        read_bytes(uri)
+
+
+@pytest.mark.parametrize("uri", ["s3:/bucket/a", "file:/tmp/a", join("s3://", "a")])
+def test_a_uri_that_lacks_a_slash_is_no_local_folder(uri: str):
+    assert absolute_path(uri) == uri
+    with pytest.raises(StorageError, match=rf"cannot read {uri}: a URI has two slashes, {uri.partition(':')[0]}://"):
+        read_bytes(uri)
+
+
+def test_an_empty_path_is_no_folder():
+    for call in (read_bytes, lambda uri: list_files(uri, suffix=""), lambda uri: write_bytes(uri, b"")):
+        with pytest.raises(StorageError, match="'': the path is empty"):
+            call("")
+    with pytest.raises(StorageError, match="the path is empty; give a folder"):
+        join("", "a")
+
+
+def test_a_tilde_is_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_bytes("~/a/b", b"x")
+    assert read_bytes(f"{tmp_path}/a/b") == read_bytes("~/a/b") == b"x"
 
 
 @pytest.mark.parametrize("scheme", ["", "file://"])

@@ -243,10 +243,8 @@ def test_an_environment_that_is_not_right(
             monkeypatch.delenv(name)
         else:
             monkeypatch.setenv(name, value.format(free_port()))
-    start = time.monotonic()
     with pytest.raises(StorageError, match=f"^cannot {action} s3://some-bucket.*: {message}") as caught:
         actions("s3://some-bucket")[action]()
-    assert time.monotonic() - start < 10
     assert "\n" not in str(caught.value)
 
 
