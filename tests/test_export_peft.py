@@ -1,6 +1,7 @@
 """`--format peft` and `peft-hf`: PEFT loads the folder onto timm's model or transformers', and the features are the model's."""
 
 import json
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -278,12 +279,23 @@ def test_to_object_storage_by_the_command(meta_lora: str, bucket: str):
 # ------------------------------------------------------------------------------------------------------ what is refused
 
 
-@pytest.mark.parametrize("written", ["{}/", "file://{}", "{}/../meta_lora"])
-def test_the_meta_lora_is_not_written_over(meta_lora: str, written: str):
+@pytest.mark.parametrize("written", ["{}/", "file://{}", "{}/../meta_lora", "{}/../another"])
+def test_no_model_is_written_over(meta_lora: str, written: str):
+    another = Path(meta_lora).parent / "another"
+    shutil.copytree(meta_lora, another, dirs_exist_ok=True)
     before = read_adapter(meta_lora).spec.digest
-    with pytest.raises(ExportError, match="is the meta-LoRA itself, which would be replaced; give another folder"):
+    with pytest.raises(ExportError, match=r"is a meta-LoRA or an adapter of LR-Ray .*; give another name"):
         export_model(meta_lora, "peft", written.format(meta_lora))
+    assert read_adapter(meta_lora).spec.digest == read_adapter(str(another)).spec.digest == before
+
+
+def test_a_file_of_a_model_is_not_written_over_but_one_beside_is_written(meta_lora: str):
+    before = read_adapter(meta_lora).spec.digest
+    with pytest.raises(ExportError, match=r"is a meta-LoRA or an adapter of LR-Ray .*; give another name"):
+        export_model(meta_lora, "timm", f"{meta_lora}/adapter_model.safetensors")
     assert read_adapter(meta_lora).spec.digest == before
+    export_model(meta_lora, "timm", f"{meta_lora}/merged.safetensors")
+    Path(f"{meta_lora}/merged.safetensors").unlink()
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,8 @@ from lr_ray.export.usage import usage_peft, usage_peft_hf, usage_timm
 from lr_ray.fewshot.metric import Metric
 from lr_ray.model import Parts, load_parts
 from lr_ray.report.card import fitted_card
-from lr_ray.storage.filesystem import delete, join, read_if_there, write_bytes
-from lr_ray.storage.manifest import CARD_NAME, CONFIG_NAME, METRIC_NAME
+from lr_ray.storage.filesystem import delete, exists, join, read_if_there, write_bytes
+from lr_ray.storage.manifest import CARD_NAME, CONFIG_NAME, MANIFEST_NAME, METRIC_NAME
 from lr_ray.vit.backbone import Backbone
 from lr_ray.vit.lora import merged
 from lr_ray.vit.tokens import encode_pixels
@@ -99,16 +99,16 @@ def export_model(meta_lora: str, kind: str, uri: str) -> Exported:
     Args:
         meta_lora: folder or URI that `lr-ray train` wrote.
         kind: one of `KINDS`.
-        uri: of the file or folder; what was there under the same names is replaced.
+        uri: of the file or folder; what an export left there under the same names is replaced.
 
     Raises:
-        ExportError: an unknown kind, a missing package, a model that the kind cannot hold, or other features.
+        ExportError: an unknown kind, files of a meta-LoRA or adapter there, a missing package, a model that the kind
+            cannot hold, or other features.
         StorageError: not readable or not writable.
         AdapterError, BackboneError: as of `lr_ray.load`.
     """
     check_kind(kind, list(KINDS))
-    if KINDS[kind].is_folder and _place(uri) == _place(meta_lora):
-        raise ExportError(f"--to {uri} is the meta-LoRA itself, which would be replaced; give another folder")
+    _check_free(uri, is_folder=KINDS[kind].is_folder)
     parts = load_parts(meta_lora)
     files, difference = make_files(parts, kind)
     if KINDS[kind].is_folder:
@@ -120,10 +120,14 @@ def export_model(meta_lora: str, kind: str, uri: str) -> Exported:
     return Exported(uri=uri, num_bytes=sum(map(len, files.values())), difference=difference)
 
 
-def _place(uri: str) -> str:
-    """One text for each folder, however it is written."""
-    path = uri.removeprefix("file://")
-    return uri.rstrip("/") if "://" in path else os.path.realpath(os.path.expanduser(path))
+def _check_free(uri: str, *, is_folder: bool) -> None:
+    """Raise where a meta-LoRA or an adapter that LR-Ray wrote would lose a file; an export has no manifest."""
+    folder = uri if is_folder else os.path.dirname(uri) or "."
+    if exists(join(folder, MANIFEST_NAME)) and (is_folder or exists(uri)):
+        raise ExportError(
+            f"--to {uri}: {folder} is a meta-LoRA or an adapter of LR-Ray (it has {MANIFEST_NAME}), of which files would be "
+            "replaced; give another name"
+        )
 
 
 def check_kind(kind: str, allowed: list[str]) -> None:
