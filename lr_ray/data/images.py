@@ -148,8 +148,15 @@ def square_pixels(image: Image.Image, image_px: int) -> Tensor:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """A copy in RGB, turned as its EXIF orientation says; EXIF that cannot be read says nothing, as in a browser."""
-    copied = image.convert("RGB")
+    """A copy in RGB, what is transparent on white, turned as its EXIF orientation says; EXIF that cannot be read says
+    nothing, as in a browser."""
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        copied = Image.new("RGB", layer.size, "white")
+        copied.paste(layer, mask=layer.getchannel("A"))
+        copied.info = layer.info
+    else:
+        copied = image.convert("RGB")
     with suppress(*_UNREADABLE_EXIF):
         ImageOps.exif_transpose(copied, in_place=True)
     return copied

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits as load_scans
 
-from lr_ray.data.images import DataConfig, LabelledImages, fit_square
+from lr_ray.data.images import DataConfig, LabelledImages, fit_square, upright
 from lr_ray.data.load import load_data
 from lr_ray.errors import DataError
 
@@ -298,6 +298,14 @@ def test_a_folder_of_class_folders(tmp_path: Path):
     assert data.describe(2) == str(tmp_path / "pets" / "dog" / "b.png")
 
 
+def test_a_class_whose_images_lie_deeper_is_named_and_not_left_out(tmp_path: Path):
+    folder = write_folder(tmp_path, {"a/x.png": flat(RED), "b/deep/er/y.png": flat(BLUE)})
+    with pytest.raises(DataError, match=r"class folder 'b' has no images of its own, only .* b/deep/er/y.png; move them up"):
+        load(folder)
+    write_folder(tmp_path, {"b/z.png": flat(GREEN)})
+    assert load(folder).class_names == ("a", "b")
+
+
 def test_the_digest_of_a_folder_follows_names_and_content_but_not_the_place(tmp_path: Path):
     original = write_folder(tmp_path / "1", {"a/x.png": flat(RED), "b/y.png": flat(BLUE)})
     moved = write_folder(tmp_path / "2", {"a/x.png": flat(RED), "b/y.png": flat(BLUE)})
@@ -406,7 +414,10 @@ def test_resizing_is_antialiased():
     ("mode", "colour", "expected"),
     [
         ("L", (90,), (90, 90, 90)),
-        ("RGBA", (10, 20, 30, 128), (10, 20, 30)),
+        ("RGBA", (10, 20, 30, 255), (10, 20, 30)),
+        ("RGBA", (0, 0, 0, 0), (255, 255, 255)),
+        ("RGBA", (0, 50, 100, 51), (204, 214, 224)),
+        ("LA", (0, 51), (204, 204, 204)),
         ("RGB", (10, 20, 30), (10, 20, 30)),
         ("1", (1,), (255, 255, 255)),
     ],
@@ -414,6 +425,26 @@ def test_resizing_is_antialiased():
 def test_modes(tmp_path: Path, mode: str, colour: tuple[int, ...], expected: tuple[int, int, int]):
     image = Image.new(mode, (4, 4), colour if len(colour) > 1 else colour[0])
     assert colours(load(write_folder(tmp_path, {"a/x.png": image}))) == [expected]
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_palette_of_which_some_is_transparent_is_on_white(tmp_path: Path):
+    image = Image.new("P", (4, 4), 0)
+    image.putpalette([10, 20, 30, 40, 50, 60])
+    image.info["transparency"] = bytes([0, 255])
+    (tmp_path / "a").mkdir()
+    image.save(tmp_path / "a" / "x.png")
+    assert colours(load(tmp_path)) == [(255, 255, 255)]
+
+
+def test_a_transparent_image_is_turned_too():
+    image = Image.new("RGBA", (2, 1), (0, 0, 0, 0))
+    image.putpixel((0, 0), (200, 0, 0, 255))
+    exif = image.getexif()
+    exif[0x0112] = 3  # by half a turn
+    image.save(content := io.BytesIO(), "PNG", exif=exif)
+    turned = upright(Image.open(content))
+    assert [turned.getpixel((x, 0)) for x in range(2)] == [(255, 255, 255), (200, 0, 0)]
 
 
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
