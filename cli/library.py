@@ -52,7 +52,8 @@ def add(
         print_json(asdict(added))
     else:
         print(f"{len(added.taken)} taken, {len(added.present)} there already, {len(added.refused)} refused")
-        print(f"recycle them with: --adapters {added.root}")
+        if added.taken or added.present:
+            print(f"recycle them with: --adapters {added.root}")
         for why in added.refused:
             print(f"lr-ray: refused: {why}", file=sys.stderr)
     if added.refused:
@@ -107,11 +108,14 @@ def check(
     json: Json = False,
 ) -> None:
     """Read the adapters again and repeat every check on them; the exit code is 1 if one is bad."""
+    from lr_ray.errors import AdapterError
     from lr_ray.library.add import check_library
     from lr_ray.library.checks import as_rows, failure_of
     from lr_ray.library.index import find_entry, list_entries
 
     chosen = [find_entry(where, name) for name in adapter_ids] if adapter_ids else list_entries(where)
+    if not chosen:
+        raise AdapterError(f"library {where}: it holds no adapters to check; `lr-ray library add` takes them in")
     rows, bad = [], 0
     with reporter(quiet=json).track("check", len(chosen)) as advance:
         for found in check_library(where, only=chosen):
@@ -136,7 +140,7 @@ def rm(
     """Remove adapters."""
     from lr_ray.library.index import find_entry, remove_entry
 
-    for entry in [find_entry(where, name) for name in adapter_ids]:
+    for entry in dict.fromkeys(find_entry(where, name) for name in adapter_ids):
         remove_entry(where, entry)
         print(f"removed {entry.name}")
 

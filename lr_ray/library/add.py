@@ -47,7 +47,6 @@ def add_sources(
         say: is told of every adapter.
 
     Raises:
-        AdapterError: a source that cannot be read at all.
         BackboneError: the backbone cannot be had.
         StorageError: the library is not readable or writable.
     """
@@ -56,17 +55,24 @@ def add_sources(
     group = added.root.rsplit("/", 1)[-1]
     known = {entry.tensors_digest: entry.adapter_id for entry in list_entries(library) if entry.group == group}
     sketches = read_sketches(library, group)
-    for source in sources:
-        for raw in read_sources(source):
-            try:
-                if isinstance(raw, AdapterError):
-                    raise raw
-                _take(raw, backbone, added, known, sketches, say)
-                if len(added.taken) + len(added.present) == 1:
-                    claim_group(added.root, backbone, config)
-            except AdapterError as error:
-                added.refused.append(str(error))
+    for raw in (raw for source in sources for raw in _read(source)):
+        try:
+            if isinstance(raw, AdapterError):
+                raise raw
+            _take(raw, backbone, added, known, sketches, say)
+            if len(added.taken) + len(added.present) == 1:
+                claim_group(added.root, backbone, config)
+        except AdapterError as error:
+            added.refused.append(str(error))
     return added
+
+
+def _read(source: str) -> Iterator[RawAdapter | AdapterError]:
+    """As `read_sources`; a source that cannot be read at all is one that is refused, so that the others have their turn."""
+    try:
+        yield from read_sources(source)
+    except (AdapterError, StorageError) as error:
+        yield AdapterError(str(error))
 
 
 def _take(

@@ -7,6 +7,7 @@ leaves it.
 
 import io
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -79,6 +80,8 @@ def find_entry(library: str, adapter_id: str) -> Entry:
     Raises:
         AdapterError: there is none, or more than one.
     """
+    if not adapter_id:
+        raise AdapterError("an adapter's id, or how it begins, is needed, not ''; `lr-ray library ls` lists them")
     entries = list_entries(library)
     found = [e for e in entries if adapter_id in (e.adapter_id, e.name)] or [
         e for e in entries if e.adapter_id.startswith(adapter_id)
@@ -130,7 +133,8 @@ def read_rows(library: str, columns: Sequence[str]) -> list[dict[str, Any]]:
     if rows or index is not None:
         buffer = io.BytesIO()
         pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), buffer)
-        write_bytes(join(library, _INDEX_NAME), buffer.getvalue())
+        with suppress(StorageError):  # of a library that may only be read, the index is made anew each time
+            write_bytes(join(library, _INDEX_NAME), buffer.getvalue())
     return [{column: row[column] for column in columns} for row in rows]
 
 

@@ -202,6 +202,25 @@ def test_removing(share: Share, library: str, tmp_path: Path):
     assert done.stdout == f"removed {gone.name}\n"
     assert list_entries(library) == [kept]
     assert not [name for name in list_files(library, suffix="") if gone.adapter_id in name]
+    done = CliRunner().invoke(app, ["library", "rm", library, kept.name, kept.adapter_id], catch_exceptions=False)
+    assert done.stdout == f"removed {kept.name}\n"
+
+
+def test_an_empty_id_is_no_ones(share: Share, library: str):
+    add_sources(library, [share(0)], TINY)
+    with pytest.raises(AdapterError, match="an adapter's id, or how it begins, is needed, not ''"):
+        find_entry(library, "")
+
+
+def test_a_check_of_nothing_finds_nothing_good(library: str):
+    with pytest.raises(AdapterError, match="it holds no adapters to check"):
+        CliRunner().invoke(app, ["library", "check", library], catch_exceptions=False)
+
+
+def test_a_source_that_cannot_be_read_leaves_the_others_their_turn(share: Share, library: str, tmp_path: Path):
+    added = add_sources(library, [share(0), str(tmp_path / "nothing"), "s3:/bucket/x", share(1)], TINY)
+    assert len(added.taken) == 2
+    assert ["no such file" in added.refused[0], "a URI has two slashes, s3://" in added.refused[1]] == [True, True]
 
 
 @pytest.mark.parametrize("name", ["", "nothing"])
@@ -212,6 +231,17 @@ def test_an_unknown_id_is_one_line(share: Share, library: str, name: str):
     if name:
         with pytest.raises(AdapterError, match="it holds 1, such as .*timm-0"):
             find_entry(library, name)
+
+
+def test_a_library_that_may_only_be_read_is_listed(share: Share, library: str, monkeypatch: pytest.MonkeyPatch):
+    add_sources(library, [share(0)], TINY)
+    Path(library, "index.parquet").unlink(missing_ok=True)
+
+    def refuse(uri: str, _content: bytes) -> None:
+        raise StorageError(f"cannot write {uri}: Read-only file system")
+
+    monkeypatch.setattr(index, "write_bytes", refuse)
+    assert len(list_entries(library)) == 1
 
 
 # Checked again
