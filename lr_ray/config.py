@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
@@ -21,6 +21,9 @@ from lr_ray.storage.filesystem import absolute_path, join
 from lr_ray.tuning.tune import TuneConfig
 from lr_ray.vit.backbone import BackboneConfig, Precision
 
+FolderName = Annotated[str, Field(min_length=1)] | None
+"""A path or URI; None is its default."""
+
 
 class DataSection(Section):
     """Which real images each step may see."""
@@ -36,7 +39,7 @@ class DataSection(Section):
 class EvaluationConfig(Section):
     """What is measured."""
 
-    methods: tuple[str, ...] = ("nn", "loras-avg", "recycle")
+    methods: tuple[str, ...] = Field(default=("nn", "loras-avg", "recycle"), min_length=1)
     """Names of lr_ray/fewshot/methods, a method's settings after a colon: `loras-avg:2`, `bpa:features=recycle`.
     `all`: every one, with its defaults."""
     shapes: tuple[TestShape, ...] = Field(default=(EpisodeShape(n_shot=1), EpisodeShape(n_shot=5)), min_length=1)
@@ -92,15 +95,15 @@ class ExperimentConfig(Section):
 
     name: str
     """Of the experiment."""
-    output: str | None = None
+    output: FolderName = None
     """Folder or URI of everything it writes; default `runs/NAME`."""
-    adapters: str | None = None
+    adapters: FolderName = None
     """Folder or URI of adapters in PEFT's format; default `OUTPUT/adapters`, where `lr-ray tune` puts them."""
-    synthetic: str | None = None
+    synthetic: FolderName = None
     """Folder or URI of the synthetic images; default `OUTPUT/synthetic`."""
-    metric_synthetic: str | None = Field(default=None, exclude_if=lambda folder: folder is None)
+    metric_synthetic: FolderName = Field(default=None, exclude_if=lambda folder: folder is None)
     """Folder or URI of the images of `metric_inversion`; default `OUTPUT/metric_synthetic`."""
-    relations: str | None = None
+    relations: FolderName = None
     """Folder or URI of what the adapters make of those images, where relations are learnt; default `OUTPUT/relations`."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Determines everything that is drawn."""
@@ -154,6 +157,15 @@ class ExperimentConfig(Section):
     def oracle_root(self) -> str:
         return join(self.output_root, "oracle")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_empty_sections(cls, values: Any) -> Any:
+        """`data:` with nothing below it, which YAML reads as null, is a section of defaults."""
+        if not isinstance(values, dict):
+            return values
+        sections = {name for name, field in cls.model_fields.items() if isinstance(field.default, Section)}
+        return {name: {} if value is None and name in sections else value for name, value in values.items()}
+
     @model_validator(mode="after")
     def _check(self) -> "ExperimentConfig":
         if self.metric_synthetic is not None and self.metric_inversion is None:
@@ -166,7 +178,17 @@ class ExperimentConfig(Section):
 
 
 class _YamlLoader(yaml.SafeLoader):
-    """YAML 1.2 numbers: `6:10` is a range of classes and not 370 in base 60, `1e-3` is a number."""
+    """YAML 1.2 numbers: `6:10` is a range of classes and not 370 in base 60, `1e-3` is a number. A key that is given twice is
+    an error."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: set[str] = set()
+        for key in (key for key, _value in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"{key.value!r} is given twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return node
 
 
 _BASE_60_TAGS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
@@ -262,7 +284,15 @@ def explain(error: ValidationError, source: str, root: type[Section]) -> str:
         allowed = "; or ".join(", ".join(section.model_fields) for section in sections) or "other keys"
         return f"config {source}: unknown key {where!r}; allowed there: {allowed}"
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    return f"config {source}: {where or 'values'} = {first['input']!r}: {first['msg']}{more}"
+    if first["type"] == "missing":
+        return f"config {source}: {where} is missing{more}"
+    problem = "a section of `key: value` is needed" if first["type"] == "model_type" else first["msg"]
+    return f"config {source}: {where or 'values'} = {_cut(first['input'])}: {problem.removeprefix('Value error, ')}{more}"
+
+
+def _cut(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:79]}…"
 
 
 def _sections_of(annotation: Any) -> list[type[Section]]:

@@ -150,6 +150,10 @@ def test_an_unknown_key_is_named_with_what_is_allowed(load: Load, text: str, key
     assert message_of(load, text) == f"config exp.yaml: unknown key {key!r}; allowed there: {allowed}"
 
 
+def test_a_section_with_nothing_below_it_is_the_defaults(load: Load):
+    assert load("data:\ntraining:\nseed: 1").resolved() == load("seed: 1").resolved()
+
+
 def test_an_unknown_key_in_an_override_is_named(load: Load):
     message = message_of(load, "seed: 1", "ray.num_cpu=2")
     assert "unknown key 'ray.num_cpu'" in message
@@ -166,8 +170,13 @@ def test_an_unknown_key_in_an_override_is_named(load: Load):
         ("inversion: {betas: [0.5, 1.0]}", ["inversion.betas.1 = 1.0", "less than 1"]),
         ("inversion: {num_steps: 0}", ["inversion.num_steps = 0", "greater than 0"]),
         ("inversion: {num_steps: 2.5}", ["inversion.num_steps = 2.5", "integer"]),
-        ("inversion: 3", ["inversion = 3", "dictionary"]),
-        ("data: {test: {classes: [a]}}", ["data.test.source", "required"]),
+        ("inversion: 3", ["inversion = 3", "a section of `key: value` is needed"]),
+        ("data: {test: {classes: [a]}}", ["data.test.source is missing"]),
+        ("seed: 1\nseed: 2", ["'seed' is given twice", "line 2"]),
+        ("data: {tune: {source: a}}\ninversion: {num_steps: 1, num_steps: 2}", ["'num_steps' is given twice"]),
+        ("evaluation: {methods: []}", ["evaluation.methods = []", "at least 1 item"]),
+        ("output: ''", ["output = ''", "at least 1 character"]),
+        ("inversion: [" + "1, " * 90 + "1]", ["inversion = [1, 1", ", …: a section"]),
         ("training: {distance: manhattan}", ["training.distance = 'manhattan'", "euclidean"]),
         ("training: {keep_ratio: 0.5, augmentation: {crop: 0.2}}", ["keep_ratio", "augmentation.crop"]),
         ("evaluation: {shapes: [{n_way: 1}]}", ["evaluation.shapes.0.n_way = 1", "greater than 1"]),
@@ -178,7 +187,7 @@ def test_an_unknown_key_in_an_override_is_named(load: Load):
         ),
         ("evaluation: {shapes: [{max_support: 30}]}", ["max_support 30 is less than an image for each of 50 ways; raise it"]),
         ("evaluation: {shapes: [meta-data]}", ["evaluation.shapes.0 = 'meta-data'", "n_way, n_shot and n_query, meta-dataset"]),
-        ("evaluation: {shapes: [5]}", ["evaluation.shapes.0 = 5", "dictionary"]),
+        ("evaluation: {shapes: [5]}", ["evaluation.shapes.0 = 5", "a section of"]),
         ("training: {num_workers: 2}", ["episodes_per_step 1", "num_workers 2"]),
         ("{seed: many, inversion: {num_steps: 0}}", ["seed = 'many'", "(and 1 more)"]),
     ],

@@ -6,6 +6,7 @@ methods that share them. A `TunedMethod` trains on every episode's support set. 
 settings follow its name: `loras-avg:3` (its first one), `bpa:features=recycle,regularisation=0.2`.
 """
 
+import difflib
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -196,7 +197,9 @@ def find_method(label: str) -> ChosenMethod:
             raise ConfigError(f"evaluation.methods: {name} {reason}")
     known = known_methods()
     if name not in known:
-        raise ConfigError(f"evaluation.methods: {label!r} is not a method; there are {', '.join(known)}")
+        close = difflib.get_close_matches(name, known, n=1)
+        meant = f"did you mean {close[0]}? " if close else ""
+        raise ConfigError(f"evaluation.methods: {label!r} is not a method; {meant}there are {', '.join(known)}")
     method = known[name]
     fields = method.settings.model_fields
     allowed = ", ".join(f"{field} (default {info.default})" for field, info in fields.items()) or "none"
