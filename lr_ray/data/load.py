@@ -1,5 +1,6 @@
 """From a `DataConfig` to images."""
 
+import difflib
 from pathlib import Path
 
 from lr_ray.data.datasets.catalogue import DATASETS
@@ -37,8 +38,11 @@ def _load(source: str, root: str | None) -> LabelledImages:
         raise DataError(f"data {source!r}: real images are read from local files only; copy them here first")
     path = Path(source)
     if not path.exists():
+        known = [*EMBEDDED_DATA, *DATASETS]
+        close = difflib.get_close_matches(path.name, known, n=1)
+        meant = f"did you mean {close[0]}? " if close else ""
         raise DataError(
-            f"data {source!r}: no such file or folder, nor one of {', '.join([*EMBEDDED_DATA, *DATASETS])}; "
+            f"data {source!r}: no such file or folder, nor one of {', '.join(known)}; {meant}"
             "give a Parquet file or folder, a folder of class folders, or hf://datasets/OWNER/NAME"
         )
     if path.is_file() or any(path.rglob("*.parquet")):

@@ -85,7 +85,8 @@ def inspect_library(config: ExperimentConfig, *, strict: bool = True) -> Inspect
     for folder, spec in specs.items():
         if spec.adapter_id in seen:
             raise AdapterError(
-                f"adapters {folder} and {seen[spec.adapter_id]} have the same id {spec.adapter_id!r}; rename or remove one"
+                f"adapters {folder} and {seen[spec.adapter_id]} have the same id {spec.adapter_id!r}; rename or remove "
+                "one, or give a folder of adapters alone, such as a run's adapters/"
             )
         seen[spec.adapter_id] = folder
     return InspectedLibrary(identity=backbone.identity, specs=specs, rejected=rejected)

@@ -9,7 +9,7 @@ from lr_ray.library.market import DAMAGES, FORMATS, save_as_stranger
 from lr_ray.report.progress import Reporter
 from lr_ray.runtime.tuning import TuningTask, plan_tuning, tune_missing
 from lr_ray.storage.adapters import read_adapter
-from lr_ray.storage.filesystem import join
+from lr_ray.storage.filesystem import file_size, join
 from lr_ray.vit.backbone import load_backbone
 
 RANKS = (2, 4, 8, 16)
@@ -26,9 +26,11 @@ def make_market(to: str, config: ExperimentConfig, reporter: Reporter, *, num_da
         Where each is.
 
     Raises:
-        ConfigError: more damaged ones than there are, or no data to tune on.
+        ConfigError: a file in the folder's place, more damaged ones than there are, or no data to tune on.
         DataError: too few classes or images.
     """
+    if file_size(to) is not None:
+        raise ConfigError(f"{to} is a file; give a folder to write the adapters into")
     if num_damaged > config.tuning.num_adapters:
         raise ConfigError(f"--num-damaged {num_damaged}: there are {config.tuning.num_adapters} adapters (tuning.num_adapters)")
     originals = config.model_copy(update={"adapters": join(config.output_root, "market")})

@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from lr_ray.errors import AdapterError, StorageError
-from lr_ray.storage.filesystem import create_bytes, exists, join, read_bytes, read_if_there, read_many, write_bytes
+from lr_ray.storage.filesystem import create_bytes, exists, join, list_files, read_bytes, read_if_there, read_many, write_bytes
 
 MANIFEST_NAME = "lr_ray.json"
 CONFIG_NAME, WEIGHTS_NAME, CARD_NAME = "adapter_config.json", "adapter_model.safetensors", "README.md"
@@ -103,6 +103,11 @@ def claim_folder(folder: str, inputs: dict[str, Any], *, config: dict[str, Any])
         raise StorageError(f"{uri} is damaged ({error!r}); choose another --output, or delete {folder}") from error
     if differences := list(_differences(found, json.loads(json.dumps(inputs)), "")):
         some = "; ".join(differences[:3]) + ("; …" if len(differences) > 3 else "")
+        if list_files(folder, suffix="") == [CLAIM_NAME]:
+            raise StorageError(
+                f"{folder} is another run's ({some}), which has no results yet; choose another --output, or, if that command "
+                f"is no longer at work, delete {uri}"
+            )
         raise StorageError(
             f"{folder} holds another run's results ({some}); choose another --output, or delete that folder to start over"
         )

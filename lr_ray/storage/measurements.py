@@ -19,6 +19,7 @@ from lr_ray.fewshot.protocol import DrawnEpisode
 from lr_ray.storage.filesystem import read_bytes, read_if_there, write_bytes
 
 _FACTS_KEY = b"lr_ray"
+_OF_A_ROW = {"accuracy", "dataset", "method"}
 
 
 def file_name(label: str, digest: str, suffix: str) -> str:
@@ -39,8 +40,10 @@ def read_rows(uri: str) -> list[dict[str, Any]] | None:
         rows = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise StorageError(f"results {uri} are damaged ({error}); delete that file and run again") from error
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise StorageError(f"results {uri} are no list of rows; delete that file and run again")
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and row.keys() >= _OF_A_ROW for row in rows):
+        raise StorageError(
+            f"results {uri} are no list of rows with {', '.join(sorted(_OF_A_ROW))}; delete that file and run again"
+        )
     return rows
 
 

@@ -484,3 +484,8 @@ def test_a_strip_that_would_grow_beyond_measure(tmp_path: Path):
     Image.new("RGB", (60_000, 1)).save(strip, "PNG")
     with pytest.raises(DataError, match="is a strip of 60000×1 pixels, too large once its short side has 224"):
         load(write_folder(tmp_path, {"a/strip.png": strip.getvalue()})).pixels([0], 224)
+
+
+def test_a_misspelt_source_is_answered_with_what_was_meant(tmp_path: Path):
+    with pytest.raises(DataError, match="'.*glyhps': no such file or folder, .*; did you mean glyphs\\? give a Parquet file"):
+        load_data(DataConfig(source=str(tmp_path / "glyhps")))

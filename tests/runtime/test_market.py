@@ -113,3 +113,10 @@ def test_classes_that_nobody_has_are_one_line(library: ExperimentConfig):
     with pytest.raises(AdapterError, match=r"none of 3 has a class that inversion\.classes unicorn means"):
         plan_inversion(library.model_copy(update={"inversion": inversion}))
     assert len(plan_inversion(library).items) == 3  # the folder was not taken for what cannot be
+
+
+def test_a_file_in_the_folders_place_is_found_before_anything_is_tuned(tmp_path: Path):
+    (tmp_path / "shared").write_bytes(b"")
+    with pytest.raises(ConfigError, match="shared is a file; give a folder to write the adapters into"):
+        make_market(str(tmp_path / "shared"), tiny(tmp_path), QUIET)
+    assert not list((tmp_path).glob("**/market"))

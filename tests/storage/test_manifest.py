@@ -113,11 +113,15 @@ def test_the_same_claim_again_is_fine_and_changes_nothing(tmp_path: Path):
 )
 def test_another_claim_names_what_differs_and_changes_nothing(tmp_path: Path, changes: dict[str, Any], difference: str):
     before = claim(tmp_path)
+    with pytest.raises(StorageError, match=r"which has no results yet; .*is no longer at work, delete .*claim.json$") as caught:
+        claim(tmp_path, **changes)
+    assert f"{tmp_path} is another run's {difference}" in str(caught.value)
+    (tmp_path / "result").write_bytes(b"")
     with pytest.raises(StorageError) as caught:
         claim(tmp_path, **changes)
     assert f"{tmp_path} holds another run's results {difference}" in str(caught.value)
     assert "--output" in str(caught.value)
-    assert [path.name for path in tmp_path.iterdir()] == [CLAIM_NAME]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [CLAIM_NAME, "result"]
     assert (tmp_path / CLAIM_NAME).read_bytes() == before
 
 
@@ -126,14 +130,14 @@ def test_of_two_that_claim_a_new_folder_at_once_one_gets_it(tmp_path: Path, monk
     before = claim(tmp_path)
     real, looks = manifest.read_if_there, iter([None])
     monkeypatch.setattr(manifest, "read_if_there", lambda uri: next(looks, real(uri)))
-    with pytest.raises(StorageError, match=r"holds another run's results \(seed was 0, now 1\)"):
+    with pytest.raises(StorageError, match=r"is another run's \(seed was 0, now 1\), which"):
         claim(tmp_path, seed=1)
     assert (tmp_path / CLAIM_NAME).read_bytes() == before
 
 
 def test_many_differences_are_cut_short(tmp_path: Path):
     claim(tmp_path)
-    with pytest.raises(StorageError, match=r"; …\); choose another") as caught:
+    with pytest.raises(StorageError, match=r"; …\), which has no results yet") as caught:
         claim(tmp_path, a=1, b=2, c=3, d=4)
     assert str(caught.value).count(" was ") == 3
 

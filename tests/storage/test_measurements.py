@@ -23,9 +23,9 @@ from lr_ray.storage.measurements import (
 def test_rows_there_not_there_and_damaged(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     assert read_rows(str(path)) is None
-    path.write_text('[{"method": "nn", "accuracy": 50.5}]')
-    assert read_rows(str(path)) == [{"method": "nn", "accuracy": 50.5}]
-    for damaged in ("", '[{"method": "nn"', "[" * 100_000, '{"method": "nn"}', "[1]"):
+    path.write_text('[{"method": "nn", "dataset": "cub", "accuracy": 50.5}]')
+    assert read_rows(str(path)) == [{"method": "nn", "dataset": "cub", "accuracy": 50.5}]
+    for damaged in ("", '[{"method": "nn", "accuracy": 50.5}]', '[{"method": "nn"', "[" * 100_000, '{"method": "nn"}', "[1]"):
         path.write_text(damaged)
         with pytest.raises(StorageError, match=r"results\.json are .*delete that file and run again$"):
             read_rows(str(path))
