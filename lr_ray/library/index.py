@@ -15,8 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lr_ray.errors import AdapterError, StorageError
-from lr_ray.storage.filesystem import delete, join, list_files, read_if_there, read_many, write_bytes
+from lr_ray.storage.filesystem import delete, join, list_files, read_if_there, read_many
 from lr_ray.storage.manifest import CONFIG_NAME, MANIFEST_NAME, WEIGHTS_NAME, read_manifest
+from lr_ray.storage.parquet import write_parquet
 
 SKETCH = "sketch"
 _INDEX_NAME = "index.parquet"
@@ -131,10 +132,8 @@ def read_rows(library: str, columns: Sequence[str]) -> list[dict[str, Any]]:
     kept |= dict(zip(new, read_many(lambda name: _row_of(library, name), new), strict=True))
     rows = [kept[name] for name in names]
     if rows or index is not None:
-        buffer = io.BytesIO()
-        pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), buffer)
         with suppress(StorageError):  # of a library that may only be read, the index is made anew each time
-            write_bytes(join(library, _INDEX_NAME), buffer.getvalue())
+            write_parquet(join(library, _INDEX_NAME), pa.Table.from_pylist(rows, schema=_SCHEMA))
     return [{column: row[column] for column in columns} for row in rows]
 
 

@@ -1,6 +1,5 @@
 """Classified images at rest: Parquet files, a row an image."""
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,7 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lr_ray.errors import StorageError
-from lr_ray.storage.filesystem import arrow_filesystem, storage_errors, write_bytes
+from lr_ray.storage.filesystem import arrow_filesystem, storage_errors
+from lr_ray.storage.parquet import write_parquet
 
 _SCHEMA = pa.schema(
     [
@@ -24,9 +24,7 @@ _SCHEMA = pa.schema(
 
 def write_classified(uri: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """Commit rows as one Parquet file, in one atomic write; a column that a row lacks is null."""
-    buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(list(rows), schema=_SCHEMA), buffer)
-    write_bytes(uri, buffer.getvalue())
+    write_parquet(uri, pa.Table.from_pylist(list(rows), schema=_SCHEMA))
 
 
 def count_errors(uri: str) -> int:

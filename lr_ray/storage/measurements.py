@@ -1,6 +1,5 @@
 """What an evaluation keeps: the episodes, features of the test images, and what each method predicted."""
 
-import io
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +16,7 @@ from torch import Tensor
 from lr_ray.errors import StorageError
 from lr_ray.fewshot.protocol import DrawnEpisode
 from lr_ray.storage.filesystem import read_bytes, read_if_there, write_bytes
+from lr_ray.storage.parquet import write_parquet
 
 _FACTS_KEY = b"lr_ray"
 _OF_A_ROW = {"accuracy", "dataset", "method"}
@@ -78,7 +78,7 @@ def write_episodes(
             "source": [sources[int(image)] for image in images],
         }
     )
-    _write_table(uri, table)
+    write_parquet(uri, table)
 
 
 def write_predictions(uri: str, predicted: Sequence[np.ndarray], seconds: np.ndarray, facts: Mapping[str, Any]) -> None:
@@ -91,7 +91,7 @@ def write_predictions(uri: str, predicted: Sequence[np.ndarray], seconds: np.nda
     """
     flat = [ways.ravel().astype(np.int16) for ways in predicted]
     table = pa.table({"predicted": pa.array(flat, pa.list_(pa.int16())), "seconds": seconds.astype(np.float64)})
-    _write_table(uri, table.replace_schema_metadata({_FACTS_KEY: json.dumps(dict(facts))}))
+    write_parquet(uri, table.replace_schema_metadata({_FACTS_KEY: json.dumps(dict(facts))}))
 
 
 def read_predictions(uri: str, sizes: Sequence[tuple[int, int]]) -> tuple[list[np.ndarray], np.ndarray, dict[str, Any]]:
@@ -132,9 +132,3 @@ def read_tensors(uri: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except (SafetensorError, KeyError, ValueError) as error:
         raise StorageError(f"{uri}: damaged ({error}); delete the file and run again") from error
     return tensors, facts
-
-
-def _write_table(uri: str, table: pa.Table) -> None:
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer)
-    write_bytes(uri, buffer.getvalue())

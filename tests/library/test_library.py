@@ -237,10 +237,10 @@ def test_a_library_that_may_only_be_read_is_listed(share: Share, library: str, m
     add_sources(library, [share(0)], TINY)
     Path(library, "index.parquet").unlink(missing_ok=True)
 
-    def refuse(uri: str, _content: bytes) -> None:
+    def refuse(uri: str, _table: object) -> None:
         raise StorageError(f"cannot write {uri}: Read-only file system")
 
-    monkeypatch.setattr(index, "write_bytes", refuse)
+    monkeypatch.setattr(index, "write_parquet", refuse)
     assert len(list_entries(library)) == 1
 
 
