@@ -468,7 +468,8 @@ def _open_store(uri: str, **s3_options: Any) -> tuple[AbstractFileSystem, str]:
     """
     scheme, _, path = uri.partition("://")
     if scheme not in _SCHEMES:
-        raise ValueError(f"{scheme}:// is none of {', '.join(f'{known}://' for known in ('file', *_SCHEMES))}")
+        known = ", ".join(f"{name}://" for name in ("file", *_SCHEMES))
+        raise ValueError(f"unknown scheme {scheme}:// (known: {known})")
     if not path.strip("/") or path.startswith("/"):
         raise ValueError(f"{scheme}:// needs the name of a bucket")
     if uri.startswith(_S3):

@@ -242,7 +242,9 @@ def test_an_unknown_scheme(call: Any, verb: str):
 
 @pytest.mark.parametrize("uri", ["hf://a/b", "github://a/b", "dask://a/b"])
 def test_schemes_that_are_no_store(uri: str):
-    with pytest.raises(StorageError, match=f"{uri.partition(':')[0]}:// is none of file://, s3://, .*; correct the URI"):
+    with pytest.raises(
+        StorageError, match=f"unknown scheme {uri.partition(':')[0]}:// .known: file://, s3://, .*; correct the URI"
+    ):
         read_bytes(uri)
 
 

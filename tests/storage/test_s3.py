@@ -255,7 +255,7 @@ def test_an_environment_that_is_not_right(
         ("s3:///prefix", "s3:// needs the name of a bucket"),
         ("s3://Not A Bucket!/prefix", "Invalid bucket name"),
         ("gs://bucket", "`pip install gcsfs`"),
-        ("gopher://host", "unknown scheme gopher://; correct the URI"),
+        ("gopher://host", "unknown scheme gopher:// .*; correct the URI"),
         ("file://relative", "file:// needs an absolute path"),
     ],
 )
