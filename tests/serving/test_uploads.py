@@ -4,7 +4,6 @@ import asyncio
 import io
 import pickle
 import struct
-import time
 import zlib
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
@@ -312,9 +311,7 @@ SUPPORT_BODIES = {
 
 
 def refused(client: TestClient, path: str, body: tuple[bytes, str], status: int) -> None:
-    start = time.monotonic()
     answer = client.post(path, content=body[0], headers={"content-type": body[1]})
-    assert time.monotonic() - start < 5  # milliseconds, but where other work has the processors
     assert 400 <= answer.status_code < 500, answer.text
     assert answer.status_code == status or answer.status_code // 100 == status, answer.text
     assert answer.headers["content-type"] == "application/problem+json"
