@@ -19,6 +19,8 @@ A message is one line: what failed, the value received, what is allowed, the rem
 exits with 1; every other exception is a fault of ours and keeps its traceback.
 """
 
+import difflib
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -112,3 +114,9 @@ class ServiceError(LrRayError):
 def shown(name: str) -> str:
     """A stranger's name, as a message quotes it: printable, and not long."""
     return repr(name if len(name) <= 60 else name[:59] + "…")
+
+
+def did_you_mean(name: str, known: Iterable[str], *, most: int = 1, cutoff: float = 0.6) -> str:
+    """`did you mean X? `, or nothing where no known name is close enough."""
+    close = difflib.get_close_matches(name, list(known), n=most, cutoff=cutoff)
+    return f"did you mean {' or '.join(close)}? " if close else ""

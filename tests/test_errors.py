@@ -25,6 +25,12 @@ def test_is_an_lr_ray_error(cls: type[Exception]):
     assert not issubclass(cls, OSError | ValueError)
 
 
+def test_a_misspelt_name_is_answered_with_those_that_are_close():
+    assert errors.did_you_mean("loras_avg", ["nn", "loras-avg", "recycle"]) == "did you mean loras-avg? "
+    assert errors.did_you_mean("vit", ["vit_b", "vit_s", "deit"], most=2) == "did you mean vit_s or vit_b? "
+    assert errors.did_you_mean("unicorn", ["nn"]) == ""
+
+
 def test_the_docstring_draws_the_whole_tree():
     tree = (errors.__doc__ or "").partition("::")[2].split("\n\n")[1]
     drawn = [line.replace("├──", "").replace("└──", "").split()[0] for line in tree.splitlines()]

@@ -1,6 +1,5 @@
 """From a `DataConfig` to images."""
 
-import difflib
 from pathlib import Path
 
 from lr_ray.data.datasets.catalogue import DATASETS
@@ -11,7 +10,7 @@ from lr_ray.data.folder import load_folder
 from lr_ray.data.glyphs import load_glyphs
 from lr_ray.data.images import DataConfig, LabelledImages
 from lr_ray.data.parquet import load_parquet
-from lr_ray.errors import DataError
+from lr_ray.errors import DataError, did_you_mean
 
 EMBEDDED_DATA = {"glyphs": load_glyphs, "digits": load_digits}
 
@@ -39,10 +38,8 @@ def _load(source: str, root: str | None) -> LabelledImages:
     path = Path(source)
     if not path.exists():
         known = [*EMBEDDED_DATA, *DATASETS]
-        close = difflib.get_close_matches(path.name, known, n=1)
-        meant = f"did you mean {close[0]}? " if close else ""
         raise DataError(
-            f"data {source!r}: no such file or folder, nor one of {', '.join(known)}; {meant}"
+            f"data {source!r}: no such file or folder, nor one of {', '.join(known)}; {did_you_mean(path.name, known)}"
             "give a Parquet file or folder, a folder of class folders, or hf://datasets/OWNER/NAME"
         )
     if path.is_file() or any(path.rglob("*.parquet")):

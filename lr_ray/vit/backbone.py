@@ -1,6 +1,5 @@
 """The frozen Vision Transformer: timm model, preprocessing constants, provenance."""
 
-import difflib
 import platform
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from timm.data import resolve_model_data_config
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor
 
-from lr_ray.errors import BackboneError
+from lr_ray.errors import BackboneError, did_you_mean
 from lr_ray.section import Section
 from lr_ray.vit.embedded import EMBEDDED_BACKBONE, digest_tensors, load_embedded
 from lr_ray.vit.naming import to_timm
@@ -163,10 +162,9 @@ def check_architecture(architecture: str, config: BackboneConfig) -> int:
     except (RuntimeError, ValueError) as error:
         if not str(error).startswith(("Unknown model", "Invalid pretrained tag")):
             raise
-        close = difflib.get_close_matches(architecture, [*timm.list_models(pretrained=True), "embedded"], n=3, cutoff=0.5)
+        meant = did_you_mean(architecture, [*timm.list_models(pretrained=True), "embedded"], most=3, cutoff=0.5)
         raise BackboneError(
-            f"backbone {config.name!r}: timm has no such model; {'did you mean ' + ' or '.join(close) + '? ' if close else ''}"
-            "`timm.list_models('vit*')` lists them"
+            f"backbone {config.name!r}: timm has no such model; {meant}`timm.list_models('vit*')` lists them"
         ) from None
     need = "LR-Ray needs a timm VisionTransformer with a class token, such as vit_base_patch16_clip_224.openai"
     if not isinstance(model, VisionTransformer):

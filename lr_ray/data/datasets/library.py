@@ -1,6 +1,5 @@
 """From a dataset's name to its images."""
 
-import difflib
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,7 +10,7 @@ from lr_ray.data.datasets.hub import HUB, classes_of, fetch
 from lr_ray.data.datasets.items import Keep
 from lr_ray.data.datasets.splits import class_lists, entry_of
 from lr_ray.data.images import LabelledImages
-from lr_ray.errors import DataError
+from lr_ray.errors import DataError, did_you_mean
 
 ALL = "all"
 ROOT_VARIABLE = "LR_RAY_DATA"
@@ -39,9 +38,7 @@ def find(source: str) -> tuple[str, str]:
     if name in WITHOUT_CLASSES:
         raise DataError(f"data {source}: {WITHOUT_CLASSES[name]}; only datasets of classes are read")
     if name not in DATASETS:
-        close = difflib.get_close_matches(source, DATASETS, n=1)
-        meant = f"did you mean {close[0]}? " if close else ""
-        raise DataError(f"data {source!r}: no such dataset; {meant}known: {', '.join(DATASETS)}")
+        raise DataError(f"data {source!r}: no such dataset; {did_you_mean(source, DATASETS)}known: {', '.join(DATASETS)}")
     allowed = splits_of(DATASETS[name])
     if split not in allowed:
         only = "" if len(allowed) > 1 else "; the literature splits its classes in no one way: choose them with `classes`"

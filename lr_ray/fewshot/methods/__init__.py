@@ -6,7 +6,6 @@ methods that share them. A `TunedMethod` trains on every episode's support set. 
 settings follow its name: `loras-avg:3` (its first one), `bpa:features=recycle,regularisation=0.2`.
 """
 
-import difflib
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -21,7 +20,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from lr_ray.errors import ConfigError
+from lr_ray.errors import ConfigError, did_you_mean
 from lr_ray.fewshot.metric import MetricConfig
 from lr_ray.section import Section
 from lr_ray.vit.backbone import Backbone, Precision
@@ -197,9 +196,9 @@ def find_method(label: str) -> ChosenMethod:
             raise ConfigError(f"evaluation.methods: {name} {reason}")
     known = known_methods()
     if name not in known:
-        close = difflib.get_close_matches(name, known, n=1)
-        meant = f"did you mean {close[0]}? " if close else ""
-        raise ConfigError(f"evaluation.methods: {label!r} is not a method; {meant}there are {', '.join(known)}")
+        raise ConfigError(
+            f"evaluation.methods: {label!r} is not a method; {did_you_mean(name, known)}there are {', '.join(known)}"
+        )
     method = known[name]
     fields = method.settings.model_fields
     allowed = ", ".join(f"{field} (default {info.default})" for field, info in fields.items()) or "none"
