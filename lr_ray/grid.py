@@ -21,8 +21,8 @@ class StandInConfig(Section):
     """Images in the place of the inverted ones: controls, which show what inversion adds, and ceilings."""
 
     kind: Literal["shuffled", "real", "mixed"] | ProceduralName
-    """`noise`, `dead-leaves`, `strokes`: procedural. `shuffled`: the inverted ones, each with its patches in random order.
-    `real`: images of `data`. `mixed`: the inverted ones and `per_class` real ones a class."""
+    """`noise`, `dead-leaves`, `strokes`, `fractals`, `gradients`: procedural. `shuffled`: the inverted ones, each with its
+    patches in random order. `real`: images of `data`. `mixed`: the inverted ones and `per_class` real ones a class."""
     data: DataConfig | None = None
     """Of `real`: unrelated images, which have none of the adapters' classes; default `data.tune`, what they were tuned on."""
     per_class: int | None = Field(default=None, gt=0)

@@ -6,8 +6,9 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageDraw
 
-ProceduralName = Literal["noise", "dead-leaves", "strokes"]
+ProceduralName = Literal["noise", "dead-leaves", "strokes", "fractals", "gradients"]
 _OVERSAMPLING = 4
+_ITERATIONS = 20
 
 
 def noise(rng: np.random.Generator, side: int) -> Image.Image:
@@ -45,6 +46,49 @@ def strokes(rng: np.random.Generator, side: int) -> Image.Image:
     return image.resize((side, side), Image.Resampling.BOX)
 
 
+def fractals(rng: np.random.Generator, side: int) -> Image.Image:
+    """The attractor of two to six random contractions (FractalDB, Kataoka et al., ACCV 2020), a colour each, on a ground."""
+    count = int(rng.integers(2, 7))
+    turns = [_rotations(rng.uniform(0, 2 * np.pi, count)) for _ in range(2)]
+    stretches = rng.uniform(0.3, 0.85, (count, 2)) * rng.choice([-1.0, 1.0], (count, 2))
+    maps = turns[0] @ (stretches[:, :, None] * turns[1])
+    shifts = rng.uniform(-1, 1, (count, 2))
+    likely = np.abs(np.linalg.det(maps)) + 0.01  # a map that shrinks less covers more
+    points = rng.uniform(-1, 1, (4 * side**2, 2))
+    for _ in range(_ITERATIONS):
+        chosen = rng.choice(count, len(points), p=likely / likely.sum())
+        points = np.einsum("nij,nj->ni", maps[chosen], points) + shifts[chosen]
+    low, high = np.percentile(points, (1, 99), axis=0)
+    cells = ((points - low) / (high - low) * (side - 1)).round().astype(int)
+    inside = ((cells >= 0) & (cells < side)).all(axis=1)
+    place = cells[inside, 0] * side + cells[inside, 1]
+    colours = np.array([_colour(rng) for _ in range(count)], dtype=float)[chosen[inside]]
+    hits = np.bincount(place, minlength=side**2)[:, None]
+    drawn = np.stack([np.bincount(place, channel, minlength=side**2) for channel in colours.T], axis=1)
+    ground = np.array(_colour(rng), dtype=float)
+    pixels = (ground + drawn) / (1 + hits)
+    return Image.fromarray(pixels.reshape(side, side, 3).round().astype(np.uint8))
+
+
+def gradients(rng: np.random.Generator, side: int) -> Image.Image:
+    """Two to five random colours at random places, each pixel a blend by its distances to them."""
+    count = int(rng.integers(2, 6))
+    places, width = rng.uniform(0, 1, (count, 2)), rng.uniform(0.25, 0.6)
+    colours = np.array([_colour(rng) for _ in range(count)], dtype=float)
+    axis = (np.arange(side) + 0.5) / side
+    grid = np.stack(np.meshgrid(axis, axis, indexing="ij"), axis=-1)
+    squared = np.square(grid[:, :, None] - places).sum(axis=-1)
+    weights = np.exp((squared.min(axis=-1, keepdims=True) - squared) / (2 * width**2))
+    pixels = (weights / weights.sum(axis=-1, keepdims=True)) @ colours
+    return Image.fromarray(pixels.round().astype(np.uint8))
+
+
+def _rotations(angles: np.ndarray) -> np.ndarray:
+    """(N,) radians → (N, 2, 2)."""
+    cosine, sine = np.cos(angles), np.sin(angles)
+    return np.stack([np.stack([cosine, -sine], axis=-1), np.stack([sine, cosine], axis=-1)], axis=-2)
+
+
 def _colour(rng: np.random.Generator) -> tuple[int, int, int]:
     red, green, blue = rng.integers(0, 256, 3).tolist()
     return red, green, blue
@@ -54,5 +98,7 @@ PROCEDURAL: dict[ProceduralName, Callable[[np.random.Generator, int], Image.Imag
     "noise": noise,
     "dead-leaves": dead_leaves,
     "strokes": strokes,
+    "fractals": fractals,
+    "gradients": gradients,
 }
 """Name → generator and side in pixels → an RGB image."""

@@ -23,6 +23,24 @@ def test_noise_has_no_structure_and_dead_leaves_have():
     assert neighbours_correlation("dead-leaves") > 0.8
 
 
+def test_gradients_are_smooth_and_fractals_are_not():
+    def steepest(name: ProceduralName) -> float:
+        """Median over images of the largest step between neighbours."""
+        images = np.stack([np.array(PROCEDURAL[name](np.random.default_rng(seed), 42)) for seed in range(20)]).astype(float)
+        return float(np.median(np.abs(np.diff(images, axis=2)).max(axis=(1, 2, 3))))
+
+    assert neighbours_correlation("gradients") > 0.99
+    assert steepest("gradients") < 40 < 100 < steepest("fractals")
+
+
+def test_fractals_show_a_thing_on_a_ground():
+    for seed in range(20):
+        image = np.array(PROCEDURAL["fractals"](np.random.default_rng(seed), 42)).reshape(-1, 3)
+        colours, counts = np.unique(image, axis=0, return_counts=True)
+        assert len(colours) > 2
+        assert counts.max() < 0.97 * len(image)
+
+
 def test_strokes_are_black_on_mostly_white():
     images = np.stack([np.array(PROCEDURAL["strokes"](np.random.default_rng(seed), 42)) for seed in range(20)])
     assert np.array_equal(images[..., 0], images[..., 2])

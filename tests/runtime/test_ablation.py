@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from lr_ray.config import ExperimentConfig
 from lr_ray.data.load import load_data
+from lr_ray.data.procedural import PROCEDURAL
 from lr_ray.errors import ConfigError, DataError
 from lr_ray.fewshot.episodes import ImagePool
 from lr_ray.grid import StandInConfig, load_grid
@@ -48,7 +49,7 @@ def found_in(images: torch.Tensor, real: torch.Tensor) -> list[int]:
     return same.int().argmax(dim=1).tolist()
 
 
-@pytest.mark.parametrize("kind", ["noise", "dead-leaves", "strokes"])
+@pytest.mark.parametrize("kind", PROCEDURAL)
 def test_procedural_images_go_to_the_class_that_the_adapter_finds_most_like_them(library: ExperimentConfig, kind: str):
     pool = stand_ins(library, kind=kind)
     assert pool.images.shape == (3 * 3 * EACH, 3, 32, 32)
