@@ -24,6 +24,8 @@ SPARSE: dict[str, Any] = {"sparse": {0.25: 0.5, 0.5: 0.25}, "prior_every": 4}
 """The schedule that is used where speed is asked for: bench/results/paired-speed.json has what it costs."""
 SMALL: dict[str, Any] = {"sparse": {0.25: 0.5, 0.5: 0.25}, "prior_every": 1}
 """The same patches, to be joined with a prior that looks at every step at images of half the side."""
+FREE: tuple[dict[str, Any], ...] = ({"sparse": {0.25: 0.5}}, {"sparse": {0.25: 0.5, 0.5: 0.25}})
+"""Half of the patches, and the schedule's, for no prior at all: bench/results/gain-cifar-fs-prior.json has what they cost."""
 _PAPER = {"views": {"roll": 0.125, "flip": True}, "prior_weight": 10.0}
 
 
@@ -103,6 +105,7 @@ def bench_inversion(
         ours("a quarter of the patches from the input on", sparse={0.0: 0.25}),
         ours(f"the whole schedule {_text(SPARSE)}", steps=schedule_steps, **SPARSE),
         ours(f"{_text(SMALL)} at {half} px", steps=schedule_steps, **SMALL, prior_px=half),
+        *(ours(f"{_text(free)}, without a prior", steps=schedule_steps, **free, prior_weight=0.0) for free in FREE),
     ]
     return Bench(
         name=f"inversion-{backbone.name}-{backbone.image_px}",
@@ -142,4 +145,4 @@ def compare_compiled(backbone: BackboneConfig, batch_size: int, rounds: int) -> 
 
 def _text(schedule: dict[str, Any]) -> str:
     stages = ", ".join(f"{share}: {kept}" for share, kept in schedule["sparse"].items())
-    return f"{{{stages}}}, prior every {schedule['prior_every']}"
+    return f"{{{stages}}}, prior every {schedule['prior_every']}" if "prior_every" in schedule else f"{{{stages}}}"
