@@ -14,6 +14,10 @@ from lr_ray.report.drawing import COLOURS, INK, MUTED, PALE, to_png
 from lr_ray.report.tables import chance_of, shape_of, shapes_of, wrapped
 from lr_ray.vit.tokens import num_kept
 
+_TILE, _GAP, _LABEL, _HEADER, _NARROWEST = 1.0, 0.04, 0.3, 0.4, 7.5
+"""Of a contact sheet, in inches: an image with its margins, a margin, a class's name, the title, what that needs."""
+_ROW = _LABEL + 2 * _TILE + 0.1
+
 
 def masked(images: Tensor, patch_order: Tensor, *, keep_ratio: float) -> Tensor:
     """Images whose less attended patches are faded to a light tint.
@@ -40,26 +44,26 @@ def contact_sheet(pool: ImagePool, *, keep_ratio: float, max_adapters: int = 6, 
     adapters = np.unique(pool.adapter_of)[:max_adapters]
     widest = max(int((pool.adapter_of == a).sum()) for a in adapters)
     columns = widest * images_per_class
-    figure = Figure(figsize=(1.0 * columns, 2.45 * len(adapters) + 0.6), dpi=110, layout="constrained")
-    axes = np.atleast_2d(figure.subplots(2 * len(adapters), columns, squeeze=False))
-    for axis in axes.flat:
-        axis.axis("off")
+    width, height = max(_TILE * columns, _NARROWEST), _ROW * len(adapters) + _HEADER
+    figure = Figure(figsize=(width, height), dpi=110)
+    axis = figure.add_axes((0, 0, 1, 1))  # one for all, for an axis costs more than its image
+    axis.axis("off")
     for row, adapter in enumerate(adapters):
         for slot, c in enumerate(np.flatnonzero(pool.adapter_of == adapter)):
             members = torch.from_numpy(np.flatnonzero(pool.class_of == c)[:images_per_class])
             images, orders = pool.images[members], pool.patch_order[members]
-            faded = masked(images, orders, keep_ratio=keep_ratio)
-            for column in range(len(members)):
-                top, bottom = (axes[2 * row + half, slot * images_per_class + column] for half in (0, 1))
-                top.imshow(images[column].permute(1, 2, 0).numpy(), interpolation="nearest")
-                bottom.imshow(faded[column].permute(1, 2, 0).numpy(), interpolation="nearest")
-                if column == 0:
-                    top.set_title(pool.class_names[c][:20], fontsize=9, loc="left", color=INK, parse_math=False)
-    figure.suptitle(
-        f"Synthetic images, a row an adapter; below each the {100 * keep_ratio:.0f} % of patches that [CLS] attends to most",
-        fontsize=10,
-        color=INK,
-    )
+            pairs = zip(images.float() / 255, masked(images, orders, keep_ratio=keep_ratio), strict=True)
+            left, top = _TILE * slot * images_per_class, _HEADER + _ROW * row
+            name = pool.class_names[c][:20]
+            axis.text(left + _GAP, top + _LABEL - _GAP, name, fontsize=9, color=INK, va="bottom", parse_math=False)
+            for column, pair in enumerate(pairs):
+                for half, image in enumerate(pair):
+                    x, y = left + _TILE * column, top + _LABEL + _TILE * half
+                    sides = (x + _GAP, x + _TILE - _GAP, y + _TILE - _GAP, y + _GAP)
+                    axis.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest", extent=sides)
+    axis.set(xlim=(0, width), ylim=(height, 0), aspect="auto")
+    title = f"Synthetic images, a row an adapter; below each the {100 * keep_ratio:.0f} % of patches that [CLS] attends to most"
+    axis.text(width / 2, _HEADER / 2, title, fontsize=10, color=INK, ha="center", va="center", wrap=True)
     return to_png(figure)
 
 
