@@ -3,9 +3,7 @@
 from functools import partial
 from typing import Any
 
-import timm
 import torch
-from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from lr_ray.errors import BackboneError
@@ -119,6 +117,9 @@ def load_prior(name: str, *, device: torch.device | str = "cpu") -> BatchNormPri
     Raises:
         BackboneError: unknown name, weights that cannot be had, or no BatchNorm in it.
     """
+    import timm
+    from timm.data import resolve_model_data_config
+
     if name == "efficientnet-lite0":
         network = timm.create_model(EMBEDDED_PRIOR.architecture)
         network.load_state_dict(load_embedded(EMBEDDED_PRIOR))

@@ -7,8 +7,6 @@ developed.
 import re
 from itertools import product
 
-import timm
-
 _TEMPLATES = (
     (r"google/vit-base-patch(16|32)-224-in21k", r"vit_base_patch\1_224.orig_in21k"),
     (r"google/vit-large-patch(16|32)-224-in21k", r"vit_large_patch\1_224.orig_in21k"),
@@ -37,6 +35,8 @@ _SHOWN = ("google/", "facebook/", "openai/", "WinKawaks/")
 
 def backbone_of(base_model: str) -> str | None:
     """timm's name of the model that an adapter says it was tuned from; None where it is not known here."""
+    import timm
+
     for pattern, name in _TEMPLATES:
         if (match := re.fullmatch(pattern, base_model)) is not None:
             return match.expand(name)

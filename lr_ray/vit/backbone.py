@@ -1,25 +1,28 @@
-"""The frozen Vision Transformer: timm model, preprocessing constants, provenance."""
+"""The frozen Vision Transformer: timm model, preprocessing constants, provenance.
+
+timm takes longer to import than torch, so here and beside it is imported where it is used: a config is read without it.
+"""
 
 import platform
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import timm
 import torch
 from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from timm.data import resolve_model_data_config
-from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor
 
 from lr_ray.errors import BackboneError, did_you_mean
 from lr_ray.section import Section
 from lr_ray.vit.embedded import EMBEDDED_BACKBONE, digest_tensors, load_embedded
 from lr_ray.vit.naming import to_timm
+
+if TYPE_CHECKING:
+    from timm.models.vision_transformer import VisionTransformer
 
 Precision = Literal["auto", "fp32", "bf16"]
 _FULL_ATTENTION_TOKENS = 257
@@ -54,7 +57,7 @@ class Backbone:
     """
 
     name: str
-    model: VisionTransformer
+    model: "VisionTransformer"
     image_px: int
     mean: Tensor
     std: Tensor
@@ -113,6 +116,9 @@ def load_backbone(config: BackboneConfig, *, device: torch.device | str = "cpu")
         BackboneError: unknown name, no class token, not a Vision Transformer, an image size that the patches do not
             divide, or weights that cannot be had or do not fit.
     """
+    import timm
+    from timm.data import resolve_model_data_config
+
     architecture, arguments = architecture_of(config.name)
     image_px = check_architecture(architecture, config)
     arguments["num_classes"] = 0
@@ -154,6 +160,9 @@ def check_architecture(architecture: str, config: BackboneConfig) -> int:
     Raises:
         BackboneError: unless the method works on the architecture at that size.
     """
+    import timm
+    from timm.models.vision_transformer import Block, VisionTransformer
+
     try:
         with torch.device("meta"):
             model = timm.create_model(architecture, pretrained=False, num_classes=0)
@@ -184,7 +193,9 @@ def check_architecture(architecture: str, config: BackboneConfig) -> int:
     return image_px
 
 
-def _load_pretrained(architecture: str, arguments: dict[str, Any], config: BackboneConfig) -> tuple[VisionTransformer, str]:
+def _load_pretrained(architecture: str, arguments: dict[str, Any], config: BackboneConfig) -> "tuple[VisionTransformer, str]":
+    import timm
+
     if config.weights is not None:
         path = Path(config.weights)
         if path.suffix != ".safetensors":

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
@@ -169,6 +168,8 @@ def _efficientnet_from_torch(content: bytes) -> dict[str, Tensor]:
     """
     stream = io.BytesIO(content)
     *_, table, order = [[(op.name, argument) for op, argument, _ in pickletools.genops(stream)] for _ in range(5)]
+    import timm
+
     views = _tensor_views(table)
     is_counter = {key: not shape for key, _, shape, _ in views}
     storages = {}

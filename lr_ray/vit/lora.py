@@ -8,18 +8,20 @@ changes besides (biases, norms, weights by more than a low rank) is a shift: a t
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from lr_ray.errors import AdapterError, ConfigError
 from lr_ray.section import Section
 from lr_ray.vit.backbone import Backbone
 from lr_ray.vit.tokens import Pool
+
+if TYPE_CHECKING:
+    from timm.models.vision_transformer import VisionTransformer
 
 Target = Literal["q", "k", "v", "proj", "fc1", "fc2"]
 _QKV_PART = {"q": 0, "k": 1, "v": 2}
@@ -194,7 +196,7 @@ class LoRALinear(nn.Module):
             start += rank
 
 
-def attach_lora(model: VisionTransformer, config: LoRAConfig, *, generator: torch.Generator) -> list[LoRALinear]:
+def attach_lora(model: "VisionTransformer", config: LoRAConfig, *, generator: torch.Generator) -> list[LoRALinear]:
     """Put a trainable LoRA, whose update is zero, on the targets of every block; `detach_lora` takes it off.
 
     Raises:

@@ -5,17 +5,18 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
-from timm.layers import PatchEmbed
-from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lr_ray.errors import ConfigError
 from lr_ray.vit.backbone import Backbone, Precision, autocast
+
+if TYPE_CHECKING:
+    from timm.models.vision_transformer import Block, VisionTransformer
 
 Pool = Literal["cls", "patches", "cls+patches"]
 """What features are made of: the normalised class token; the mean of the patch tokens before the last norm (as
@@ -80,7 +81,7 @@ def class_attention(attention: nn.Module, qkv: Tensor, *, num_prefix_tokens: int
 
 
 def encode(
-    model: VisionTransformer,
+    model: "VisionTransformer",
     images: Tensor,
     *,
     keep_indices: Tensor | None = None,
@@ -137,12 +138,14 @@ def encode(
     return Encoding(features=features, patch_order=torch.cat([positions, *dropped], dim=1) if rank_patches else None)
 
 
-def embed_patches(model: VisionTransformer, images: Tensor) -> Tensor:
+def embed_patches(model: "VisionTransformer", images: Tensor) -> Tensor:
     """(B, 3, H, W) normalised images → (B, N, D) tokens that enter the first block.
 
     Patches that do not overlap are a matrix product away from their tokens. As a convolution, which they are in timm, the
     way back to the pixels takes a processor up to ten times as long.
     """
+    from timm.layers import PatchEmbed
+
     embed = model.patch_embed
     if type(embed) is PatchEmbed and embed.flatten:
         rows, columns = embed.grid_size
@@ -154,7 +157,7 @@ def embed_patches(model: VisionTransformer, images: Tensor) -> Tensor:
     return tokens
 
 
-def pool_tokens(model: VisionTransformer, tokens: Tensor, pool: Pool) -> Tensor:
+def pool_tokens(model: "VisionTransformer", tokens: Tensor, pool: Pool) -> Tensor:
     """(B, N, D) tokens after the last block → (B, D or 2·D) features."""
     if pool == "patches":
         return tokens[:, model.num_prefix_tokens :].mean(dim=1)
@@ -163,19 +166,19 @@ def pool_tokens(model: VisionTransformer, tokens: Tensor, pool: Pool) -> Tensor:
     return features if pool == "cls" else torch.cat([features, tokens[:, model.num_prefix_tokens :].mean(dim=1)], dim=1)
 
 
-def attend(block: Block, tokens: Tensor) -> Tensor:
+def attend(block: "Block", tokens: Tensor) -> Tensor:
     """The first half of a block, (B, N, D) → the same."""
     attended: Tensor = tokens + block.drop_path1(block.ls1(block.attn(block.norm1(tokens))))
     return attended
 
 
-def transform(block: Block, tokens: Tensor) -> Tensor:
+def transform(block: "Block", tokens: Tensor) -> Tensor:
     """The second half of a block, (B, N, D) → the same."""
     transformed: Tensor = tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens))))
     return transformed
 
 
-def _call(half: Callable[[Block, Tensor], Tensor], block: Block, tokens: Tensor) -> Tensor:
+def _call(half: "Callable[[Block, Tensor], Tensor]", block: "Block", tokens: Tensor) -> Tensor:
     return half(block, tokens)
 
 

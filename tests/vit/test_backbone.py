@@ -211,7 +211,7 @@ def test_weights_that_cannot_be_downloaded_name_the_remedy(monkeypatch):
             raise OSError("We couldn't connect to\n'https://huggingface.co'")
         return create_model(*args, **kwargs)
 
-    monkeypatch.setattr("lr_ray.vit.backbone.timm.create_model", offline)
+    monkeypatch.setattr("timm.create_model", offline)
     message = error_of(name=TINY)
     assert "couldn't connect" in message
     assert "set backbone.weights to a safetensors file, or backbone.name to 'embedded'" in message

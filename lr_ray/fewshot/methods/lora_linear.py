@@ -3,10 +3,10 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from pydantic import Field
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from lr_ray.fewshot.methods import Adapt, Adaptation, FewShotTask, MethodInputs, TunedMethod
@@ -20,6 +20,9 @@ from lr_ray.fewshot.methods.episode_tuning import (
 )
 from lr_ray.section import Section
 from lr_ray.vit.lora import LoRAConfig, LoRALinear, attach_lora, detach_lora, lora_modules
+
+if TYPE_CHECKING:
+    from timm.models.vision_transformer import VisionTransformer
 
 
 class LoraLinearSettings(Section):
@@ -58,7 +61,7 @@ class LoRAOfEachTask(nn.Module):
         return output
 
 
-def draw_loras(model: VisionTransformer, config: LoRAConfig, seeds: Sequence[int]) -> dict[str, LoRAOfEachTask]:
+def draw_loras(model: "VisionTransformer", config: LoRAConfig, seeds: Sequence[int]) -> dict[str, LoRAOfEachTask]:
     """{module name: what to put in its place}: of each task the LoRA that `attach_lora` draws from its seed."""
     drawn = []
     for seed in seeds:

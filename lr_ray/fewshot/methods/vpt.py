@@ -2,11 +2,10 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from pydantic import Field
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from lr_ray.fewshot.methods import Adapt, Adaptation, FewShotTask, MethodInputs, TunedMethod
@@ -14,6 +13,9 @@ from lr_ray.fewshot.methods.episode_tuning import HeadStart, Tuning, episodes_at
 from lr_ray.section import Section
 from lr_ray.vit.backbone import autocast
 from lr_ray.vit.tokens import attend, embed_patches, pool_tokens, transform
+
+if TYPE_CHECKING:
+    from timm.models.vision_transformer import VisionTransformer
 
 
 class VPTSettings(Section):
@@ -35,7 +37,7 @@ class VPTSettings(Section):
     """What the head starts from."""
 
 
-def draw_prompts(model: VisionTransformer, settings: VPTSettings, seeds: Sequence[int]) -> list[nn.Parameter]:
+def draw_prompts(model: "VisionTransformer", settings: VPTSettings, seeds: Sequence[int]) -> list[nn.Parameter]:
     """(E, P, D) for the first block, or for each, each task's from its seed, uniform as the authors draw them."""
     width = int(model.embed_dim)
     bound = (6 / (model.patch_embed.proj.weight[0].numel() + width)) ** 0.5
@@ -44,7 +46,7 @@ def draw_prompts(model: VisionTransformer, settings: VPTSettings, seeds: Sequenc
     return [nn.Parameter(prompts) for prompts in (bound * (2 * drawn - 1)).to(model.patch_embed.proj.weight.device)]
 
 
-def encode_prompted(model: VisionTransformer, images: Tensor, prompts: list[nn.Parameter]) -> Tensor:
+def encode_prompted(model: "VisionTransformer", images: Tensor, prompts: list[nn.Parameter]) -> Tensor:
     """Forward pass with prompts between the prefix tokens and the patches, which they have no position among.
 
     Args:
