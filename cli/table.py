@@ -31,9 +31,10 @@ def print_grid(summary: Sequence[dict[str, Any]]) -> None:
         table.add_column(shape, justify="right")
     for cell, method in dict.fromkeys((row["cell"], row["method"]) for row in summary):
         found = {shape_of(r): r for r in summary if (r["cell"], r["method"]) == (cell, method)}
-        texts = [
-            f"{row['accuracy']:.2f} ± {row['ci95']:.2f} ({row['lowest']:.1f} to {row['highest']:.1f})"
-            for row in (found[shape] for shape in shapes if shape in found)
-        ]
+        texts = [_accuracy(found[shape]) if shape in found else "" for shape in shapes]
         table.add_row(escape(cell), method, *texts)
     Console(highlight=False).print(table)
+
+
+def _accuracy(row: dict[str, Any]) -> str:
+    return f"{row['accuracy']:.2f} ± {row['ci95']:.2f} ({row['lowest']:.1f} to {row['highest']:.1f})"

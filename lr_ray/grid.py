@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from lr_ray.config import ExperimentConfig, explain, load_config, read_yaml
 from lr_ray.data.images import DataConfig
@@ -26,7 +26,23 @@ class StandInConfig(Section):
     data: DataConfig | None = None
     """Of `real`: unrelated images, which have none of the adapters' classes; default `data.tune`, what they were tuned on."""
     per_class: int | None = Field(default=None, gt=0)
-    """Of `real` and `mixed`: different real images a class; default `inversion.images_per_class`. Fewer are repeated."""
+    """Of `mixed`, and of `real` without `data`: different real images a class; default `inversion.images_per_class`. Fewer are
+    repeated."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "StandInConfig":
+        own = self.kind == "mixed" or (self.kind == "real" and self.data is None)
+        if self.per_class is not None and not own:
+            raise ValueError(
+                f"per_class {self.per_class}: `{self.kind}` images here have no classes of their own; leave it out"
+            )
+        if self.data is not None and self.kind != "real":
+            raise ValueError(f"data does not go with kind `{self.kind}`; leave it out, or make the kind `real`")
+        return self
+
+
+_OWN = ("name", "seed", "output", "synthetic", "metric_synthetic", "relations")
+"""Keys of an experiment that a grid gives to each cell itself."""
 
 
 def _distinct_seeds(seeds: tuple[int, ...]) -> tuple[int, ...]:
@@ -121,9 +137,14 @@ def plan_cell(grid: GridConfig, name: str, seed: int) -> Cell:
         ConfigError: a key or value that is not allowed, or no data to measure on.
     """
     cell = grid.cells[name]
-    values = {"name": name, **grid.set, **cell.set, "seed": seed}
+    for key in (*grid.set, *cell.set):
+        if key.partition(".")[0] in _OWN:
+            raise ConfigError(f"cell {name!r}: set.{key}: the grid itself says what {key} is; leave it out")
+    values = [("name", name), *grid.set.items(), *cell.set.items(), ("seed", seed)]  # in this order, for keys may nest
     try:
-        config = load_config(grid.base, [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in values.items()])
+        config = load_config(
+            grid.base, [f"{key}={json.dumps(value, ensure_ascii=False, default=str)}" for key, value in values]
+        )
     except ConfigError as error:
         raise ConfigError(f"cell {name!r}: {error}") from error
     if config.data.test is None:

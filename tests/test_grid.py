@@ -1,12 +1,15 @@
 import re
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from lr_ray.data.images import DataConfig
 from lr_ray.errors import ConfigError
 from lr_ray.grid import load_grid, plan_cell
+from lr_ray.inversion.invert import InversionConfig
 
 GRIDS = sorted((Path(__file__).parents[1] / "bench" / "gain").glob("*.yaml"))
 BASE = {
@@ -58,6 +61,41 @@ def test_values_of_the_cell_go_over_those_of_the_grid_and_the_base(write):
     assert a.seed == b.seed == 3
     assert a.data.tune is not None
     assert a.data.tune.source == "digits"
+
+
+def test_a_section_that_the_cell_replaces_is_replaced(write):
+    cell = {"set": {"data.test": {"source": "glyphs"}, "inversion": {"num_steps": 3}}}
+    over = {"data.test.classes": ["5:7"], "inversion.learning_rate": 0.5}
+    config = plan_cell(load_grid(write({"a": cell}, set=over)), "a", 0).config
+    assert config.data.test is not None
+    assert (config.data.test.source, config.data.test.classes) == ("glyphs", DataConfig(source="glyphs").classes)
+    assert (config.inversion.num_steps, config.inversion.learning_rate) == (3, InversionConfig().learning_rate)
+
+
+@pytest.mark.parametrize("key", ["seed", "output", "synthetic", "metric_synthetic", "relations", "name"])
+def test_what_the_grid_says_itself_cannot_be_set(write, key: str):
+    for top, cells in (({"set": {key: "mine"}}, {"a": {}}), ({}, {"a": {"set": {key: "mine"}}})):
+        expected = f"cell 'a': set.{key}: the grid itself says what {key} is; leave it out"
+        assert message_of(write(cells, **top), "a") == expected
+
+
+def test_a_class_that_yaml_takes_for_a_date(write):
+    grid = load_grid(write({"a": {"set": {"data.test": {"source": "digits", "classes": [date(2024, 1, 1)]}}}}))
+    config = plan_cell(grid, "a", 0).config
+    assert config.data.test is not None
+    assert config.data.test.classes == ("2024-01-01",)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ({"kind": "noise", "per_class": 4}, "per_class 4: `noise` images here have no classes of their own; leave it out"),
+        ({"kind": "real", "data": {"source": "digits"}, "per_class": 4}, "per_class 4: `real` images here have no classes"),
+        ({"kind": "mixed", "data": {"source": "digits"}}, "data does not go with kind `mixed`; leave it out"),
+    ],
+)
+def test_settings_that_a_stand_in_does_not_have(write, images: dict[str, Any], message: str):
+    assert message in message_of(write({"a": {"images": images}}))
 
 
 def test_how_the_work_is_spread_does_not_name_a_cell_and_validation_does(write):

@@ -7,11 +7,14 @@ from typing import Any
 import numpy as np
 
 from lr_ray.errors import ConfigError
+from lr_ray.fewshot.episodes import EpisodeShape
 from lr_ray.fewshot.methods import expand, ingredients_of
+from lr_ray.fewshot.protocol import TestShape
 from lr_ray.grid import Cell, GridConfig, plan_cell
 from lr_ray.report.progress import Reporter
 from lr_ray.report.tables import shape_of
 from lr_ray.runtime.evaluation import RESULTS_NAME
+from lr_ray.runtime.evaluation_plan import test_data_of
 from lr_ray.runtime.experiment import run_cell
 from lr_ray.runtime.session import ray_session
 from lr_ray.storage.filesystem import join, write_bytes
@@ -54,11 +57,22 @@ def _all_finished(plan: Sequence[Cell]) -> list[dict[str, Any]]:
 
 
 def _finished(cell: Cell) -> list[dict[str, Any]]:
-    """What an earlier run measured of the cell's methods, in their order, on the data set that it measured last."""
+    """What was measured of the cell's methods, in their order, on its data set and shapes."""
+    evaluation = cell.config.evaluation
     rows = read_rows(join(cell.config.output_root, RESULTS_NAME)) or []
-    order = {label: position for position, label in enumerate(expand(cell.config.evaluation.methods))}
-    mine = [row for row in rows if row["method"] in order and row["dataset"] == rows[-1]["dataset"]]
-    return sorted(mine, key=lambda row: order[row["method"]])
+    order = {label: position for position, label in enumerate(expand(evaluation.methods))}
+    mine = [row for row in rows if row["method"] in order and any(_is_of(shape, row) for shape in evaluation.shapes)]
+    if not mine:
+        return []
+    dataset = test_data_of(cell.config).name
+    return sorted((row for row in mine if row["dataset"] == dataset), key=lambda row: order[row["method"]])
+
+
+def _is_of(shape: TestShape, row: dict[str, Any]) -> bool:
+    """Whether a row is of episodes of that shape."""
+    if isinstance(shape, EpisodeShape):
+        return (row["n_way"], row["n_shot"], row["n_query"]) == (shape.n_way, shape.n_shot, shape.n_query)
+    return bool(row.get("shape") == shape.name)
 
 
 def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ import pytest
 import typer
 from lr_ray.cli import main as cli
 from lr_ray.cli.options import read_config
-from lr_ray.cli.table import print_results
+from lr_ray.cli.table import print_grid, print_results
 from typer.testing import CliRunner
 
 from lr_ray.errors import ClusterError
@@ -297,3 +297,21 @@ def test_the_table_shows_every_method_and_shape(capsys: pytest.CaptureFixture[st
     assert ["method", "5-way 1-shot", "5-way 5-shot", "difference", "ms/episode"] in cells
     assert ["nn", "61.25 ± 1.50", "70.00 ± 1.50", "", "99.7"] in cells
     assert ["recycle", "", "80.00 ± 1.50", "", ""] in cells
+
+
+def test_the_table_of_a_grid_leaves_a_shape_blank_that_a_cell_lacks(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("COLUMNS", "200")
+    common = {"method": "nn", "dataset": "d", "n_way": 5, "seeds": {"0": 1.0}, "ci95": 1.0, "lowest": 40.0, "highest": 80.0}
+    print_grid(
+        [
+            common | {"cell": "both", "n_shot": 1, "accuracy": 60.0},
+            common | {"cell": "both", "n_shot": 5, "accuracy": 70.0},
+            common | {"cell": "one", "n_shot": 5, "accuracy": 71.0},
+        ]
+    )
+    lines = capsys.readouterr().out.splitlines()
+    cells = [[cell.strip() for cell in line.strip("│┃").replace("┃", "│").split("│")] for line in lines]
+    assert ["cell", "method", "5-way 1-shot", "5-way 5-shot"] in cells
+    assert ["one", "nn", "", "71.00 ± 1.00 (40.0 to 80.0)"] in cells

@@ -202,6 +202,25 @@ def test_only_the_cells_asked_for_beside_what_is_finished(grid_file: Path, tmp_p
     assert json.loads((tmp_path / "grid" / "results.json").read_text()) == again
 
 
+def test_what_was_measured_on_other_data_is_not_mixed_in(grid_file: Path, tmp_path: Path):
+    content = yaml.safe_load(grid_file.read_text())
+    (before,) = run_grid(load_grid(grid_file), ["references"], QUIET)
+    assert before["seeds"].keys() == {"0", "1"}
+
+    content["set"]["data.test"] = {"source": "digits", "classes": ["5:9"]}
+    grid_file.write_text(yaml.safe_dump(content, sort_keys=False))
+    one_seed = {**content, "seeds": [0]}
+    (tmp_path / "one.yaml").write_text(yaml.safe_dump(one_seed, sort_keys=False))
+    (alone,) = run_grid(load_grid(tmp_path / "one.yaml"), ["references"], QUIET)
+    assert alone["dataset"] != before["dataset"]
+    run_grid(load_grid(grid_file), ["noise"], QUIET)
+    found = json.loads((tmp_path / "grid" / "results.json").read_text())
+    assert [(row["cell"], row["dataset"], list(row["seeds"])) for row in found] == [
+        ("references", alone["dataset"], ["0"]),
+        ("noise", alone["dataset"], ["0", "1"]),
+    ]
+
+
 def test_an_unknown_cell_is_an_error_before_any_work(grid_file: Path, tmp_path: Path):
     with pytest.raises(ConfigError, match="cell 'noises' is not in the grid; there are references, metric, noise"):
         run_grid(load_grid(grid_file), ["noises"], QUIET)
