@@ -119,6 +119,11 @@ def layout_of(num_support: np.ndarray, num_query: int) -> tuple[np.ndarray, np.n
     return ways, is_query
 
 
+def most_ways(shape: TestShape, *, num_classes: int) -> int:
+    """Of an episode drawn from so many classes."""
+    return shape.n_way if isinstance(shape, EpisodeShape) else min(shape.ways[1], num_classes)
+
+
 def draw_episodes(labels: np.ndarray, shape: TestShape, *, num_episodes: int, seed: int) -> list[DrawnEpisode]:
     """Seeded test episodes, the same for every method.
 

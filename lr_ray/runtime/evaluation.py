@@ -49,8 +49,8 @@ _EPISODES_COUNTED = 10
 def evaluate_methods(config: ExperimentConfig, reporter: Reporter) -> list[dict[str, Any]]:
     """Measure what has not been measured; returns these methods' rows, in the order of methods and shapes.
 
-    Rows of other methods, data or shapes stay in `results.json` and the tables beside it. The model cards of what was
-    measured tell these methods' rows.
+    Rows of other methods, data or shapes stay in `results.json` and the tables beside it, and in the model cards of what was
+    measured.
 
     Raises:
         ConfigError: no test data, an unknown method, or one that needs what is not there; before any work.
@@ -89,11 +89,11 @@ def evaluate_methods(config: ExperimentConfig, reporter: Reporter) -> list[dict[
     if merged != known:
         write_tables(config.output_root, merged)
         write_bytes(uri, json.dumps(merged, indent=2, ensure_ascii=False).encode())
-    if failures:
-        raise failures[0]
     for method, folder in (("recycle", config.meta_lora_root), ("joint", config.joint_root), ("oracle", config.oracle_root)):
         if any(row["method"] == method for row in rows):
-            complete_card(folder, rows)
+            complete_card(folder, merged)
+    if failures:
+        raise failures[0]
     return rows
 
 

@@ -5,14 +5,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+
 from lr_ray.config import ExperimentConfig
 from lr_ray.data.images import LabelledImages
 from lr_ray.data.load import load_data
-from lr_ray.errors import ConfigError
+from lr_ray.errors import ConfigError, EpisodeError
 from lr_ray.fewshot.methods import ChosenMethod, FeatureMethod, Ingredient, TunedMethod, expand, find_method
 from lr_ray.fewshot.methods.features import RAW_PIXELS, needs_of
 from lr_ray.fewshot.metric import MetricConfig
-from lr_ray.fewshot.protocol import TestShape, draw_episodes
+from lr_ray.fewshot.protocol import TestShape, draw_episodes, most_ways
 from lr_ray.runtime.training_job import metric_files
 from lr_ray.storage.adapters import list_adapters, read_adapter
 from lr_ray.storage.filesystem import exists, join, read_many
@@ -85,8 +87,10 @@ class EvaluationPlan:
 
     def __init__(self, config: ExperimentConfig) -> None:
         """Raises:
+        AdapterError: an adapter that is needed, or the meta-LoRA, with which all are compared, is damaged or of another
+            backbone.
         ConfigError: no test data, an unknown method, or one that needs what is not there.
-        EpisodeError: too few classes or images.
+        EpisodeError: too few classes or images, or more classes than a method is made for.
         """
         self.config, self.data = config, check_evaluation(config)
         chosen = [find_method(label) for label in expand(config.evaluation.methods)]
@@ -96,6 +100,8 @@ class EvaluationPlan:
         for method in chosen:
             for need in method.needs:
                 self._ingredient(need, method.label)
+        if self._has_reference:
+            self._ingredient("meta_lora", REFERENCE)
         self.features: dict[str, FeaturesTask] = {}
         self.fits: dict[str, FitTask] = {}
         self.measurements = [self._measure(method, shape) for method in chosen for shape in config.evaluation.shapes]
@@ -107,6 +113,10 @@ class EvaluationPlan:
             "data": self.data.digest(),
             "precision": self.config.evaluation.precision,
         }
+
+    @cached_property
+    def _has_reference(self) -> bool:
+        return exists(join(self.config.meta_lora_root, CONFIG_NAME))
 
     @property
     def protocol(self) -> dict[str, Any]:
@@ -120,10 +130,7 @@ class EvaluationPlan:
 
     def reference(self, shape: TestShape) -> Measurement | None:
         """Recycling on this shape, whether it is to be measured or was; None if it cannot have been."""
-        if not exists(join(self.config.meta_lora_root, CONFIG_NAME)):
-            return None
-        self._ingredient("meta_lora", REFERENCE)
-        return self._measure(find_method(REFERENCE), shape)
+        return self._measure(find_method(REFERENCE), shape) if self._has_reference else None
 
     def episodes_uri(self, shape: TestShape) -> str:
         """Where the episodes of a shape are stored for other programs."""
@@ -229,7 +236,7 @@ def check_evaluation(config: ExperimentConfig) -> LabelledImages:
 
     Raises:
         ConfigError: no test data, an unknown method, or one that needs real images where none are given.
-        EpisodeError: too few classes or images.
+        EpisodeError: too few classes or images, or more classes than a method is made for.
     """
     if config.data.test is None:
         raise ConfigError("data.test is not set: name the real images of unseen classes, with --data or in the config")
@@ -241,7 +248,19 @@ def check_evaluation(config: ExperimentConfig) -> LabelledImages:
     data = load_data(config.data.test)
     for shape in config.evaluation.shapes:
         draw_episodes(data.labels, shape, num_episodes=1, seed=config.seed)
+        _check_ways(config, shape, most_ways(shape, num_classes=len(np.unique(data.labels))))
     return data
+
+
+def _check_ways(config: ExperimentConfig, shape: TestShape, most: int) -> None:
+    """Raise if a method is made for episodes of fewer classes."""
+    for chosen in map(find_method, expand(config.evaluation.methods)):
+        room = chosen.method.max_way(chosen.settings) if isinstance(chosen.method, FeatureMethod) else None
+        if room is not None and most > room:
+            raise EpisodeError(
+                f"evaluation.methods: {chosen.label} is made for {room} ways, but episodes of {shape.name} have up to {most}; "
+                "choose a setting of it that does, or leave it out"
+            )
 
 
 def test_data_of(config: ExperimentConfig) -> LabelledImages:

@@ -99,6 +99,22 @@ def test_the_linear_probe_is_scikit_learns_logistic_regression(c: float, dropped
         np.testing.assert_allclose(scores[index].log_softmax(dim=1), found, atol=1e-3)
 
 
+def test_the_linear_probe_of_a_large_support_set_is_near_its_optimum() -> None:
+    """Of 500 images the minimum is flat: the weights are not told to four digits, the answers are."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(30).repeat_interleave(17)[:500]
+    centres = torch.randn(30, 64, generator=generator)
+    support, queries = (
+        F.normalize(centres[of] + 2 * torch.randn(len(of), 64, generator=generator), dim=1) for of in (labels, labels[::5])
+    )
+    expected = LogisticRegression(C=1.0, tol=1e-8, max_iter=5000).fit(support.double().numpy(), labels.numpy())
+    weights, bias = logistic_regression(support[None], labels, 1.0)
+    np.testing.assert_allclose(weights[0], expected.coef_, atol=5e-3)
+    np.testing.assert_allclose(bias[0] - bias[0].mean(), expected.intercept_ - expected.intercept_.mean(), atol=2e-2)
+    scores = head_of("linear-probe")(support[None], labels, queries[None])[0]
+    assert scores.argmax(dim=1).tolist() == expected.predict(queries.double().numpy()).tolist()
+
+
 def test_balanced_affinities_are_a_balanced_plan() -> None:
     """Before it is scaled, what each gives and takes is one unit; itself it gives nothing."""
     support, _, queries, _ = episodes(0.5)

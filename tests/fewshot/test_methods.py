@@ -206,6 +206,7 @@ def test_an_unknown_method_is_refused_and_the_known_are_named(name: str):
         ("bpa:features=nn", "features: .*no such features; there are raw-pixels, backbone"),
         ("bpa:features=loras-avg:x", "features: .*the scale of loras-avg:SCALE is a number"),
         ("coop", "coop does not apply: it learns the words of a text encoder"),
+        ("CoOp", "CoOp does not apply: it learns the words of a text encoder"),
     ],
 )
 def test_settings_that_are_not_allowed(name: str, message: str):

@@ -170,8 +170,25 @@ def test_a_method_that_is_measured_alone_is_compared_with_what_was(tiny_experime
     assert measure(tiny_experiment, "nn") == [nn]
 
     Path(meta_lora, "adapter_model.safetensors").write_bytes(b"")
+    before = snapshot(tiny_experiment.output_root)
     with pytest.raises(AdapterError, match="run/meta_lora: damaged"):
-        measure(tiny_experiment, "nn")
+        measure(tiny_experiment, "nn", "bpa")
+    assert snapshot(tiny_experiment.output_root) == before
+
+
+def test_a_model_card_keeps_what_was_measured_before(tiny_experiment: ExperimentConfig, meta_lora: str) -> None:
+    def rows_of_card() -> list[str]:
+        return [line for line in Path(meta_lora, "README.md").read_text().splitlines() if line.startswith("| digits")]
+
+    measure(tiny_experiment, "nn", "recycle")
+    first = rows_of_card()
+    assert len(first) == 1
+    assert "±" in first[0].split("|")[-2]
+    measure(tiny_experiment, "recycle")
+    assert rows_of_card() == first
+    with pytest.raises(EpisodeError, match="its episodes have 7 ways"):  # found while it is fitted
+        measure(tiny_experiment, "recycle", "caml:num_steps=1,n_way=7", shapes=(EpisodeShape(n_way=2, n_shot=2, n_query=3),))
+    assert len(rows_of_card()) == 2
 
 
 def accuracy_of(model: Model, config: ExperimentConfig) -> float:
@@ -386,6 +403,14 @@ def test_errors_come_before_the_work(tiny_experiment: ExperimentConfig) -> None:
     ):
         with pytest.raises(ConfigError, match=expected):
             call()
+    with pytest.raises(
+        EpisodeError, match="caml:n_way=2 is made for 2 ways, but episodes of 3-way 1-shot have up to 3; choose"
+    ):
+        measure(tiny_experiment, "nn", "caml:n_way=2")
+    with pytest.raises(
+        EpisodeError, match="caml:n_way=3 is made for 3 ways, but episodes of varying-way .* have up to 4; choose"
+    ):
+        measure(tiny_experiment, "caml:n_way=3", shapes=(VaryingShape(ways=(2, 9)),))
     with pytest.raises(EpisodeError, match="9-way episodes: the data have 4 classes"):
         measure(tiny_experiment, "nn", shapes=(shape,))
     with pytest.raises(EpisodeError, match="episodes of 5 and more ways: the data have 4 classes; lower ways or give more"):

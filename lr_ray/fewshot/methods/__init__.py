@@ -76,6 +76,7 @@ class FeatureMethod:
             features are of those, and in the place of the classes is which image each shows.
         metric: settings → whether the head reads the metric that is kept with the meta-LoRA of its features, if one is.
         num_trained: (settings, ways, D) → parameters that are trained on each episode.
+        max_way: settings → most classes of an episode that the head is made for; None: any number.
     """
 
     name: str
@@ -87,6 +88,7 @@ class FeatureMethod:
     fit_on: Literal["tune", "synthetic"] = "tune"
     metric: Callable[[Any], bool] = lambda _settings: False
     num_trained: Callable[[Any, int, int], int] = lambda _settings, _n_way, _dim: 0
+    max_way: Callable[[Any], int | None] = lambda _settings: None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -192,7 +194,7 @@ def find_method(label: str) -> ChosenMethod:
     """
     name, _, text = label.partition(":")
     for module in _modules():
-        if (reason := getattr(module, "UNAVAILABLE", {}).get(name)) is not None:
+        if (reason := getattr(module, "UNAVAILABLE", {}).get(name.lower())) is not None:
             raise ConfigError(f"evaluation.methods: {name} {reason}")
     known = known_methods()
     if name not in known:

@@ -123,4 +123,5 @@ METHOD = FeatureMethod(
     features=lambda settings: str(settings.features),
     head=_head,
     fit=_fit,
+    max_way=lambda settings: int(settings.n_way),
 )
