@@ -252,6 +252,13 @@ def test_an_oracle_that_is_as_good_is_not_underlined():
     assert markdown_lines([*ROWS, row("oracle", 1, 61.5)])["oracle"][0] == "61.50 ± 0.90"
 
 
+@pytest.mark.parametrize("label", ["oracle:metric=false", "bpa:oracle", "linear-probe:c=2,features=oracle"])
+def test_nor_is_the_oracle_by_other_settings(label: str):
+    lines = markdown_lines([*ROWS, row(label, 1, 90.0)])
+    assert lines[label][0] == "90.00 ± 0.90"
+    assert "<ins>61.50" in lines["**recycle**"][0]
+
+
 def test_pictures_show_the_last_measurement_on_the_last_data_set():
     rows = [row("nn", 1, 10.0, dataset="digits"), row("nn", 1, 20.0), row("nn", 5, 30.0), row("nn", 1, 40.0)]
     assert [(found["n_shot"], found["accuracy"]) for found in measured_last(rows)] == [(1, 40.0), (5, 30.0)]
