@@ -14,10 +14,11 @@ from lr_ray.bench.speed import RESULTS
 
 from lr_ray.report.pictures import contact_sheet
 from lr_ray.report.tables import as_markdown, results_table, shape_of, shapes_of
-from lr_ray.storage.synthetic import by_adapter, list_synthetic, read_pool
+from lr_ray.storage.synthetic import by_adapter, list_synthetic, read_first_classes
 
 PICTURES = Path(__file__).parent.parent / "docs" / "pictures"
 ADAPTERS_SHOWN = 2
+CLASSES_SHOWN = 12
 
 Row = dict[str, Any]
 
@@ -73,8 +74,8 @@ def main() -> None:
             if not synthetic.is_dir():
                 continue
             shown = by_adapter(list_synthetic(str(synthetic)))[:ADAPTERS_SHOWN]
-            pool = read_pool(str(synthetic), list(chain.from_iterable(shown)))
-            (PICTURES / f"{name}.png").write_bytes(contact_sheet(pool, keep_ratio=0.5))
+            classes = read_first_classes(str(synthetic), list(chain.from_iterable(shown)), most=CLASSES_SHOWN)
+            (PICTURES / f"{name}.png").write_bytes(contact_sheet(classes, keep_ratio=0.5))
 
 
 if __name__ == "__main__":

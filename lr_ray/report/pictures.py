@@ -1,6 +1,7 @@
 """What people would rather see than read: synthetic images with their masks, training curves, accuracies."""
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from lr_ray.fewshot.episodes import ImagePool
+from lr_ray.fewshot.episodes import ClassImages
 from lr_ray.report.drawing import COLOURS, INK, MUTED, PALE, to_png
 from lr_ray.report.tables import chance_of, shape_of, shapes_of, wrapped
 from lr_ray.vit.tokens import num_kept
@@ -39,23 +40,20 @@ def masked(images: Tensor, patch_order: Tensor, *, keep_ratio: float) -> Tensor:
     return torch.where(mask.bool(), images.float() / 255, faded)
 
 
-def contact_sheet(pool: ImagePool, *, keep_ratio: float, max_adapters: int = 6, images_per_class: int = 2) -> bytes:
+def contact_sheet(adapters: Sequence[Sequence[ClassImages]], *, keep_ratio: float, images_per_class: int = 2) -> bytes:
     """PNG: a row an adapter, and for each of its classes a few images, each above its masked self."""
-    adapters = np.unique(pool.adapter_of)[:max_adapters]
-    widest = max(int((pool.adapter_of == a).sum()) for a in adapters)
-    columns = widest * images_per_class
+    columns = max(map(len, adapters)) * images_per_class
     width, height = max(_TILE * columns, _NARROWEST), _ROW * len(adapters) + _HEADER
     figure = Figure(figsize=(width, height), dpi=110)
     axis = figure.add_axes((0, 0, 1, 1))  # one for all, for an axis costs more than its image
     axis.axis("off")
-    for row, adapter in enumerate(adapters):
-        for slot, c in enumerate(np.flatnonzero(pool.adapter_of == adapter)):
-            members = torch.from_numpy(np.flatnonzero(pool.class_of == c)[:images_per_class])
-            images, orders = pool.images[members], pool.patch_order[members]
-            pairs = zip(images.float() / 255, masked(images, orders, keep_ratio=keep_ratio), strict=True)
+    for row, classes in enumerate(adapters):
+        for slot, shown in enumerate(classes):
+            images, orders = shown.images[:images_per_class], shown.patch_order
+            assert orders is not None
+            pairs = zip(images.float() / 255, masked(images, orders[:images_per_class], keep_ratio=keep_ratio), strict=True)
             left, top = _TILE * slot * images_per_class, _HEADER + _ROW * row
-            name = pool.class_names[c][:20]
-            axis.text(left + _GAP, top + _LABEL - _GAP, name, fontsize=9, color=INK, va="bottom", parse_math=False)
+            axis.text(left + _GAP, top + _LABEL - _GAP, shown.name[:20], fontsize=9, color=INK, va="bottom", parse_math=False)
             for column, pair in enumerate(pairs):
                 for half, image in enumerate(pair):
                     x, y = left + _TILE * column, top + _LABEL + _TILE * half
@@ -117,11 +115,15 @@ def accuracy_bars(rows: Sequence[Mapping[str, Any]]) -> bytes:
 def grid_bars(summary: Sequence[dict[str, Any]]) -> bytes:
     """PNG: a bar for each cell and method, the mean over the seeds with its 95 % confidence interval, a dot for each seed.
 
-    Dashed lines carry `nn`, `loras-avg` at its best scale and `oracle` across the other bars.
+    A bar is called by its cell, and by its method too where that stands in several cells; `recycle` is understood. Dashed
+    lines carry the best of each other method but `raw-pixels` across the bars.
     """
     shapes = shapes_of(summary)
     bars = list(dict.fromkeys((row["cell"], row["method"]) for row in summary))
-    labels = [cell if method == "recycle" else method for cell, method in bars]
+    cells_of = Counter(method for _, method in bars)
+    labels = [
+        cell if method == "recycle" else method if cells_of[method] == 1 else f"{cell}, {method}" for cell, method in bars
+    ]
     figure = Figure(figsize=(2.2 + 3.9 * len(shapes), 0.3 * len(bars) + 1.0), dpi=110, layout="constrained")
     for axis, shape in zip(figure.subplots(1, len(shapes), squeeze=False, sharey=True).flat, shapes, strict=True):
         found = {(row["cell"], row["method"]): row for row in summary if shape_of(row) == shape}

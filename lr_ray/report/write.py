@@ -18,11 +18,12 @@ from lr_ray.report.tables import as_csv, as_latex, as_markdown, measured_last, r
 from lr_ray.storage.adapters import list_adapters
 from lr_ray.storage.filesystem import join, list_files, read_many, write_bytes
 from lr_ray.storage.manifest import read_manifest, versions
-from lr_ray.storage.synthetic import adapter_id_of, by_adapter, count_images, list_synthetic, read_pool
+from lr_ray.storage.synthetic import adapter_id_of, by_adapter, count_images, list_synthetic, read_first_classes
 
 SHEET_NAME = "contact_sheet.png"
 _SHEET_NAMES = {"sheet": SHEET_NAME, "metric_sheet": "contact_sheet_metric.png"}
 _ADAPTERS_SHOWN = 6
+_CLASSES_SHOWN = 12
 _SECONDS_BETWEEN_LOOKS = 2.0
 
 
@@ -107,10 +108,10 @@ def _curves(config: ExperimentConfig) -> bytes:
 
 
 def _sheet(config: ExperimentConfig, adapters: Sequence[Sequence[str]]) -> bytes:
-    """PNG of the first of these adapters, each given by its files."""
+    """PNG of the first classes of the first of these adapters, each given by its files."""
     keep_ratio = config.training.keep_ratio if config.training.keep_ratio < 1 else 0.5
-    shown = list(chain.from_iterable(adapters[:_ADAPTERS_SHOWN]))
-    return contact_sheet(read_pool(config.synthetic_root, shown), keep_ratio=keep_ratio)
+    files = list(chain.from_iterable(adapters[:_ADAPTERS_SHOWN]))
+    return contact_sheet(read_first_classes(config.synthetic_root, files, most=_CLASSES_SHOWN), keep_ratio=keep_ratio)
 
 
 def watch_synthetic(config: ExperimentConfig, reporter: Reporter, over: threading.Event) -> None:

@@ -279,6 +279,14 @@ def read_classes(root: str, refs: Sequence[ClassRef]) -> list[ClassImages]:
     return [_decoded(uri, ref, table) for ref, table in zip(refs, tables, strict=True)]
 
 
+def read_first_classes(root: str, files: Sequence[str], *, most: int) -> list[list[ClassImages]]:
+    """Of each adapter with images in these files the first classes, so many at most; raises what the two above do."""
+    by_name: dict[str, list[ClassRef]] = {}
+    for ref in read_index(root, files, {}):
+        by_name.setdefault(ref.adapter, []).append(ref)
+    return [[found for ref in refs[:most] for found in read_classes(root, [ref])] for refs in by_name.values()]
+
+
 def _decoded(uri: str, ref: ClassRef, table: pa.Table) -> ClassImages:
     if table.num_rows != ref.num_images or table["class_index"][0].as_py() != ref.slot:
         raise StorageError(f"synthetic images {uri} changed while they were read; run the same command again")

@@ -1,15 +1,16 @@
 import io
 import re
-from collections.abc import Sequence
+from dataclasses import replace
 from html.parser import HTMLParser
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
-from lr_ray.fewshot.episodes import ImagePool
+from lr_ray.fewshot.episodes import ClassImages
+from lr_ray.report import pictures
 from lr_ray.report.html import render_report
 from lr_ray.report.pictures import _references, accuracy_bars, contact_sheet, grid_bars, masked, training_curves
 
@@ -39,18 +40,16 @@ def row(method: str, n_shot: int = 1, accuracy: float = 60.0, n_way: int = 5) ->
     }
 
 
-def pool_of(class_names: Sequence[str], adapter_of: Sequence[int], *, per_class: int = 2, side_px: int = 8) -> ImagePool:
-    count = len(class_names) * per_class
-    return ImagePool(
-        images=torch.randint(0, 256, (count, 3, side_px, side_px), dtype=torch.uint8),
-        class_of=np.repeat(np.arange(len(class_names)), per_class),
-        class_names=tuple(class_names),
-        adapter_of=np.array(adapter_of),
-        slot_of=np.zeros(len(class_names), int),
-        teacher_logits=torch.zeros(count, 1),
-        flipped_logits=torch.zeros(count, 1),
-        patch_order=torch.stack([torch.randperm(4) for _ in range(count)]),
-    )
+def adapters_of(*class_names: str, per_class: int = 2, side_px: int = 8) -> list[list[ClassImages]]:
+    """An adapter for each string, a class for each of its letters."""
+    generator = torch.Generator().manual_seed(0)
+
+    def images_of(name: str, adapter: str, slot: int) -> ClassImages:
+        images = torch.randint(0, 256, (per_class, 3, side_px, side_px), dtype=torch.uint8, generator=generator)
+        orders = torch.stack([torch.randperm(4, generator=generator) for _ in range(per_class)])
+        return ClassImages(name=name, adapter=adapter, slot=slot, images=images, patch_order=orders)
+
+    return [[images_of(name, adapter, slot) for slot, name in enumerate(adapter)] for adapter in class_names]
 
 
 # ------------------------------------------------------------------------------------------------------- grid_bars
@@ -69,6 +68,22 @@ def test_a_grid_has_a_bar_for_every_cell_and_method():
     assert heights[1] > heights[0]
     both = [*few, summary_row("recycle", "recycle", 80.0, n_shot=5)]
     assert opened(grid_bars(both)).size[0] > opened(grid_bars(few)).size[0]
+
+
+def test_a_bar_is_called_by_its_cell_and_its_method_where_that_stands_in_several(monkeypatch: pytest.MonkeyPatch):
+    figures: list[Figure] = []
+
+    def keep(figure: Figure) -> bytes:
+        figures.append(figure)
+        return b""
+
+    monkeypatch.setattr(pictures, "to_png", keep)
+    rows = [
+        summary_row(cell, method, 50.0)
+        for cell, method in (("refs", "nn"), ("a", "recycle"), ("a", "bpa"), ("b", "recycle"), ("b", "bpa"))
+    ]
+    grid_bars(rows)
+    assert [label.get_text() for label in figures[0].axes[0].get_yticklabels()] == ["nn", "a", "a, bpa", "b", "b, bpa"]
 
 
 def test_the_line_of_the_averaged_loras_is_that_of_their_best_scale():
@@ -111,45 +126,26 @@ def test_masked_with_every_patch_kept_changes_nothing():
 
 
 def test_a_contact_sheet_grows_with_its_adapters_and_classes():
-    one = opened(contact_sheet(pool_of("ab", [0, 0]), keep_ratio=0.5)).size
-    higher = opened(contact_sheet(pool_of("abcd", [0, 0, 1, 1]), keep_ratio=0.5)).size
-    wider = opened(contact_sheet(pool_of("abcd", [0, 0, 0, 0]), keep_ratio=0.5)).size
+    one = opened(contact_sheet(adapters_of("ab"), keep_ratio=0.5)).size
+    higher = opened(contact_sheet(adapters_of("ab", "cd"), keep_ratio=0.5)).size
+    wider = opened(contact_sheet(adapters_of("abcd"), keep_ratio=0.5)).size
     assert higher[0] == one[0] < wider[0]
     assert higher[1] > one[1] == wider[1]
 
 
 def test_a_contact_sheet_of_unequal_adapters_and_few_images():
-    opened(contact_sheet(pool_of("abc", [0, 0, 1], per_class=1), keep_ratio=0.5))
-
-
-def test_a_contact_sheet_shows_at_most_so_many_adapters():
-    pool = pool_of("abcd", [0, 1, 2, 3])
-    assert contact_sheet(pool, keep_ratio=0.5, max_adapters=1) == contact_sheet(
-        pool_of_first_adapter(pool), keep_ratio=0.5, max_adapters=1
-    )
-
-
-def pool_of_first_adapter(pool: ImagePool) -> ImagePool:
-    return ImagePool(
-        images=pool.images[:2],
-        class_of=pool.class_of[:2],
-        class_names=pool.class_names[:1],
-        adapter_of=pool.adapter_of[:1],
-        slot_of=pool.slot_of[:1],
-        teacher_logits=pool.teacher_logits[:2],
-        flipped_logits=pool.flipped_logits[:2],
-        patch_order=pool.patch_order[:2],
-    )
+    opened(contact_sheet(adapters_of("ab", "c", per_class=1), keep_ratio=0.5))
 
 
 @pytest.mark.parametrize("name", ["latin/$", r"$\nothing$", "a_b^c", "щ", "W" * 80])
 def test_a_contact_sheet_takes_any_class_name(name: str):
-    opened(contact_sheet(pool_of([name], [0]), keep_ratio=0.5))
+    ((shown,),) = adapters_of("a")
+    opened(contact_sheet([[replace(shown, name=name)]], keep_ratio=0.5))
 
 
 def test_a_picture_is_the_same_twice():
-    pool = pool_of("ab", [0, 1])
-    assert contact_sheet(pool, keep_ratio=0.5) == contact_sheet(pool, keep_ratio=0.5)
+    adapters = adapters_of("a", "b")
+    assert contact_sheet(adapters, keep_ratio=0.5) == contact_sheet(adapters, keep_ratio=0.5)
     assert accuracy_bars([row("nn")]) == accuracy_bars([row("nn")])
 
 

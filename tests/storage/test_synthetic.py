@@ -21,6 +21,7 @@ from lr_ray.storage.synthetic import (
     count_images,
     list_synthetic,
     read_classes,
+    read_first_classes,
     read_index,
     read_pool,
     synthetic_name,
@@ -174,6 +175,17 @@ def test_a_pool_of_one_file(root: str):
     pool = read_pool(root, ["dogs-222222222222.parquet"])
     assert pool.class_of.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
     assert pool.teacher_logits.shape == (8, 2)
+
+
+def test_the_first_classes_of_each_adapter(root: str):
+    files = ["dogs-222222222222.parquet", "cats-111111111111.parquet"]
+    dogs, cats = read_first_classes(root, files, most=2)
+    assert [(found.adapter, found.name) for found in (*dogs, *cats)] == [
+        ("dogs", "wolf"), ("dogs", "lynx"), ("cats", "lion"), ("cats", "tiger"),
+    ]  # fmt: skip
+    assert torch.equal(torch.cat([found.images for found in dogs]), DOGS.images)
+    assert cats[1].patch_order is not None
+    assert torch.equal(cats[1].patch_order, CATS.patch_order[2:4])
 
 
 def test_images_of_different_sizes(root: str):
