@@ -255,11 +255,14 @@ def _present(values: Tensor | None) -> Tensor:
     return values
 
 
-def draw_test_episodes(labels: np.ndarray, shape: EpisodeShape, *, num_episodes: int, seed: int) -> np.ndarray:
+def draw_test_episodes(
+    labels: np.ndarray, shape: EpisodeShape, *, num_episodes: int, seed: int, class_names: Sequence[str] | None = None
+) -> np.ndarray:
     """Image indices of seeded test episodes, the same for every method.
 
     Args:
         labels: (M,) class of each image.
+        class_names: what errors call the classes, by their numbers.
 
     Returns:
         (E, N, S + Q) indices into `labels`, support first.
@@ -274,8 +277,9 @@ def draw_test_episodes(labels: np.ndarray, shape: EpisodeShape, *, num_episodes:
     members = {c: np.flatnonzero(labels == c) for c in classes}
     for c, found in members.items():
         if len(found) < need:
+            name = class_names[c] if class_names else c
             raise EpisodeError(
-                f"class {c} has {len(found)} images, but {shape.n_shot} shots and {shape.n_query} queries need {need}; "
+                f"class {name} has {len(found)} images, but {shape.n_shot} shots and {shape.n_query} queries need {need}; "
                 "lower n_query or give more images"
             )
     episodes = np.empty((num_episodes, shape.n_way, need), dtype=np.int64)

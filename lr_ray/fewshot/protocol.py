@@ -124,17 +124,20 @@ def most_ways(shape: TestShape, *, num_classes: int) -> int:
     return shape.n_way if isinstance(shape, EpisodeShape) else min(shape.ways[1], num_classes)
 
 
-def draw_episodes(labels: np.ndarray, shape: TestShape, *, num_episodes: int, seed: int) -> list[DrawnEpisode]:
+def draw_episodes(
+    labels: np.ndarray, shape: TestShape, *, num_episodes: int, seed: int, class_names: Sequence[str] | None = None
+) -> list[DrawnEpisode]:
     """Seeded test episodes, the same for every method.
 
     Args:
         labels: (M,) class of each image.
+        class_names: what errors call the classes, by their numbers.
 
     Raises:
         EpisodeError: too few classes, or a class with too few images.
     """
     if isinstance(shape, EpisodeShape):
-        dense = draw_test_episodes(labels, shape, num_episodes=num_episodes, seed=seed)
+        dense = draw_test_episodes(labels, shape, num_episodes=num_episodes, seed=seed, class_names=class_names)
         ways, is_query = layout_of(np.full(shape.n_way, shape.n_shot), shape.n_query)
         return [DrawnEpisode(images=images, ways=ways, is_query=is_query) for images in dense.reshape(num_episodes, -1)]
     members = [np.flatnonzero(labels == c) for c in np.unique(labels)]
@@ -144,8 +147,10 @@ def draw_episodes(labels: np.ndarray, shape: TestShape, *, num_episodes: int, se
         )
     for found in members:
         if len(found) < 2:
+            c = labels[found[0]]
+            name = class_names[c] if class_names else c
             raise EpisodeError(
-                f"class {labels[found[0]]} has {len(found)} images, but a shot and a query need 2; give more or leave it out"
+                f"class {name} has {len(found)} images, but a shot and a query need 2; give more or leave it out"
             )
     return [_draw(members, shape, np.random.default_rng((seed, index))) for index in range(num_episodes)]
 

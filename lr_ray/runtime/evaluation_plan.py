@@ -247,7 +247,7 @@ def check_evaluation(config: ExperimentConfig) -> LabelledImages:
                 raise ConfigError(f"evaluation.methods: {label} {what} real images; set data.tune or leave it out")
     data = load_data(config.data.test)
     for shape in config.evaluation.shapes:
-        draw_episodes(data.labels, shape, num_episodes=1, seed=config.seed)
+        draw_episodes(data.labels, shape, num_episodes=1, seed=config.seed, class_names=data.class_names)
         _check_ways(config, shape, most_ways(shape, num_classes=len(np.unique(data.labels))))
     return data
 

@@ -226,5 +226,7 @@ def test_test_episodes_need_enough_classes():
 
 def test_test_episodes_need_enough_images_in_every_class():
     labels = np.append(LABELS, [9])
+    with pytest.raises(EpisodeError, match="class nine has 1 images, but 2 shots and 3 queries need 5; lower n_query"):
+        draw_test_episodes(labels, SHAPE, num_episodes=1, seed=0, class_names=["?"] * 9 + ["nine"])
     with pytest.raises(EpisodeError, match="class 9 has 1 images, but 2 shots and 3 queries need 5; lower n_query"):
         draw_test_episodes(labels, SHAPE, num_episodes=1, seed=0)
