@@ -263,7 +263,9 @@ def _apply(content: dict[str, Any], override: str) -> None:
         raise ConfigError(f"--set {override!r}: expected section.key=value, such as inversion.num_steps=200")
     *parents, last = key.split(".")
     for parent in parents:
-        content = content.setdefault(parent, {})
+        if content.get(parent) is None:  # a section with nothing below it is null in YAML
+            content[parent] = {}
+        content = content[parent]
         if not isinstance(content, dict):
             raise ConfigError(f"--set {override!r}: {parent} is a value, not a section")
     try:

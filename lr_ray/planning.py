@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import timm
@@ -123,8 +124,11 @@ def _cost_of(config: ExperimentConfig, num_classes: int) -> JobCost:
     """Without the images for the metric."""
     inversion, training = config.inversion, config.training
     pieces = math.ceil(num_classes / inversion.classes_per_item)
-    images = math.ceil(num_classes / pieces) * inversion.images_per_class
-    batch = min(inversion.batch_size, images)
+    bounds = [num_classes * index // pieces for index in range(pieces + 1)]
+    images = [(last - first) * inversion.images_per_class for first, last in pairwise(bounds)]
+    batch = min(inversion.batch_size, max(images))
+    batches = sum(math.ceil(count / inversion.batch_size) for count in images)
+    filled = sum(images) / (batches * batch)  # the last batch of a piece may be a small one
     model = _vit(config.backbone)
     prior, weights = StepCost(tflop=0, kept_mib=0), _weights_mib(model)
     if inversion.prior_in_use is not None:
@@ -143,10 +147,10 @@ def _cost_of(config: ExperimentConfig, num_classes: int) -> JobCost:
     return JobCost(
         weights_mib=weights,
         inversion=StepCost(
-            tflop=mean + prior.tflop / inversion.prior_every,
+            tflop=filled * (mean + prior.tflop / inversion.prior_every),
             kept_mib=max(cost.kept_mib for cost in costs.values()) + prior.kept_mib,
         ),
-        inversion_steps=pieces * math.ceil(images / inversion.batch_size) * inversion.num_steps,
+        inversion_steps=batches * inversion.num_steps,
         training=StepCost(tflop=of_episode.tflop * training.episodes_per_step, kept_mib=of_episode.kept_mib),
         training_steps=training.num_steps,
     )

@@ -245,6 +245,18 @@ def test_a_bad_override(load: Load, override: str, reason: str):
     assert message_of(load, "seed: 1", override).startswith(f"--set {override!r}: {reason}")
 
 
+def test_an_override_below_a_section_that_is_empty(load: Load):
+    config = load("inversion:\ndata:\n  tune:", "inversion.num_steps=3", "data.tune.source=digits")
+    assert config.inversion.num_steps == 3
+    assert config.data.tune is not None
+    assert config.data.tune.source == "digits"
+
+
+@pytest.mark.parametrize("share", ["75", "-3", "0"])
+def test_a_keep_ratio_that_is_no_share(load: Load, share: str):
+    assert "keep_ratios.6" in message_of(load, f"inversion: {{keep_ratios: {{6: {share}}}}}")
+
+
 def test_local_paths_become_absolute(load: Load, tmp_path: Path):
     config = load(
         "{output: out, adapters: loras, synthetic: images, backbone: {weights: w.safetensors},"

@@ -108,6 +108,15 @@ def test_classes_in_pieces():
     assert job_cost(experiment(batch_size=50, classes_per_item=30), num_classes=30).inversion_steps == 2 * 8
 
 
+@pytest.mark.parametrize("sizes", [{"batch_size": 3}, {"batch_size": 5}, {"batch_size": 6, "classes_per_item": 2}])
+def test_a_batch_that_is_not_full_counts_as_what_it_is(sizes: dict[str, int]):
+    """3 classes of 2 images, however they are cut."""
+    whole, cut = (job_cost(experiment(**changes), num_classes=3) for changes in ({}, sizes))
+    assert cut.inversion_steps == 2 * whole.inversion_steps
+    total, of_cut = (cost.inversion_steps * cost.inversion.tflop for cost in (whole, cut))
+    assert of_cut == pytest.approx(total, rel=0.01)
+
+
 def test_recomputed_activations():
     plain = experiment()
     again = plain.model_copy(update={"training": plain.training.model_copy(update={"recompute": True})})

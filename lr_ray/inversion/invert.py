@@ -55,7 +55,7 @@ class InversionConfig(Section):
     Bézier curves, black on white, for writing."""
     views: AugmentationConfig = AugmentationConfig(roll=0.125, flip=True)
     """What every step sees of the images (the paper: rolled by up to 1/8 of the side, mirrored half of the time)."""
-    keep_ratios: dict[int, float] = {}
+    keep_ratios: dict[int, Share] = {}
     """{block index: share of the patch tokens kept there}; the others are dropped, by lowest attention from [CLS]."""
     prune_from: float = Field(default=0.25, ge=0, le=1)
     """Share of the steps after which tokens are dropped (the paper: 0.25)."""

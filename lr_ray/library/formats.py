@@ -16,7 +16,7 @@ from lr_ray.errors import AdapterError
 from lr_ray.library.merging import KINDS, read_any
 from lr_ray.library.sources import RawAdapter
 from lr_ray.storage.adapters import adapter_of
-from lr_ray.storage.peft import Parsed, parse_lora
+from lr_ray.storage.peft import Parsed, in_fp32, parse_lora
 from lr_ray.vit.backbone import Backbone
 from lr_ray.vit.lora import Adapter
 from lr_ray.vit.naming import find_site, find_underscored
@@ -54,11 +54,7 @@ def convert(raw: RawAdapter, backbone: Backbone) -> Converted:
         tensors = load_safetensors(raw.weights)
     except SafetensorError as error:
         raise AdapterError(f"{where}: damaged ({error}); get it again from its source or remove it") from error
-    if complex_ones := [name for name, value in tensors.items() if value.is_complex()]:
-        raise AdapterError(
-            f"{where}: {complex_ones[0]} is of type {tensors[complex_ones[0]].dtype}; no adapter has such weights"
-        )
-    tensors = {name: value.float() for name, value in tensors.items()}
+    tensors = in_fp32(tensors, where)
     base = dict(backbone.model.named_parameters())
     config, notes = raw.config or _config_within(raw.metadata), []
     if any(_DOWN_UP.fullmatch(name) for name in tensors):

@@ -98,7 +98,12 @@ class InversionActor:
             checkpoint = PartialFile(item.uri + PARTIAL, every_s=self._parts[0].ray.checkpoint_every_s)
             self._begin(name, checkpoint)
             writer = StepWriter(self._board, name, self._cross_entropy)
-            self._invert(item, checkpoint, writer)
+            try:
+                self._invert(item, checkpoint, writer)
+            except torch.OutOfMemoryError as error:
+                reason = str(error).partition("\n")[0]
+                remedy = "lower inversion.batch_size, or raise ray.num_gpus_per_actor where several actors share a GPU"
+                raise InversionError(f"adapter {item.adapter_id}: out of memory ({reason}); {remedy}") from error
             checkpoint.delete()
             writer.finish()
             self._images.inc(len(item.classes) * self._parts[item.part].inversion.images_per_class)

@@ -15,6 +15,7 @@ from lr_ray.storage.manifest import claim_folder, digest_of
 from lr_ray.storage.synthetic import adapter_id_of, synthetic_name
 from lr_ray.vit.backbone import Backbone, load_backbone
 from lr_ray.vit.lora import AdapterSpec, check_adapter
+from lr_ray.vit.tokens import check_blocks
 
 PARTIAL = ".partial"
 """Ends the name of the state of an inversion under way."""
@@ -73,8 +74,11 @@ def inspect_library(config: ExperimentConfig, *, strict: bool = True) -> Inspect
 
     Raises:
         AdapterError: no adapters; two of the same id; with `strict`, one that is unusable, else if none can be inverted.
+        ConfigError: patches to be dropped in a block that the backbone does not have.
     """
     backbone = load_backbone(config.backbone)
+    for inversion in (config.inversion, config.metric_inversion):
+        check_blocks(backbone.model, inversion.keep_ratios if inversion else {})
     folders = list_adapters(config.adapters_root)
     inspected = dict(zip(folders, read_many(partial(_inspect, backbone=backbone), folders), strict=True))
     rejected = {folder: str(found) for folder, found in inspected.items() if isinstance(found, AdapterError)}

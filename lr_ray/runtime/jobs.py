@@ -229,7 +229,7 @@ def _ship(config: ExperimentConfig, folder: Path) -> None:
         metadata.parent.mkdir()
         found = installed.read_text("METADATA") or installed.read_text("PKG-INFO")  # the latter beside a checkout's code
         metadata.write_text(found or "", encoding="utf-8")
-    (folder / CONFIG_NAME).write_text(json.dumps(config.resolved()), encoding="utf-8")
+    (folder / CONFIG_NAME).write_text(json.dumps(config.resolved(), ensure_ascii=False), encoding="utf-8")
 
 
 def _environment(config: ExperimentConfig, *, here: bool) -> dict[str, str]:
@@ -264,6 +264,8 @@ def _follow(client: "JobSubmissionClient", job: str, *, stop: str, relay: Relay)
         return DETACHED
     except (aiohttp.ClientError, OSError, RuntimeError) as error:
         raise ClusterError(f"lost the log of job {job} ({error}), which may go on; {comes_back}") from error
+    if not info.status.is_terminal():
+        raise ClusterError(f"lost the log of job {job}, which is {info.status.lower()}; {comes_back}")
     code: Any = info.driver_exit_code
     if code is None or info.status == "STOPPED":
         raise ClusterError(f"job {job} {info.status.lower()}: {info.message}; the same command starts it again")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ValidationError
 
-from lr_ray.config import ExperimentConfig
+from lr_ray.config import ExperimentConfig, RayConfig
 from lr_ray.errors import ClusterError, InversionError, LrRayError, StorageError
 from lr_ray.inversion.invert import InversionBatch, InversionConfig
 from lr_ray.inversion.priors import BatchNormPrior
@@ -155,17 +155,29 @@ def _probe(config: ExperimentConfig, reporter: Reporter) -> dict[str, Any]:
 
 
 def _arrangements(config: ExperimentConfig) -> list[Arrangement]:
-    """As configured first."""
-    cpus, given = int(_largest_node()["CPU"]), config.ray
+    """As configured first; of one machine, and on a machine with GPUs of one of them.
+
+    Raises:
+        ClusterError: no machine has a processor.
+    """
+    node, given = _largest_node(), config.ray
+    cpus = int(node["CPU"])
+    if cpus < 1:
+        raise ClusterError("--fast auto: no machine of this Ray has a processor yet; start one, or leave --fast out")
     if given.num_gpus_per_actor:
-        most = max(1, cpus // given.cpus_per_actor)
+        of_a_gpu = cpus // max(1, int(node["GPU"]))
+        most = _at_most(given, max(1, of_a_gpu // given.cpus_per_actor))
         shares = dict.fromkeys([given.num_gpus_per_actor, *(share for share in (1.0, 0.5, 0.25) if 1 / share <= most)])
         return [
             Arrangement(actors=min(most, max(1, int(1 / share))), cpus_per_actor=given.cpus_per_actor, num_gpus_per_actor=share)
             for share in shares
         ]
     sizes = dict.fromkeys([min(given.cpus_per_actor, cpus), 1, cpus])
-    return [Arrangement(actors=cpus // size, cpus_per_actor=size, num_gpus_per_actor=0.0) for size in sizes]
+    return [Arrangement(actors=_at_most(given, cpus // size), cpus_per_actor=size, num_gpus_per_actor=0.0) for size in sizes]
+
+
+def _at_most(given: RayConfig, actors: int) -> int:
+    return min(actors, given.max_actors or actors)
 
 
 def _speeds(

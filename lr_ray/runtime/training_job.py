@@ -73,6 +73,7 @@ def meta_lora_job(config: ExperimentConfig, backbone: Backbone) -> TrainingJob:
     """Meta-training on the synthetic images.
 
     Raises:
+        AdapterError: one that it starts from or learns from is damaged or made for another backbone.
         StorageError: no synthetic images, or some of another backbone or image size, or of an adapter that is gone.
         EpisodeError: too few adapters, classes or images.
     """
@@ -80,7 +81,7 @@ def meta_lora_job(config: ExperimentConfig, backbone: Backbone) -> TrainingJob:
     kept, held_out = _held_apart(config, files)
     teachers: list[AdapterSpec] = []
     if config.training.init_scale or config.training.relations.share:
-        teachers = read_specs(list_adapters(config.adapters_root))
+        teachers = read_specs(list_adapters(config.adapters_root), on=backbone)
         _check_teachers(config, files, teachers)
     refs = read_index(config.synthetic_root, files, backbone.identity)
     trained = tuple(ref for ref in refs if ref.file in set(kept))

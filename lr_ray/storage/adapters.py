@@ -15,9 +15,10 @@ from torch import Tensor
 from lr_ray.errors import AdapterError, StorageError
 from lr_ray.storage.filesystem import join, list_files, read_bytes, read_many, write_bytes
 from lr_ray.storage.manifest import CARD_NAME, CONFIG_NAME, MANIFEST_NAME, WEIGHTS_NAME, read_manifest, write_manifest
-from lr_ray.storage.peft import PREFIX, SHIFT, Parsed, parse_lora, peft_config, peft_tensors
+from lr_ray.storage.peft import PREFIX, SHIFT, Parsed, in_fp32, parse_lora, peft_config, peft_tensors
+from lr_ray.vit.backbone import Backbone
 from lr_ray.vit.embedded import digest_tensors
-from lr_ray.vit.lora import Adapter, AdapterSpec
+from lr_ray.vit.lora import Adapter, AdapterSpec, check_adapter
 from lr_ray.vit.tokens import Pool
 
 
@@ -107,7 +108,7 @@ def read_adapter(folder: str) -> Adapter:
         if not isinstance(error.__cause__, (ValueError, RecursionError)):
             raise
         raise AdapterError(f"{where}: {MANIFEST_NAME} is damaged ({error.__cause__}); correct or remove that file") from error
-    return adapter_of(parse_lora(config, tensors, where), config, manifest, adapter_id=name, where=where)
+    return adapter_of(parse_lora(config, in_fp32(tensors, where), where), config, manifest, adapter_id=name, where=where)
 
 
 def adapter_of(
@@ -192,9 +193,23 @@ def list_adapters(root: str) -> list[str]:
     return folders
 
 
-def read_specs(folders: Sequence[str]) -> list[AdapterSpec]:
-    """What is known of the adapters in these folders, of which a few at a time are in memory."""
-    return read_many(lambda folder: read_adapter(folder).spec, folders)
+def read_specs(folders: Sequence[str], *, on: Backbone | None = None) -> list[AdapterSpec]:
+    """What is known of the adapters in these folders, of which a few at a time are in memory.
+
+    Args:
+        on: a backbone that they must be made for; default any.
+
+    Raises:
+        AdapterError: see `read_adapter` and `check_adapter`.
+    """
+
+    def spec_of(folder: str) -> AdapterSpec:
+        adapter = read_adapter(folder)
+        if on is not None:
+            check_adapter(adapter, on)
+        return adapter.spec
+
+    return read_many(spec_of, folders)
 
 
 def read_adapters(root: str) -> Iterator[Adapter]:

@@ -322,6 +322,19 @@ def _scale_of(config: Mapping[str, Any], module: str, num_rows: int, where: str)
     return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
 
 
+def in_fp32(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """Weights as they are computed with, whatever they were saved as.
+
+    Raises:
+        AdapterError: complex ones.
+    """
+    if complex_ones := [name for name, value in tensors.items() if value.is_complex()]:
+        raise AdapterError(
+            f"{where}: {complex_ones[0]} is of type {tensors[complex_ones[0]].dtype}; no adapter has such weights"
+        )
+    return {name: value.float() for name, value in tensors.items()}
+
+
 def foreign_modules(
     modules: Mapping[str, LowRank], family: Family, *, num_blocks: int, version: Version = 4, prefix: str = ""
 ) -> dict[str, LowRank]:

@@ -110,8 +110,7 @@ def encode(
     """
     keep_ratios = keep_ratios or {}
     last = len(model.blocks) - 1
-    if unknown := [layer for layer in keep_ratios if not 0 <= layer <= last]:
-        raise ConfigError(f"keep_ratios: the backbone has blocks 0 to {last}, not {unknown[0]}; remove that key")
+    check_blocks(model, keep_ratios)
     num_prefix: int = model.num_prefix_tokens
     tokens = embed_patches(model, images)
     positions = torch.arange(tokens.shape[1] - num_prefix, device=images.device).expand(images.shape[0], -1)
@@ -136,6 +135,17 @@ def encode(
         tokens = run(transform, block, tokens)
     features = pool_tokens(model, tokens, pool)
     return Encoding(features=features, patch_order=torch.cat([positions, *dropped], dim=1) if rank_patches else None)
+
+
+def check_blocks(model: "VisionTransformer", keep_ratios: Mapping[int, float]) -> None:
+    """Raise for a block that the model does not have.
+
+    Raises:
+        ConfigError: see there.
+    """
+    last = len(model.blocks) - 1
+    if unknown := [layer for layer in keep_ratios if not 0 <= layer <= last]:
+        raise ConfigError(f"keep_ratios: the backbone has blocks 0 to {last}, not {unknown[0]}; remove that key")
 
 
 def embed_patches(model: "VisionTransformer", images: Tensor) -> Tensor:

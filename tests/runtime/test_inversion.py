@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 import threading
 from collections.abc import Callable
@@ -20,12 +21,14 @@ from typer.testing import CliRunner
 
 import lr_ray
 from lr_ray.config import ExperimentConfig
-from lr_ray.errors import AdapterError, ClusterError, InversionError, StorageError
+from lr_ray.errors import AdapterError, ClusterError, ConfigError, InversionError, StorageError
 from lr_ray.report.progress import UnderWay
+from lr_ray.runtime import inversion
 from lr_ray.runtime.board import Board, start_board
 from lr_ray.runtime.inversion import InversionActor, PartialFile, invert_library
 from lr_ray.runtime.inversion_plan import inspect_library, plan_inversion
 from lr_ray.runtime.session import actor_pool
+from lr_ray.runtime.training import train_meta_lora
 from lr_ray.runtime.tuning import tune_library
 from lr_ray.storage.adapters import list_adapters, read_adapters
 from lr_ray.storage.synthetic import list_synthetic, read_pool
@@ -198,6 +201,37 @@ def test_an_inversion_that_fails_on_the_way(library: ExperimentConfig) -> None:
     assert [("NaN or infinite" in line, victim.parent.name in line) for line in report.failures] == [(True, True)]
     with pytest.raises(InversionError, match="the loss became NaN or infinite.*what was finished is kept"):
         invert_library(library, QUIET, strict=True)
+
+
+def test_memory_that_runs_out_is_of_one_adapter(inverted: ExperimentConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_arguments: Any, **_settings: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nSee the documentation")
+
+    monkeypatch.setattr(inversion, "invert", fail)
+    item = plan_inversion(inverted).items[0]
+    Path(item.uri).unlink()
+    message = rf"adapter {item.adapter_id}: out of memory \(CUDA out of memory. Tried .* GiB.\); lower inversion.batch_size"
+    with pytest.raises(InversionError, match=message):
+        InversionActor((inverted,), start_board()).commit(item)
+
+
+def test_a_block_that_the_backbone_lacks_is_told_before_the_work(library: ExperimentConfig) -> None:
+    for part in ("inversion", "metric_inversion"):
+        with pytest.raises(ConfigError, match="keep_ratios: the backbone has blocks 0 to 11, not 12; remove that key"):
+            invert_library(changed(library, **{part: {"keep_ratios": {12: 0.5}}}), QUIET)
+    assert not Path(library.synthetic_root).exists()
+
+
+@pytest.mark.parametrize("start", [{"init_scale": 1}, {"relations": {"share": 1}}])
+def test_nothing_is_learnt_from_an_adapter_of_another_backbone(inverted: ExperimentConfig, start: dict[str, Any]) -> None:
+    """Which `lr-ray invert` has left out."""
+    stranger = Path(list_adapters(inverted.adapters_root)[0]).with_name("stranger")
+    shutil.copytree(list_adapters(inverted.adapters_root)[0], stranger)
+    manifest = stranger / "lr_ray.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"adapter_id": "stranger", "backbone_digest": "0" * 64}))
+    with pytest.raises(AdapterError, match="adapter stranger was tuned on .*; set backbone.name to the former or remove"):
+        train_meta_lora(changed(inverted, training=start), QUIET)
+    assert not Path(inverted.meta_lora_root).exists()
 
 
 @pytest.mark.parametrize(

@@ -237,7 +237,8 @@ class Client:
     def submit_job(self, **arguments: Any) -> str:
         self.submitted = arguments
         folder = Path(arguments["runtime_env"]["working_dir"])
-        self.config = json.loads((folder / CONFIG_NAME).read_text())
+        self.text = (folder / CONFIG_NAME).read_text()
+        self.config = json.loads(self.text)
         code = (
             "import lr_ray.cli.main, lr_ray.configs, sys, importlib.metadata as m; print(m.version('lr-ray'), lr_ray.__file__)"
         )
@@ -293,6 +294,13 @@ def test_the_keys_of_a_tracker_go_along_if_it_is_asked_for(
     assert client.submitted["runtime_env"]["env_vars"].keys() & set(keys.values()) == {keys[tracker]}
 
 
+def test_a_config_arrives_as_it_was_sent(tmp_path: Path) -> None:
+    client = Client()
+    handed_over(client, tiny(tmp_path).model_copy(update={"name": "😀 щ"}))
+    assert client.config["name"] == "😀 щ"
+    assert "😀" in client.text
+
+
 def test_a_job_that_runs_is_joined_and_one_that_ended_starts_again(tmp_path: Path) -> None:
     config = tiny(tmp_path)
     first = handed_over(Client(), config)
@@ -334,6 +342,11 @@ def test_the_log_is_that_of_the_command_however_it_is_cut(capsys: pytest.Capture
     [
         (JobStatus.STOPPED, -15, "job job-1 stopped: why; the same command starts it again"),
         (JobStatus.FAILED, None, "job job-1 failed: why; the same command starts it again"),
+        (
+            JobStatus.RUNNING,
+            None,
+            "lost the log of job job-1, which is running; the same command comes back to it",
+        ),
     ],
 )
 def test_a_job_that_did_not_end_by_itself(status: JobStatus, code: int | None, message: str) -> None:

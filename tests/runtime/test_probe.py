@@ -57,6 +57,34 @@ def test_the_smallest_batch_and_the_arrangement_as_configured_that_are_as_fast(
     assert chosen.ray.cpus_per_actor == 2
 
 
+@pytest.mark.parametrize(
+    ("node", "given", "expected"),
+    [
+        ({"CPU": 16.0, "GPU": 0.0}, {}, [(16, 1, 0.0), (1, 16, 0.0)]),
+        ({"CPU": 16.0, "GPU": 0.0}, {"max_actors": 1}, [(1, 1, 0.0), (1, 16, 0.0)]),
+        ({"CPU": 8.0, "GPU": 4.0}, {"num_gpus_per_actor": 1.0}, [(1, 1, 1.0), (2, 1, 0.5)]),
+        ({"CPU": 8.0, "GPU": 1.0}, {"num_gpus_per_actor": 1.0, "max_actors": 2}, [(1, 1, 1.0), (2, 1, 0.5)]),
+    ],
+    ids=["processors", "one actor", "two processors a GPU", "two actors"],
+)
+def test_arrangements_are_such_as_the_job_can_have(
+    library: ExperimentConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    node: dict[str, float],
+    given: dict[str, float],
+    expected: list[tuple[int, int, float]],
+) -> None:
+    monkeypatch.setattr(probe, "_largest_node", lambda: node)
+    found = probe._arrangements(changed(library, ray={"cpus_per_actor": 1, **given}))
+    assert [(a.actors, a.cpus_per_actor, a.num_gpus_per_actor) for a in found] == expected
+
+
+def test_a_cluster_without_processors_yet(library: ExperimentConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "_largest_node", lambda: {"CPU": 0.0, "GPU": 0.0})
+    with pytest.raises(ClusterError, match="no machine of this Ray has a processor yet"):
+        probe._arrangements(library)
+
+
 def test_actors_are_kept_to_on_the_same_machine_alone(library: ExperimentConfig) -> None:
     chosen = {"inversion": {"precision": "fp32", "batch_size": 3}, "ray": {"cpus_per_actor": 64, "num_gpus_per_actor": 0.0}}
     path = Path(library.output_root, "fast.json")

@@ -316,6 +316,25 @@ def test_an_unreadable_adapter_is_named_in_one_line(folder, damage):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("part", ["lora_A", "lora_B", "head", ""], ids=["A", "B", "the head", "all"])
+def test_what_was_saved_in_half_precision_is_read_as_floats(folder, dtype, part):
+    weights = load_file(folder / "adapter_model.safetensors")
+    halved = {key: value.to(dtype) for key, value in weights.items() if part.replace("head", "classifier") in key}
+    assert halved
+    edit_weights(folder, add=halved)
+    adapter = read_adapter(str(folder))
+    assert {tensor.dtype for tensor in adapter.tensors().values()} == {torch.float32}
+    assert adapter.logits(torch.ones(2, 24)).isfinite().all()
+
+
+def test_weights_of_complex_numbers_are_refused(folder):
+    weights = load_file(folder / "adapter_model.safetensors")
+    edit_weights(folder, add={key: value.to(torch.complex64) for key, value in weights.items()})
+    with pytest.raises(AdapterError, match=r"is of type torch.complex64; no adapter has such weights"):
+        read_adapter(str(folder))
+
+
 def test_an_alpha_of_zero_is_a_scale_of_zero(folder):
     """Of query and value apart, where scales are folded."""
     parts = factors(f"{ATTENTION}.query", 24) | factors(f"{ATTENTION}.value", 24)
