@@ -25,6 +25,7 @@ def load_data(config: DataConfig) -> LabelledImages:
 
 
 def _load(source: str, root: str | None) -> LabelledImages:
+    source = source.removeprefix("file://")
     if names_dataset(source):
         return load_dataset(source, root)
     if root is not None:

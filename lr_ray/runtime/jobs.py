@@ -122,7 +122,7 @@ def _refuse_paths_of_this_machine(config: ExperimentConfig, cluster: str, reads:
         if path is not None and Path(path).exists():
             raise ClusterError(
                 f"--cluster {cluster}: {name} {path} is on this machine; put it on every node (file_mounts in the cluster's "
-                "YAML, or a shared disk) and give its path there"
+                "YAML) and give its path there, or file:///… on a disk that all nodes share"
             )
 
 

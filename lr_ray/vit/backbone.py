@@ -197,7 +197,7 @@ def _load_pretrained(architecture: str, arguments: dict[str, Any], config: Backb
     import timm
 
     if config.weights is not None:
-        path = Path(config.weights)
+        path = Path(config.weights.removeprefix("file://"))
         if path.suffix != ".safetensors":
             raise BackboneError(f"backbone weights {path}: only .safetensors files are read, never pickles; convert it")
         try:

@@ -63,6 +63,14 @@ def colours(data: LabelledImages) -> list[tuple[int, ...]]:
     return [tuple(pixel) for pixel in data.pixels(range(len(data)), 4)[:, :, 0, 0].tolist()]
 
 
+def test_files_of_a_shared_disk_may_be_given_as_a_uri(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "folder", {"a/1.png": flat(RED), "b/1.png": flat(BLUE)})
+    file = write_parquet(tmp_path / "one.parquet", [flat(RED), flat(BLUE)], [0, 1])
+    for path in folder, file:
+        assert colours(load(f"file://{path}")) == colours(load(path)) == [RED, BLUE]
+        assert load(f"file://{path}").digest() == load(path).digest()
+
+
 # ---------------------------------------------------------------------------------------------------------- glyphs
 
 

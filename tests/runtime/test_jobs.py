@@ -167,6 +167,13 @@ REMOTE = {"output": "s3://b/run", "adapters": "s3://b/adapters"}
 YAML = str(Path(__file__).parents[2] / "cluster" / "aws.yaml")
 
 
+def test_a_disk_that_all_nodes_share_may_hold_everything() -> None:
+    shared = f"file://{Path(__file__).parent}"
+    data = {"test": {"source": "cub/test", "root": shared}, "tune": {"source": shared}}
+    paths = {"output": shared, "data": data, "backbone": {"weights": f"file://{__file__}"}}
+    jobs._refuse_paths_of_this_machine(ExperimentConfig.model_validate({"name": "x"} | paths), "c.yaml", ("test", "tune"))
+
+
 @pytest.mark.parametrize(
     ("changes", "reads", "message"),
     [

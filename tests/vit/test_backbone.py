@@ -104,6 +104,7 @@ def test_the_digest_changes_with_one_weight(weights, tiny, tmp_path):
 def test_weights_from_a_file_are_the_weights(weights, tiny):
     loaded = load(name=TINY, weights=weights)
     assert loaded.source == weights
+    assert load(name=TINY, weights=f"file://{weights}").digest == loaded.digest
     expected = tiny.model.state_dict()
     for name, value in loaded.model.state_dict().items():
         assert torch.equal(value, expected[name] + 0.01), name

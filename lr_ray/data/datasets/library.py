@@ -95,7 +95,7 @@ def _reader(source: str, dataset: Dataset, root: str) -> Callable[[str, Keep], L
     """What reads `root`, by the layout found there."""
     if root.startswith(HUB):
         return _parquet_reader(source, dataset, fetch(root))
-    folder = Path(root).expanduser()
+    folder = Path(root.removeprefix("file://")).expanduser()
     for layout in dataset.layouts:
         for place in (folder / part for part in layout.folders):
             if all(any(place.glob(need)) for need in layout.needs):
