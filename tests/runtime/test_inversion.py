@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 import lr_ray
 from lr_ray.config import ExperimentConfig
 from lr_ray.errors import AdapterError, ClusterError, ConfigError, InversionError, StorageError
+from lr_ray.fewshot.relations import RelationsConfig
 from lr_ray.report.progress import UnderWay
 from lr_ray.runtime import inversion
 from lr_ray.runtime.board import Board, start_board
@@ -216,13 +217,14 @@ def test_memory_that_runs_out_is_of_one_adapter(inverted: ExperimentConfig, monk
 
 
 def test_a_block_that_the_backbone_lacks_is_told_before_the_work(library: ExperimentConfig) -> None:
+    wrong = library.inversion.model_copy(update={"keep_ratios": {12: 0.5}})
     for part in ("inversion", "metric_inversion"):
         with pytest.raises(ConfigError, match="keep_ratios: the backbone has blocks 0 to 11, not 12; remove that key"):
-            invert_library(changed(library, **{part: {"keep_ratios": {12: 0.5}}}), QUIET)
+            invert_library(library.model_copy(update={part: wrong}), QUIET)
     assert not Path(library.synthetic_root).exists()
 
 
-@pytest.mark.parametrize("start", [{"init_scale": 1}, {"relations": {"share": 1}}])
+@pytest.mark.parametrize("start", [{"relations": RelationsConfig()}, {"init_scale": 0.0}], ids=["average", "relations"])
 def test_nothing_is_learnt_from_an_adapter_of_another_backbone(inverted: ExperimentConfig, start: dict[str, Any]) -> None:
     """Which `lr-ray invert` has left out."""
     stranger = Path(list_adapters(inverted.adapters_root)[0]).with_name("stranger")

@@ -15,11 +15,11 @@ import lr_ray
 from lr_ray.config import ExperimentConfig, load_config
 from lr_ray.data.images import DataConfig
 from lr_ray.data.load import load_data
-from lr_ray.errors import ClusterError, DataError, EpisodeError, StorageError
+from lr_ray.errors import AdapterError, ClusterError, DataError, EpisodeError, StorageError
 from lr_ray.fewshot.distill import StreamConfig
 from lr_ray.fewshot.episodes import EpisodeShape, draw_test_episodes
 from lr_ray.fewshot.evaluate import episode_accuracies
-from lr_ray.fewshot.relations import directions
+from lr_ray.fewshot.relations import RelationsConfig, directions
 from lr_ray.report.progress import Reporter
 from lr_ray.runtime import training
 from lr_ray.runtime.inversion import invert_library
@@ -248,8 +248,10 @@ def test_errors_before_and_inside_training(inverted: ExperimentConfig) -> None:
     with pytest.raises(ClusterError, match=r"training.num_workers 3: there is room for 2 workers of 1 CPU each; lower it"):
         train_meta_lora(changed(inverted, training=crowd), QUIET)
     larger = inverted.model_copy(update={"backbone": inverted.backbone.model_copy(update={"image_px": 64})})
-    with pytest.raises(StorageError, match=r"were made with a backbone of image_px 32, but the config's has 64; correct"):
+    with pytest.raises(AdapterError, match=r"was tuned on images of 32 px, not 64 px; set backbone.image_px to 32"):
         train_meta_lora(larger, QUIET)
+    with pytest.raises(StorageError, match=r"were made with a backbone of image_px 32, but the config's has 64; correct"):
+        train_meta_lora(changed(larger, training={"init_scale": 0.0, "relations": RelationsConfig()}), QUIET)
     assert not Path(inverted.meta_lora_root, "training").exists()
 
 
