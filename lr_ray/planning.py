@@ -123,8 +123,7 @@ def job_cost(config: ExperimentConfig, *, num_classes: int) -> JobCost:
 def _cost_of(config: ExperimentConfig, num_classes: int) -> JobCost:
     """Without the images for the metric."""
     inversion, training = config.inversion, config.training
-    pieces = math.ceil(num_classes / inversion.classes_per_item)
-    bounds = [num_classes * index // pieces for index in range(pieces + 1)]
+    bounds = inversion.piece_bounds(num_classes)
     images = [(last - first) * inversion.images_per_class for first, last in pairwise(bounds)]
     batch = min(inversion.batch_size, max(images))
     batches = sum(math.ceil(count / inversion.batch_size) for count in images)

@@ -74,6 +74,11 @@ class InversionConfig(Section):
         """`prior`, or None where its weight is 0."""
         return self.prior if self.prior_weight else None
 
+    def piece_bounds(self, num_classes: int) -> list[int]:
+        """Where the pieces of work of so many classes begin, and the last ends: as few as may be, of about the same size."""
+        pieces = -(-num_classes // self.classes_per_item)
+        return [num_classes * index // max(1, pieces) for index in range(pieces + 1)]
+
     def keep_ratio_at(self, step: int) -> float:
         """Share of the patches that enter the first block in step `step`, counted from 0."""
         begun = [share for share in self.sparse if step >= share * self.num_steps]

@@ -2,10 +2,13 @@
 
 import json
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
 
+from lr_ray.data.images import DataConfig
+from lr_ray.data.load import load_data
 from lr_ray.errors import ConfigError
 from lr_ray.fewshot.episodes import EpisodeShape
 from lr_ray.fewshot.methods import expand, ingredients_of
@@ -14,7 +17,6 @@ from lr_ray.grid import Cell, GridConfig, plan_cell
 from lr_ray.report.progress import Reporter
 from lr_ray.report.tables import shape_of
 from lr_ray.runtime.evaluation import RESULTS_NAME
-from lr_ray.runtime.evaluation_plan import test_data_of
 from lr_ray.runtime.experiment import run_cell
 from lr_ray.runtime.session import ray_session
 from lr_ray.storage.filesystem import join, write_bytes
@@ -64,8 +66,15 @@ def _finished(cell: Cell) -> list[dict[str, Any]]:
     mine = [row for row in rows if row["method"] in order and any(_is_of(shape, row) for shape in evaluation.shapes)]
     if not mine:
         return []
-    dataset = test_data_of(cell.config).name
+    assert cell.config.data.test is not None
+    dataset = _name_of(cell.config.data.test)
     return sorted((row for row in mine if row["dataset"] == dataset), key=lambda row: order[row["method"]])
+
+
+@cache
+def _name_of(data: DataConfig) -> str:
+    """As rows have it; it takes the reading of the data, once for all cells."""
+    return load_data(data).name
 
 
 def _is_of(shape: TestShape, row: dict[str, Any]) -> bool:

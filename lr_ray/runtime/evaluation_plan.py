@@ -1,6 +1,6 @@
 """What an evaluation has to do, planned and checked before anything is started."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,13 +16,12 @@ from lr_ray.fewshot.methods.features import RAW_PIXELS, needs_of
 from lr_ray.fewshot.metric import MetricConfig
 from lr_ray.fewshot.protocol import TestShape, draw_episodes, most_ways
 from lr_ray.runtime.training_job import metric_files
-from lr_ray.storage.adapters import list_adapters, read_adapter
-from lr_ray.storage.filesystem import exists, join, read_many
+from lr_ray.storage.adapters import list_adapters, read_specs
+from lr_ray.storage.filesystem import exists, join
 from lr_ray.storage.manifest import CONFIG_NAME, digest_of
 from lr_ray.storage.measurements import file_name
 from lr_ray.storage.metric import metric_digest, read_metric
 from lr_ray.vit.backbone import load_backbone
-from lr_ray.vit.lora import check_adapter
 
 REFERENCE = "recycle"
 """The method that all others are compared with."""
@@ -212,7 +211,7 @@ class EvaluationPlan:
             return
         config = self.config
         if need == "adapters":
-            self._found[need] = read_many(self._digest_of, list_adapters(config.adapters_root))
+            self._found[need] = self._digests_of(list_adapters(config.adapters_root))
         elif need == "tune":
             assert config.data.tune is not None
             self._found[need] = load_data(config.data.tune).digest()
@@ -222,13 +221,11 @@ class EvaluationPlan:
             root, option = self._trained_by(need)
             if not exists(join(root, CONFIG_NAME)):
                 raise ConfigError(f"evaluation.methods: {label} needs {root}; run `lr-ray train{option}` first or leave it out")
-            self._found[need] = self._digest_of(root)
+            (self._found[need],) = self._digests_of([root])
 
-    def _digest_of(self, folder: str) -> str:
-        """Of an adapter, which fits the backbone or is an AdapterError."""
-        adapter = read_adapter(folder)
-        check_adapter(adapter, self._backbone)
-        return adapter.spec.digest
+    def _digests_of(self, folders: Sequence[str]) -> list[str]:
+        """Of adapters, which fit the backbone or are an AdapterError."""
+        return [spec.digest for spec in read_specs(folders, on=self._backbone)]
 
 
 def check_evaluation(config: ExperimentConfig) -> LabelledImages:

@@ -169,11 +169,10 @@ def chosen_classes(spec: AdapterSpec, asked: Sequence[str] | None) -> list[int]:
 def _items_of(
     folder: str, spec: AdapterSpec, chosen: Sequence[int], shared: dict[str, Any], config: ExperimentConfig, part: int
 ) -> Iterator[InversionItem]:
-    """The chosen classes in as few parts as `classes_per_item` allows, of about the same size."""
-    num_parts = -(-len(chosen) // config.inversion.classes_per_item)
-    bounds = [len(chosen) * index // num_parts for index in range(num_parts + 1)] if chosen else []
+    """The chosen classes, in pieces of work."""
+    bounds = config.inversion.piece_bounds(len(chosen))
     for first, last in pairwise(bounds):
-        subset: dict[str, Any] = {"classes": [first, last]} if num_parts > 1 else {}
+        subset: dict[str, Any] = {"classes": [first, last]} if len(bounds) > 2 else {}
         if len(chosen) < len(spec.class_names):
             subset = {"classes": list(chosen[first:last]), "of": len(spec.class_names)}
         digest = digest_of({**shared, "adapter": spec.digest} | subset)

@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import groupby
 
 import numpy as np
 import pyarrow as pa
@@ -281,10 +282,9 @@ def read_classes(root: str, refs: Sequence[ClassRef]) -> list[ClassImages]:
 
 def read_first_classes(root: str, files: Sequence[str], *, most: int) -> list[list[ClassImages]]:
     """Of each adapter with images in these files the first classes, so many at most; raises what the two above do."""
-    by_name: dict[str, list[ClassRef]] = {}
-    for ref in read_index(root, files, {}):
-        by_name.setdefault(ref.adapter, []).append(ref)
-    return [[found for ref in refs[:most] for found in read_classes(root, [ref])] for refs in by_name.values()]
+    groups = [list(refs)[:most] for _, refs in groupby(read_index(root, files, {}), key=lambda ref: ref.adapter)]
+    shelves = [[list(refs) for _, refs in groupby(group, key=lambda ref: ref.file)] for group in groups]
+    return [[found for shelf in of_adapter for found in read_classes(root, shelf)] for of_adapter in shelves]
 
 
 def _decoded(uri: str, ref: ClassRef, table: pa.Table) -> ClassImages:
