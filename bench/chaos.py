@@ -47,6 +47,7 @@ ENVIRONMENT = {
     "RAY_AUTH_MODE": "disabled",
     "RAY_DEDUP_LOGS": "0",
     "OMP_NUM_THREADS": "1",
+    "PYTHONFAULTHANDLER": "1",
 }
 
 
@@ -83,7 +84,7 @@ class Bed:
         job = self.start(root / "undisturbed")
         wait_for_work(job, root / "undisturbed")
         begun = time.time()
-        assert job.wait(DEADLINE_S) == 0
+        assert code_of(job) == 0
         self.work_s = max(path.stat().st_mtime for path in (root / "undisturbed").iterdir()) - begun
         self.expected = files_of(root / "undisturbed")
         self.expected_rows = Counter(rows_of(root / "undisturbed"))
@@ -95,11 +96,11 @@ class Bed:
 
     def judge(self, fault: str, synthetic: Path, first: subprocess.Popen[bytes], *, hit: bool, begun: float) -> Outcome:
         """Run it again until it has nothing left to do, and compare."""
-        code, attempts = first.wait(DEADLINE_S), 1
+        code, attempts = code_of(first), 1
         while code != 0:
             attempts += 1
             assert attempts < 5, f"{fault}: it does not come to an end"
-            code = self.start(synthetic).wait(DEADLINE_S)
+            code = code_of(self.start(synthetic))
         return self.compare(fault, synthetic, hit=hit, survived=attempts == 1, attempts=attempts, begun=begun)
 
     def compare(self, fault: str, synthetic: Path, *, hit: bool, survived: bool, attempts: int, begun: float) -> Outcome:
@@ -117,9 +118,21 @@ class Bed:
 
 
 def start(*arguments: str) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        lr_ray(*arguments), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | ENVIRONMENT
-    )
+    return subprocess.Popen(lr_ray(*arguments), stdout=subprocess.DEVNULL, env=os.environ | ENVIRONMENT)
+
+
+def code_of(job: subprocess.Popen[bytes]) -> int:
+    """Its exit code. One that does not end is made to print where each of its threads is.
+
+    Raises:
+        subprocess.TimeoutExpired: after `DEADLINE_S`.
+    """
+    try:
+        return job.wait(DEADLINE_S)
+    except subprocess.TimeoutExpired:
+        job.send_signal(signal.SIGABRT)
+        job.wait()
+        raise
 
 
 def run(*arguments: str) -> None:

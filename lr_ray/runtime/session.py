@@ -5,8 +5,6 @@ import os
 from collections.abc import Callable, Collection, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from importlib import import_module
-from threading import Thread
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from lr_ray.errors import ClusterError, LrRayError, StorageError
@@ -50,7 +48,6 @@ def ray_session(config: "RayConfig") -> Iterator[str]:
     """
     os.environ.setdefault("RAY_task_oom_retries", str(config.max_failures))  # Ray goes on for ever by default
     if config.address == "local":
-        Thread(target=import_module, args=("timm",), daemon=True).start()  # while Ray starts, for the backbone that comes next
         with local_ray(num_cpus=config.num_cpus, dashboard=config.dashboard) as dashboard:
             yield dashboard
         return

@@ -9,7 +9,7 @@ import pytest
 
 from bench.chaos import FAULTS, Bed
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # the bed and two attempts, each with a Ray of its own, beside others
 
 
 @pytest.fixture(scope="module")
