@@ -18,7 +18,7 @@ from lr_ray.vit.augment import AugmentationConfig
 
 
 class MetricConfig(Section):
-    """How the metric is learnt (docs/method.md has what each value is worth)."""
+    """How the metric is learnt (docs/evidence.md has what each value is worth)."""
 
     power: float = Field(default=0.5, ge=0)
     """Of the covariance; 0: only the mean is taken off and lengths are made equal; 1: all directions alike."""
