@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError, model_validator
 from lr_ray.data.datasets.library import default_root, names_dataset
 from lr_ray.data.images import DataConfig
 from lr_ray.data.load import EMBEDDED_DATA
-from lr_ray.errors import ConfigError
+from lr_ray.errors import ConfigError, cut
 from lr_ray.fewshot.distill import TrainConfig
 from lr_ray.fewshot.episodes import EpisodeShape
 from lr_ray.fewshot.protocol import TestShape
@@ -289,12 +289,8 @@ def explain(error: ValidationError, source: str, root: type[Section]) -> str:
     if first["type"] == "missing":
         return f"config {source}: {where} is missing{more}"
     problem = "a section of `key: value` is needed" if first["type"] == "model_type" else first["msg"]
-    return f"config {source}: {where or 'values'} = {_cut(first['input'])}: {problem.removeprefix('Value error, ')}{more}"
-
-
-def _cut(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:79]}…"
+    found = cut(repr(first["input"]), 80)
+    return f"config {source}: {where or 'values'} = {found}: {problem.removeprefix('Value error, ')}{more}"
 
 
 def _sections_of(annotation: Any) -> list[type[Section]]:

@@ -111,9 +111,14 @@ class ServiceError(LrRayError):
         return again, (str(self),)
 
 
+def cut(text: str, most: int) -> str:
+    """A text of at most so many characters; one that was longer ends in "…"."""
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
 def shown(name: str) -> str:
     """A stranger's name, as a message quotes it: printable, and not long."""
-    return repr(name if len(name) <= 60 else name[:59] + "…")
+    return repr(cut(name, 60))
 
 
 def did_you_mean(name: str, known: Iterable[str], *, most: int = 1, cutoff: float = 0.6) -> str:

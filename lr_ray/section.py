@@ -2,15 +2,27 @@
 
 import fnmatch
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationInfo, field_validator
 
 
 class Section(BaseModel):
     """One section of a config, owned by the module that reads it. Immutable, and an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _yes_is_no_number(cls, value: object, info: ValidationInfo) -> object:
+        """`true`, which is 1 to Python, only where it means true."""
+        if isinstance(value, bool) and not _has_bool(cls.model_fields[str(info.field_name)].annotation):
+            raise ValueError("true or false is not allowed here")
+        return value
+
+
+def _has_bool(annotation: Any) -> bool:
+    return annotation is bool or any(_has_bool(inner) for inner in get_args(annotation))
 
 
 def _split(value: object) -> object:

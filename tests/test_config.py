@@ -170,6 +170,8 @@ def test_an_unknown_key_in_an_override_is_named(load: Load):
         ("inversion: {betas: [0.5, 1.0]}", ["inversion.betas.1 = 1.0", "less than 1"]),
         ("inversion: {num_steps: 0}", ["inversion.num_steps = 0", "greater than 0"]),
         ("inversion: {num_steps: 2.5}", ["inversion.num_steps = 2.5", "integer"]),
+        ("seed: true", ["seed = True", "true or false is not allowed here"]),
+        ("training: {temperature: yes}", ["training.temperature = True", "not allowed here"]),
         ("inversion: 3", ["inversion = 3", "a section of `key: value` is needed"]),
         ("data: {test: {classes: [a]}}", ["data.test.source is missing"]),
         ("seed: 1\nseed: 2", ["'seed' is given twice", "line 2"]),

@@ -13,6 +13,7 @@ from matplotlib.text import Annotation, Text
 from matplotlib.ticker import FuncFormatter, NullFormatter
 from matplotlib.transforms import Bbox
 
+from lr_ray.errors import cut
 from lr_ray.report.drawing import COLOURS, INK, MUTED, to_png
 from lr_ray.report.tables import Row, chance_of, shape_of, shapes_of, wrapped
 
@@ -233,5 +234,4 @@ def _draw_classes(axis: Axes, placed: np.ndarray, labels: np.ndarray, support: n
 
 def _short(name: str) -> str:
     """A class name on one line, with room for the picture."""
-    plain = " ".join(name.split())
-    return plain if len(plain) <= 28 else plain[:27] + "…"
+    return cut(" ".join(name.split()), 28)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from lr_ray.errors import AdapterError, StorageError
+from lr_ray.errors import AdapterError, StorageError, cut
 from lr_ray.storage.filesystem import create_bytes, exists, join, list_files, read_bytes, read_if_there, read_many, write_bytes
 
 MANIFEST_NAME = "lr_ray.json"
@@ -117,9 +117,8 @@ def _differences(old: Any, new: Any, path: str) -> list[str]:
     if isinstance(old, dict) and isinstance(new, dict):
         keys = sorted(old.keys() | new.keys())
         return [line for key in keys for line in _differences(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))]
-    return [] if old == new else [f"{path} was {_short(old)}, now {_short(new)}"]
+    return [] if old == new else [f"{path} was {_shown(old)}, now {_shown(new)}"]
 
 
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 40 else text[:37] + "…"
+def _shown(value: Any) -> str:
+    return cut(json.dumps(value, ensure_ascii=False), 40)

@@ -103,7 +103,7 @@ def test_the_same_claim_again_is_fine_and_changes_nothing(tmp_path: Path):
         ({"inversion": {"num_steps": 5, "betas": (0.5, 0.99)}}, "(inversion.num_steps was 100, now 5)"),
         ({"inversion": {"num_steps": 100, "betas": (0.5, 0.9)}}, "(inversion.betas was [0.5, 0.99], now [0.5, 0.9])"),
         ({"added": True}, "(added was null, now true)"),
-        ({"files": ["x" * 50]}, f'(files was ["a", "b"], now ["{"x" * 35}…)'),
+        ({"files": ["x" * 50]}, f'(files was ["a", "b"], now ["{"x" * 37}…)'),
         ({"seed": 1, "backbone": "b"}, '(backbone was "tiny", now "b"; seed was 0, now 1)'),
         (
             {"seed": 1, "backbone": "b", "files": [], "x": 1},
