@@ -1,30 +1,30 @@
 """What runs on Ray Serve: replicas of the backbone, and in front of them one replica of the HTTP application.
 
 A pass of the backbone takes the images of whatever requests wait, of any tasks and owners; prototypes are applied to each
-request by itself, in the application. This module is imported by every replica, so that what takes long to import is
-imported where it is used.
+request by itself, in the application. This module is imported by who starts the service, too, so that what takes long to
+import, torch before all, is imported where it is used.
 """
 
 import asyncio
 import time
 from collections.abc import Mapping
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-import torch
-from fastapi import FastAPI
-from torch import Tensor
 
 from lr_ray.errors import RequestError
-from lr_ray.serving.api import make_app
 from lr_ray.serving.batches import Batcher
 from lr_ray.serving.config import ServingConfig
 from lr_ray.serving.keys import Keyring
 from lr_ray.serving.metrics import Metrics, Pass
 from lr_ray.serving.models import Catalogue
-from lr_ray.serving.service import Service
-from lr_ray.serving.store import TaskStore
 from lr_ray.serving.tracing import tracer_of_environment
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+    from torch import Tensor
+
+    from lr_ray.serving.service import Service
 
 BACKBONE = "backbone"
 APPLICATION = "application"
@@ -41,7 +41,7 @@ others with problem+json."""
 _SHUTDOWN_S = 30.0
 
 
-async def ask_replicas(method: Any, pixels: Tensor, model: str, metrics: Metrics, *, pause_s: float = 0.5) -> Tensor:
+async def ask_replicas(method: Any, pixels: "Tensor", model: str, metrics: Metrics, *, pause_s: float = 0.5) -> "Tensor":
     """(N, …) what the replicas make of (N, 3, H, W) pixels; what a replica dies of is asked of another.
 
     Args:
@@ -53,6 +53,8 @@ async def ask_replicas(method: Any, pixels: Tensor, model: str, metrics: Metrics
     Raises:
         RequestError: 503 no replica answers, or none that has the model.
     """
+    import torch
+
     groups = (_ask_of_group(method, part.numpy(), model, metrics, pause_s) for part in pixels.split(_GROUP))
     return torch.from_numpy(np.concatenate(await asyncio.gather(*groups)))
 
@@ -81,19 +83,22 @@ async def _ask_of_group(method: Any, group: np.ndarray, model: str, metrics: Met
 
 Models: TypeAlias = tuple[Catalogue, int]
 """What the backbone's replicas have loaded, and the side of their images."""
-_services: list[Service] = []
+_services: list["Service"] = []
 """Of this process, where it is a replica of the application; one at most. Only functions of this module may use it: the
 deployments' own methods travel with copies of what they name."""
 
 
 async def _start_service(config: ServingConfig, models: Models | None, backbone: Any) -> None:
+    from lr_ray.serving.service import Service
+    from lr_ray.serving.store import TaskStore
+
     metrics = Metrics(tracer_of_environment())
     catalogue, image_px = models or await backbone.describe.remote()
 
-    async def embed(pixels: Tensor, model: str) -> Tensor:
+    async def embed(pixels: "Tensor", model: str) -> "Tensor":
         return await ask_replicas(backbone.embed, pixels, catalogue.find(model).digest, metrics)
 
-    async def attend(pixels: Tensor, model: str) -> Tensor:
+    async def attend(pixels: "Tensor", model: str) -> "Tensor":
         return await ask_replicas(backbone.attend, pixels, catalogue.find(model).digest, metrics)
 
     store = TaskStore(root=config.tasks, models=catalogue.digests)
@@ -111,7 +116,9 @@ async def _start_service(config: ServingConfig, models: Models | None, backbone:
     ]
 
 
-def _application_of_this_process() -> FastAPI:
+def _application_of_this_process() -> "FastAPI":
+    from lr_ray.serving.api import make_app
+
     return make_app(_services[0])
 
 
@@ -166,6 +173,8 @@ def application(config: ServingConfig, models: Models | None) -> Any:
     @serve.deployment(name=BACKBONE, **options)
     class Backbone:
         def __init__(self, config: ServingConfig, threads: int, device: str) -> None:
+            import torch
+
             from lr_ray.serving.multiplex import load_multiplex
 
             torch.set_num_threads(threads)
@@ -194,6 +203,8 @@ def application(config: ServingConfig, models: Models | None) -> Any:
             name = self._names.get(model)
             if name is None:
                 return None
+            import torch
+
             return (await asyncio.to_thread(self._multiplex.attend, name, torch.from_numpy(group))).numpy(), None
 
     @serve.deployment(

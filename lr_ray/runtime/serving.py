@@ -7,7 +7,6 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,6 @@ from lr_ray.storage.manifest import read_meta_lora_manifest
 
 _logger = logging.getLogger("lr_ray.serving")
 APP_NAME = "lr-ray"
-_DEPLOYMENTS = "lr_ray.runtime.deployments"
-"""Imports torch and FastAPI, which take seconds."""
 _DRAIN_S = 30.0
 """So long requests under way may take when the service ends."""
 _ENVIRONMENT = {
@@ -64,7 +61,6 @@ def served(config: ServingConfig) -> Iterator[str]:
     _check_parts(config)
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    threading.Thread(target=import_module, args=(_DEPLOYMENTS,), daemon=True).start()  # while Ray starts
     with local_ray(dashboard=False, libraries=False):
         from ray import serve
         from ray.serve.config import HTTPOptions
