@@ -43,11 +43,12 @@ def check_cluster(path: str | Path) -> str:
     else:
         provider = _provider(path, content)
         config = _validated(path, lambda: content)
+        _check_images(path, config)
     return f"{provider}, cluster {config['cluster_name']!r}, at most {config['max_workers']} workers"
 
 
 def bring_up(path: str) -> None:
-    """Start the cluster, or bring a running one to what the YAML says now; jobs that run there go on.
+    """Start the cluster, or bring a running one to what the YAML says now; jobs that run there go on, unless the head changed.
 
     Raises:
         ClusterError: the YAML is wrong, or the launcher failed.
@@ -162,6 +163,17 @@ def _validated(path: str | Path, make: Callable[[], dict[str, Any]]) -> dict[str
     ) as error:  # Ray's reader expects a valid file
         raise ClusterError(f"cluster {path}: Ray does not accept it: {type(error).__name__}: {error}") from error
     return config
+
+
+def _check_images(path: str | Path, config: dict[str, Any]) -> None:
+    """Raise where Ray's autoscaler would find no image for a type of node, as its own schema does not say."""
+    for name, node_type in config["available_node_types"].items():
+        docker = (config.get("docker") or {}) | (node_type.get("docker") or {})
+        if docker.get("container_name") and "image" not in docker:
+            raise ClusterError(
+                f"cluster {path}: docker.image is missing, without which Ray's autoscaler starts no {name}, also where there "
+                "are head_image and worker_image; give the workers' image there"
+            )
 
 
 def _from_kuberay(content: dict[str, Any]) -> dict[str, Any]:

@@ -40,6 +40,28 @@ def test_the_nodes_get_what_the_package_depends_on(path: Path) -> None:
     assert [name for name in dependencies if f"'{name}'" not in commands and not name.startswith("ray[")] == []
 
 
+@pytest.mark.parametrize("name", ["aws", "gcp"])
+def test_rays_autoscaler_finds_the_image_of_every_node(name: str) -> None:
+    from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
+
+    autoscaling = AutoscalingConfig(read(ROOT / "cluster" / f"{name}.yaml"), skip_content_hash=True)
+    images = {node: autoscaling.get_docker_config(node)["image"] for node in ("head", "worker")}
+    assert images == {"head": "rayproject/ray:2.60.0-py311", "worker": "rayproject/ray:2.60.0-py311-gpu"}
+
+
+def test_images_by_keys_that_the_autoscaler_does_not_read_alone_are_refused(tmp_path: Path) -> None:
+    docker = {"container_name": "a", "head_image": "rayproject/ray:2.60.0", "worker_image": "rayproject/ray:2.60.0-gpu"}
+    path = written(tmp_path, read(ROOT / "cluster" / "aws.yaml") | {"docker": docker})
+    with pytest.raises(ClusterError, match=r"docker\.image is missing, without which Ray's autoscaler starts no head"):
+        check_cluster(path)
+
+
+def test_boto3_is_installed_together_with_s3fs() -> None:
+    content = read(ROOT / "cluster" / "aws.yaml")
+    assert content["setup_commands"][0].endswith(" boto3")
+    assert content["head_setup_commands"] == []
+
+
 @pytest.mark.parametrize("path", LAUNCHED, ids=lambda path: path.stem)
 def test_the_dashboard_is_for_the_head_alone(path: Path) -> None:
     start = read(path)["head_start_ray_commands"][-1]
