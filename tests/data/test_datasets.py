@@ -372,7 +372,7 @@ def test_drawings_are_read_row_by_row(sample: Callable[[str], Path]):
         ("omniglot/val", lambda root: omniglot(root / "omniglot-py")),
         ("vgg-flower/val", lambda root: flowers(root / "flowers-102")),
         ("meta-dataset/dtd/val", listed("meta-dtd", under="dtd/dtd/images/")),
-        ("meta-dataset/traffic_sign/test", listed("meta-traffic_sign", under="gtsrb/GTSRB/Training/", suffix=".ppm")),
+        ("meta-dataset/traffic_sign/test", listed("meta-traffic_sign", under="Final_Training/Images/", suffix=".ppm")),
         ("chestx/test", lambda root: (chest_x(root), (root / "images_001").rename(root / "images_003"))),
         ("cub/val", listed("cub", under="images/")),
     ],
@@ -387,11 +387,6 @@ def test_other_places_of_the_same_layout(tmp_path: Path, source: str, make: Make
     ("source", "make", "reference"),
     [
         ("eurosat", tree("eurosat/2750/AnnualCrop", "eurosat/2750/River", images=3), torchvision_datasets.EuroSAT),
-        (
-            "meta-dataset/traffic_sign",
-            listed("meta-traffic_sign", under="gtsrb/GTSRB/Training/", suffix=".ppm"),
-            torchvision_datasets.GTSRB,
-        ),
         ("meta-dataset/aircraft", aircraft, partial(torchvision_datasets.FGVCAircraft, split="trainval")),
         ("meta-dataset/aircraft", aircraft, partial(torchvision_datasets.FGVCAircraft, split="test")),
     ],
@@ -408,6 +403,20 @@ def test_torchvision_reads_the_same_samples_alike(tmp_path: Path, source: str, m
     )
     classes = {(label, ours[str(file)]) for file, label in pairs}
     assert len(classes) == len({label for label, _ in classes}) == len({label for _, label in classes}) > 1
+
+
+def test_the_smaller_archive_of_torchvision_is_not_taken_for_the_traffic_signs(tmp_path: Path):
+    listed("meta-traffic_sign", under="gtsrb/GTSRB/Training/", suffix=".ppm")(tmp_path)
+    with pytest.raises(DataError, match=r"GTSRB_Final_Training_Images\.zip \(276 MB; torchvision's GTSRB is an older"):
+        load("meta-dataset/traffic_sign", tmp_path)
+
+
+def test_the_split_of_fungi_is_the_one_that_meta_dataset_has_now():
+    """Its first, of the same sizes, had 144 of the present test classes among those to train on."""
+    splits = {split: set(classes) for split, classes in class_lists("meta-fungi").items()}
+    assert {"0008", "0009", "1388"} <= splits["test"]
+    assert {"0000", "0004", "1379"} <= splits["val"]
+    assert "0226" in splits["train"]
 
 
 def test_mini_imagenet_in_folders_of_splits(tmp_path: Path):

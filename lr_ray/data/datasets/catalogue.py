@@ -81,7 +81,7 @@ def _meta(layout: Layout, name: str, obtain: str, terms: str) -> Dataset:
 _NAMED = {
     "cifar-fs": Dataset(
         layouts=(Layout(needs=("apple",), load=class_folders("*"), folders=("", "data", "cifar100/data")),),
-        obtain="cifar100.zip of https://github.com/bertinetto/r2d2, or set data.SECTION.root to hf://datasets/uoft-cs/cifar100",
+        obtain="cifar100.zip from https://zenodo.org/records/7978538, or set data.SECTION.root to hf://datasets/uoft-cs/cifar100",
         terms="none given by CIFAR-100's authors",
         class_list="cifar-fs",
         aliases={"cra": "crab"},
@@ -105,7 +105,7 @@ _NAMED = {
     ),
     "chestx": Dataset(
         layouts=(Layout(needs=("Data_Entry_2017.csv",), load=loader_of(tables.chest_x)),),
-        obtain="the images and Data_Entry_2017.csv (45 GB) from https://www.kaggle.com/datasets/nih-chest-xrays/data",
+        obtain="the images and Data_Entry_2017.csv, which has this name there (45 GB), from https://www.kaggle.com/datasets/nih-chest-xrays/data",
         terms="NIH: free use, with acknowledgement",
         class_list="chestx",
     ),
@@ -163,17 +163,17 @@ _META_TEN = {
         Layout(needs=("train.json", "val.json", "images"), load=loader_of(annotations.fungi), folders=("fungi", "")),
         "fungi",
         "fungi_train_val.tgz (13 GB) and train_val_annotations.tgz from https://github.com/visipedia/fgvcx_fungi_comp",
-        "see the page",
+        "research and education, non-commercial, not to be passed on",
     ),
     "vgg_flower": _meta(_FLOWERS, "vgg_flower", _FLOWERS_FROM, "none given"),
     "traffic_sign": _meta(
         Layout(
             needs=("00000", "00042"),
             load=class_folders("[0-9]*"),
-            folders=("GTSRB/Final_Training/Images", "Final_Training/Images", "gtsrb/GTSRB/Training", ""),
+            folders=("GTSRB/Final_Training/Images", "Final_Training/Images", ""),
         ),
         "traffic_sign",
-        "GTSRB_Final_Training_Images.zip (276 MB) from https://benchmark.ini.rub.de",
+        "GTSRB_Final_Training_Images.zip (276 MB; torchvision's GTSRB is an older, smaller set) from https://benchmark.ini.rub.de",
         "see the page",
     ),
     "mscoco": _meta(
