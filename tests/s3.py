@@ -12,13 +12,16 @@ from typing import Literal
 
 from moto.server import ThreadedMotoServer
 
-Fault = Literal["forbidden", "slow down", "server error", "reset", "lost answer", "truncated", "damaged", "delay", "stall"]
-"""403, 503 and 500; the connection reset before or after the request was carried out; half of a body; a body with one byte
+Fault = Literal[
+    "forbidden", "conflict", "slow down", "server error", "reset", "lost answer", "truncated", "damaged", "delay", "stall"
+]
+"""403, 409, 503 and 500; the connection reset before or after the request was carried out; half of a body; a body with one byte
 changed; an answer that is late, and one that never comes."""
 FAULTS: tuple[Fault, ...] = ("slow down", "server error", "reset", "lost answer", "truncated", "damaged", "delay")
 _DELAY_S = 0.3
 _REFUSALS: dict[Fault, tuple[int, bytes]] = {
     "forbidden": (403, b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"),
+    "conflict": (409, b"<Error><Code>ConditionalRequestConflict</Code><Message>A conflicting operation.</Message></Error>"),
     "slow down": (503, b"<Error><Code>SlowDown</Code><Message>Reduce your request rate.</Message></Error>"),
     "server error": (500, b"<Error><Code>InternalError</Code><Message>We met an internal error.</Message></Error>"),
 }
@@ -35,6 +38,8 @@ class FaultyProxy(ThreadingHTTPServer):
         self.target_port = port
         self.requests: list[str] = []
         """Method and path of each request so far."""
+        self.sent = 0
+        """Bytes of bodies so far."""
         self._lock = threading.Lock()
         self.set_faults(())
 
@@ -47,6 +52,7 @@ class FaultyProxy(ThreadingHTTPServer):
         with self._lock:
             self._faults: Iterator[Fault | None] = chain(faults, repeat(None))
             self.requests.clear()
+            self.sent = 0
 
     def take(self, request: str) -> Fault | None:
         with self._lock:
@@ -103,6 +109,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return
+        self.server.sent += len(body)
         if fault == "damaged" and body:
             body = body[:-1] + bytes([body[-1] ^ 1])
         self.wfile.write(body[: len(body) // 2] if fault == "truncated" else body)

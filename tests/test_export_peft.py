@@ -4,7 +4,9 @@ import json
 import shutil
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -13,7 +15,7 @@ import timm
 import torch
 import yaml
 from lr_ray.cli.main import app
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -51,11 +53,11 @@ Make = Callable[[str, LoRAConfig], str]
 def make_meta_lora(tiny_experiment: ExperimentConfig, tmp_path: Path) -> Make:
     """A folder as `lr-ray train` leaves it: drawn weights, of the backbone too, so that every layer counts."""
 
-    def make(name: str, lora: LoRAConfig, image_px: int = 32) -> str:
+    def make(name: str, lora: LoRAConfig, image_px: int = 32, weights_px: int | None = None) -> str:
         generator = torch.Generator().manual_seed(5)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1)
-            random = timm.create_model(name, num_classes=0, img_size=image_px)
+            random = timm.create_model(name, num_classes=0, img_size=weights_px or image_px)
         for parameter in random.parameters():
             around = 1.0 if parameter.ndim == 1 and float(parameter.detach().abs().min()) > 0 else 0.0
             parameter.data = around + 0.06 * torch.randn(parameter.shape, generator=generator)
@@ -110,7 +112,7 @@ def foreign_base(family: str, backbone: Backbone) -> Any:
             "deit": (transformers.DeiTConfig, transformers.DeiTModel),
         }[family]
         made = kind(config(**sizes), add_pooling_layer=False)
-    weights = from_timm(model.state_dict(), family, version=installed_version())
+    weights = from_timm(model.state_dict(), family, version=installed_version(counterpart_of(backbone).family))
     missing, unexpected = made.load_state_dict(weights, strict=False)
     assert [name for name in missing if not name.endswith(("mask_token", "position_ids"))] == unexpected == []
     return made.eval()
@@ -177,6 +179,61 @@ def test_timm_model_gives_the_features(make_meta_lora: Callable[..., str], tmp_p
     assert_same_updates(read_adapter(str(out)), read_adapter(folder))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("family", BACKBONES)
+def test_the_code_of_the_card_gives_the_features_from_weights_of_another_size(
+    make_meta_lora: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+):
+    """transformers would resize the position embedding in another way than timm did."""
+    name, image_px = BACKBONES[family]
+    folder, out = make_meta_lora(name, ALL, image_px, weights_px := 4 * image_px), tmp_path / "out"
+    export_model(folder, "peft-hf", str(out))
+    small = base_of(folder)
+    large = timm.create_model(name, num_classes=0, img_size=weights_px).eval()
+    large.load_state_dict(load_file(tmp_path / f"{name}.safetensors"))
+    published = foreign_base(family, replace(small, model=large, image_px=weights_px))
+    monkeypatch.setattr(type(published), "from_pretrained", lambda _name, **_options: published)
+    pixels, images = images_of(small)
+    names: dict[str, Any] = {"images": images}
+    code = (out / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    exec(code.replace('"PATH"', repr(str(out))), names)
+    expected = encode_pixels(lr_ray.load(folder).backbone, pixels, precision="fp32")
+    assert_close(names["features"], expected, small.model(images))
+
+
+@torch.no_grad()
+def test_of_a_distilled_model_the_card_takes_the_class_token(make_meta_lora: Callable[..., str], tmp_path: Path):
+    folder, out = make_meta_lora("deit_tiny_distilled_patch16_224", ALL), tmp_path / "out"
+    export_model(folder, "peft", str(out))
+    backbone = base_of(folder)
+    pixels, images = images_of(backbone)
+    code = (out / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    names: dict[str, Any] = {"images": images, "model": peft.PeftModel.from_pretrained(backbone.model, str(out)).eval()}
+    exec(code.rstrip().rpartition("\n")[2], names)
+    expected = encode_pixels(lr_ray.load(folder).backbone, pixels, precision="fp32")
+    torch.testing.assert_close(names["features"], expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+    with pytest.raises(ExportError, match="gives the mean of its class and its distillation token"):
+        export_model(folder, "timm", str(tmp_path / "merged.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "version"),
+    [
+        ("clip", "vision_model.pre_layrnorm.weight", 4),
+        ("clip", "pre_layrnorm.weight", 5),
+        ("vit", "encoder.layer.0.attention.attention.query.weight", 4),
+        ("dinov2", "encoder.layer.0.attention.q_proj.weight", 5),
+    ],
+)
+def test_the_version_of_the_names_is_asked_of_the_model(monkeypatch: pytest.MonkeyPatch, family: Any, name: str, version: int):
+    """Within transformers 5 each family changed in a release of its own."""
+    model = SimpleNamespace(state_dict=lambda: {name: 0})
+    classes = ("ViT", "CLIPVision", "Dinov2")
+    made = {f"{kind}{part}": lambda *_, **__: model for kind in classes for part in ("Model", "Config")}
+    monkeypatch.setattr(hugging_face, "import_module", lambda _name: SimpleNamespace(**made))
+    assert installed_version.__wrapped__(family) == version
+
+
 def test_names_of_the_other_version_are_caught(
     make_meta_lora: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -187,7 +244,7 @@ def test_names_of_the_other_version_are_caught(
 
     def make(parts: lr_ray.model.Parts) -> dict[str, bytes]:
         with monkeypatch.context() as patch:
-            patch.setattr(hugging_face, "installed_version", lambda: 9 - installed_version())
+            patch.setattr(hugging_face, "installed_version", lambda family: 9 - installed_version(family))
             return real.make(parts)
 
     monkeypatch.setitem(write.KINDS, "peft-hf", write.Kind(make=make, read=real.read, usage=real.usage, is_folder=True))

@@ -201,6 +201,9 @@ def test_timm_loads_the_merged_model(hub: Hub, meta_lora: str, tmp_path: Path):
             network(backbone.normalize(pixels)), expected, rtol=0, atol=1e-4 * float(expected.abs().max())
         )
     assert list(network.pretrained_cfg["mean"]) == backbone.mean.tolist()
+    tuned = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=10, in_chans=1)  # to be fine-tuned
+    assert tuned(torch.rand(1, 1, 32, 32)).shape == (1, 10)
+    assert torch.equal(tuned.blocks[0].attn.qkv.weight, network.blocks[0].attn.qkv.weight)
 
 
 def test_a_repository_that_is_there_gets_another_commit(hub: Hub, meta_lora: str):

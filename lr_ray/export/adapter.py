@@ -33,9 +33,12 @@ from lr_ray.vit.tokens import encode
 def hub_id_of(parts: Parts, *, foreign: bool) -> str | None:
     """The backbone's id on the hub, of timm's model or of the `foreign` one; None where its weights are not known there."""
     timm_id = hub_backbone(parts.manifest["config"]["backbone"])
-    if not foreign or timm_id is None:
-        return timm_id
-    return hugging_face_id(timm_id.removeprefix("timm/"))
+    return hugging_face_id(hub_name_of(parts)) if foreign and timm_id is not None else timm_id
+
+
+def hub_name_of(parts: Parts) -> str:
+    """timm's name of the hub's weights."""
+    return "vit_small_patch14_dinov2.lvd142m" if parts.backbone.name == "embedded" else parts.backbone.name
 
 
 def make_peft(parts: Parts) -> dict[str, bytes]:

@@ -57,8 +57,22 @@ def _example(backbone: Backbone) -> dict[str, Any]:
     return {"args": (images,), "dynamic_shapes": ({0: torch.export.Dim("batch")},)}
 
 
+def is_distilled(backbone: Backbone) -> bool:
+    """Whether timm's own forward pass gives the mean of two tokens, of which LR-Ray's features are the first."""
+    return hasattr(backbone.model, "dist_token")
+
+
 def make_timm(backbone: Backbone, _metric: Metric | None) -> bytes:
-    """Safetensors; what makes the architecture, mean and std are in the metadata. timm's models have no place for a metric."""
+    """Safetensors; what makes the architecture, mean and std are in the metadata. timm's models have no place for a metric.
+
+    Raises:
+        ExportError: timm's own forward pass gives other features.
+    """
+    if is_distilled(backbone):
+        raise ExportError(
+            f"--format timm: timm's own {backbone.name!r} gives the mean of its class and its distillation token, where the "
+            "features are the class token's; give torch, onnx or peft"
+        )
     architecture, arguments = architecture_of(backbone.name)
     metadata = {
         "format": "pt",

@@ -2,8 +2,9 @@
 
 import re
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -20,6 +21,12 @@ _FAMILIES: tuple[tuple[str, Family], ...] = (
     (r"deit_.*distilled.*", "deit"),
     (r"(?:vit|deit)_.*", "vit"),
 )
+_CLASSES: dict[Family, str] = {
+    "vit": "ViTModel",
+    "deit": "DeiTModel",
+    "clip": "CLIPVisionModel",
+    "dinov2": "Dinov2Model",
+}
 _REMEDY = "give peft, which is for timm's model"
 
 
@@ -28,7 +35,8 @@ class Counterpart:
     """How transformers calls a backbone.
 
     Attributes:
-        version: of transformers' names; 5 renamed modules, and PEFT loads an adapter by the names of the model it is for.
+        version: of transformers' names; 5 renamed modules (CLIP's in 5.6, ViT's and DeiT's in 5.9), and PEFT loads an adapter
+            by the names of the model it is for.
         prefix: before the names of modules in `model_class`.
     """
 
@@ -41,7 +49,7 @@ class Counterpart:
 
     @property
     def model_class(self) -> str:
-        return {"vit": "ViTModel", "deit": "DeiTModel", "clip": "CLIPVisionModel", "dinov2": "Dinov2Model"}[self.family]
+        return _CLASSES[self.family]
 
     @property
     def features(self) -> str:
@@ -49,12 +57,17 @@ class Counterpart:
         return "pooler_output" if self.family == "clip" else "last_hidden_state[:, 0]"
 
 
-def installed_version() -> Version:
-    """That of transformers' names here: of the package, or the newest where it is not installed."""
-    try:
-        return 4 if int(version("transformers").partition(".")[0]) < 5 else 5
-    except PackageNotFoundError:
+@cache
+def installed_version(family: Family) -> Version:
+    """That of transformers' names of the family here, asked of a small model; the newest where it is not installed."""
+    if find_spec("transformers") is None:
         return 5
+    transformers = import_module("transformers")
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "image_size": 8, "patch_size": 8}
+    with torch.device("meta"):
+        config = getattr(transformers, _CLASSES[family].replace("Model", "Config"))(**sizes)
+        names = getattr(transformers, _CLASSES[family])(config).state_dict()
+    return 4 if any(name.startswith("vision_model.") or ".attention.attention." in name for name in names) else 5
 
 
 def counterpart_of(backbone: Backbone) -> Counterpart:
@@ -80,7 +93,7 @@ def counterpart_of(backbone: Backbone) -> Counterpart:
             f"--format peft-hf: {backbone.name!r} has another MLP or position embedding than the {family} models of "
             f"transformers; {_REMEDY}"
         )
-    return Counterpart(family=family, version=installed_version())
+    return Counterpart(family=family, version=installed_version(family))
 
 
 class ForeignModel(nn.Module):

@@ -133,6 +133,9 @@ def _timm_config(parts: Parts) -> bytes:
         "crop_pct": data["crop_pct"],
         "num_classes": 0,
         "custom_load": False,
+        "fixed_input_size": True,
+        "first_conv": "patch_embed.proj",  # which timm fits to other channels; and the layer that it may leave unloaded
+        "classifier": "head",
     }
     config = {
         "architecture": architecture.partition(".")[0],

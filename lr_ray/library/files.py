@@ -13,8 +13,10 @@ MAX_FILES = 50_000
 """In one folder, archive or repository: ten thousand adapters of five files."""
 
 PREPROCESSOR_NAME = "preprocessor_config.json"
+PROCESSOR_NAME = "processor_config.json"
+"""Of transformers 5, which has the same as a section `image_processor`."""
 MODEL_CONFIG_NAME = "config.json"
-BESIDE = (CONFIG_NAME, PREPROCESSOR_NAME, MANIFEST_NAME, MODEL_CONFIG_NAME, CARD_NAME)
+BESIDE = (CONFIG_NAME, PREPROCESSOR_NAME, PROCESSOR_NAME, MANIFEST_NAME, MODEL_CONFIG_NAME, CARD_NAME)
 """What is read of an adapter besides its weights."""
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".zip")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")

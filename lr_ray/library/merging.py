@@ -193,6 +193,9 @@ def _options(config: Mapping[str, Any], tensors: Mapping[str, Tensor], skeleton:
         ]
     if kind == "ADALORA":
         options |= {"total_step": 1, "tinit": 0, "tfinal": 0}  # of training alone
+        ranks = options.get("rank_pattern", {})
+        if isinstance(ranks, dict):  # peft looks up every layer that it names, also a text tower's or a head's
+            options["rank_pattern"] = {name: kept for name, kept in ranks.items() if name.partition(".lora_E")[0] in layers}
     return options | {"peft_type": kind, "target_modules": list(layers)}
 
 

@@ -21,6 +21,7 @@ from lr_ray.library.files import (
     MODEL_CONFIG_NAME,
     PICKLES,
     PREPROCESSOR_NAME,
+    PROCESSOR_NAME,
     Files,
     check_size,
 )
@@ -229,14 +230,15 @@ def _read_adapter(files: Files, folder: str, names: list[str]) -> RawAdapter:
     contents = _read_all(files, wanted, label)
     objects = {
         name: json_object(contents[name], f"adapter {label}: {name}") if name in contents else {}
-        for name in (CONFIG_NAME, PREPROCESSOR_NAME, MANIFEST_NAME, MODEL_CONFIG_NAME)
+        for name in (CONFIG_NAME, PREPROCESSOR_NAME, PROCESSOR_NAME, MANIFEST_NAME, MODEL_CONFIG_NAME)
     }
+    of_images = objects[PROCESSOR_NAME].get("image_processor")  # which transformers looks for first, too
     labelled = MODEL_CONFIG_NAME if objects[MODEL_CONFIG_NAME].get("id2label") else CONFIG_NAME
     return RawAdapter(
         source=label,
         config=objects[CONFIG_NAME],
         weights=contents[weights_name],
-        preprocessor=objects[PREPROCESSOR_NAME],
+        preprocessor=of_images if isinstance(of_images, dict) else objects[PREPROCESSOR_NAME],
         manifest=objects[MANIFEST_NAME],
         metadata=check_safetensors(contents[weights_name], f"adapter {label}: {weights_name!r}"),
         card=front_matter(contents.get(CARD_NAME, b""), f"adapter {label}: {CARD_NAME}"),

@@ -166,7 +166,8 @@ def _metadata(manifest: dict[str, Any], measured: Sequence[dict[str, Any]]) -> d
         "library_name": "peft",
         "base_model": hub_id,
         "license": license_id,
-        "tags": ["lora", "meta-lora", "few-shot", "image-classification", "vision-transformer", "lr-ray"],
+        "pipeline_tag": "image-feature-extraction",  # it has no head
+        "tags": ["lora", "meta-lora", "few-shot", "vision-transformer", "lr-ray"],
         "model-index": [{"name": _title(manifest), "results": [_result(row) for row in measured]}] if measured else None,
     }
     return {key: value for key, value in metadata.items() if value is not None}
@@ -268,6 +269,8 @@ def _licences(manifest: dict[str, Any]) -> str:
 
 def _backbone(config: dict[str, Any]) -> tuple[str | None, str, str]:
     """Its name on the hub if it is there, its licence or "", and a sentence on that."""
+    import timm
+
     name = config["name"]
     if config["weights"] is not None:
         return None, "", f"unknown: ask the authors of the weights, {_cell(config['weights'])}."
@@ -275,7 +278,8 @@ def _backbone(config: dict[str, Any]) -> tuple[str | None, str, str]:
         return None, "", "none, its weights are random."
     if name == "embedded":
         return "timm/vit_small_patch14_dinov2.lvd142m", "apache-2.0", f"{EMBEDDED_BACKBONE.source}."
-    hub_id = f"timm/{name}" if "." in name else None  # without its tag a timm name is none of the hub's
+    known = timm.get_pretrained_cfg(name) if "." in name else None  # without its tag a timm name is none of the hub's
+    hub_id = known.hf_hub_id if known is not None else None  # which may have another name than the architecture
     return hub_id, "", f"unknown: ask its authors; {_cell(name)} of timm."
 
 

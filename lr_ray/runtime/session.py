@@ -101,9 +101,13 @@ def _session(address: str, options: dict[str, Any], *, libraries: bool = True) -
         ray.shutdown()
 
 
+_OF_THIS_POD = ("AWS_CONTAINER_", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_ROLE_")
+"""How variables begin that a cloud gives to each of its containers: other nodes have their own."""
+
+
 def storage_environment() -> dict[str, str]:
     """The AWS variables of this process: endpoint, region, profile, credentials. Never to be printed or saved."""
-    return {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    return {name: value for name, value in os.environ.items() if name.startswith("AWS_") and not name.startswith(_OF_THIS_POD)}
 
 
 def this_node() -> Any:

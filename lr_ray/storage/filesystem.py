@@ -16,10 +16,10 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeGuard, TypeVar
 
 import pyarrow as pa
 from aiohttp import ClientError, ClientPayloadError
@@ -60,7 +60,9 @@ _FAILURES = (
     ResponseParserError,
     pa.ArrowException,
 )
-_TAKEN = ("PreconditionFailed", "ConditionalRequestConflict")
+_CONFLICT = "ConditionalRequestConflict"
+"""S3's code for a name that another is writing or deleting at this moment."""
+_TAKEN = ("PreconditionFailed", _CONFLICT)
 """S3's codes for a name that may be written only while it is free, and is not."""
 _CREDENTIALS = "set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
 _REMEDIES: dict[type[Exception] | tuple[type[Exception], ...], str] = {
@@ -119,9 +121,10 @@ def read_if_there(uri: str) -> bytes | None:
         return None
 
     def read_local(path: str) -> bytes | None:
-        with _absent_is_fine():
+        try:
             return Path(path).read_bytes() if _local_size(path) is not None else None
-        return None
+        except FileNotFoundError:  # removed meanwhile
+            return None
 
     return _run("read", uri, read, read_local)
 
@@ -170,15 +173,21 @@ def create_bytes(uri: str, content: bytes) -> bool:
     """
 
     def create(store: AbstractFileSystem, path: str) -> bool:
-        try:
-            store.pipe_file(path, content, mode="create")
-        except OSError as error:
-            if not (isinstance(error, FileExistsError) or _code_of(error) in _TAKEN):
-                raise
-            with _absent_is_fine():
-                return bool(store.cat_file(path) == content)
-            return False
-        return True
+        for attempt in range(_ATTEMPTS):
+            try:
+                store.pipe_file(path, content, mode="create")
+                return True
+            except OSError as error:
+                if not (isinstance(error, FileExistsError) or _code_of(error) in _TAKEN):
+                    raise
+                with _absent_is_fine():
+                    return bool(store.cat_file(path) == content)
+                if _code_of(error) != _CONFLICT:  # it was there and is not any more
+                    return False
+                if attempt == _ATTEMPTS - 1:
+                    raise
+                _pause(attempt)
+        raise AssertionError("the last attempt returns or raises")
 
     return _run("write", uri, create, lambda path: _create_local(path, content))
 
@@ -280,11 +289,11 @@ def list_sizes(uri: str) -> dict[str, int]:
 
     def sizes(store: AbstractFileSystem, path: str) -> dict[str, int]:
         root = path.rstrip("/") + "/"
-        with _absent_is_fine():
+        found: dict[str, dict[str, Any]] = {}
+        with _absent_is_fine() if not uri.startswith(_S3) else nullcontext():  # S3 lists what is absent as empty
             found = store.find(root, detail=True)
-            files = sorted(file for file in found if file.startswith(root) and not file.endswith("/"))
-            return {file.removeprefix(root): _known_size(found[file]) for file in files}
-        return {}
+        files = sorted(file for file in found if file.startswith(root) and not file.endswith("/"))
+        return {file.removeprefix(root): _known_size(found[file]) for file in files}
 
     return _run("list", uri, sizes, _local_sizes)
 
@@ -302,14 +311,14 @@ def list_marks(uri: str) -> dict[str, tuple[int, str]]:
         while after is not None:
             found, after = _run_remote(uri, partial(_s3_page, after=after))
             marks |= found
-    return marks
+    return dict(sorted(marks.items()))  # S3 Express has an order of its own
 
 
 def _s3_page(
     store: AbstractFileSystem, path: str, *, after: dict[str, str]
 ) -> tuple[dict[str, tuple[int, str]], dict[str, str] | None]:
     """Some of the marks, and how to ask for the next; None after the last."""
-    bucket, _, key = path.partition("/")
+    bucket, key, _ = store.split_path(path)
     prefix = key.rstrip("/") + "/" if key else ""
     page = store.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, **after)
     files = (found for found in page.get("Contents", ()) if not found["Key"].endswith("/"))
@@ -382,8 +391,21 @@ def arrow_filesystem(uri: str) -> tuple[fs.FileSystem, str]:
     with storage_errors("use", uri):
         if (path := _local_path(uri)) is not None:
             return fs.LocalFileSystem(), path
-        store, path = _open_store(uri)
-        return fs.PyFileSystem(fs.FSSpecHandler(store)), path
+        # each read asks for what it wants; s3fs would fetch 50 MB ahead, and row groups are read in a random order
+        store, path = _open_store(uri, default_cache_type="none")
+        return fs.PyFileSystem(_ObjectStore(store) if uri.startswith(_S3) else fs.FSSpecHandler(store)), path
+
+
+class _ObjectStore(fs.FSSpecHandler):  # type: ignore[misc]
+    """S3 for libraries that make and remove folders, by no rights beyond those on the objects below a prefix."""
+
+    def create_dir(self, path: str, recursive: bool) -> None:
+        """Nothing, for there are no folders; s3fs would make the bucket if it may not look whether it is there."""
+
+    def delete_dir(self, path: str) -> None:
+        """One by one, which every S3 server takes, and fails where one is not deleted."""
+        for file in self.fs.find(path):
+            self.fs.rm_file(file)
 
 
 @contextmanager
@@ -399,6 +421,8 @@ def _explain(error: Exception, uri: str) -> str:
     """What went wrong, and the remedy."""
     if _no_bucket(error):
         return f"there is no bucket {uri.split('/')[2]!r}; create it or correct the URI"
+    if _names_credentials(error) and uri.startswith(_S3):
+        return f"{error.strerror}: {error.filename}; correct the AWS variables, one of which names that file"
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     remedies = [remedy for kinds, remedy in _REMEDIES.items() if isinstance(error, kinds)]
     return f"{reason.rstrip('.')}; {(remedies or ['nothing was changed: mend that and run again'])[0]}"
@@ -414,13 +438,18 @@ def _code_of(error: Exception) -> str:
     return str(response.get("Error", {}).get("Code", ""))
 
 
+def _names_credentials(error: Exception) -> TypeGuard[FileNotFoundError]:
+    """Whether it is a local file that is absent, such as one of a token, where an object was asked for."""
+    return isinstance(error, FileNotFoundError) and error.filename is not None
+
+
 @contextmanager
 def _absent_is_fine() -> Iterator[None]:
-    """Leave the context where a file is absent; that its bucket is absent stays an error."""
+    """Leave the context where an object is absent; that its bucket is, or a file of credentials, stays an error."""
     try:
         yield
     except FileNotFoundError as error:
-        if _no_bucket(error):
+        if _no_bucket(error) or _names_credentials(error):
             raise
 
 
@@ -431,18 +460,36 @@ def _run(verb: str, uri: str, remote: Callable[[AbstractFileSystem, str], Result
 
 
 def _run_remote(uri: str, action: Callable[[AbstractFileSystem, str], Result]) -> Result:
-    """The action; a response that breaks off is asked for again."""
+    """The action; a response that breaks off is asked for again, and credentials that were not to be had once more.
+
+    Raises:
+        OSError: an error of gcsfs or another library than s3fs, which have no base in common.
+    """
     store, path = _open_store(uri, max_concurrency=1)
     store.retries = 1  # of s3fs: they would multiply botocore's
     start = time.monotonic()
-    for attempt in range(_ATTEMPTS - 1):
+    for attempt in range(_ATTEMPTS):
         try:
             return action(store, path)
         except _TORN:
-            if time.monotonic() - start > _PATIENCE_S:
+            if attempt == _ATTEMPTS - 1 or time.monotonic() - start > _PATIENCE_S:
                 raise
-            time.sleep(random.uniform(0, 0.2 * 2**attempt))
-    return action(store, path)
+            _pause(attempt)
+        except boto.NoCredentialsError:  # a machine's role is asked for by a request that may time out, and s3fs keeps "none"
+            if attempt:
+                raise
+            store.connect(refresh=True)
+        except (*_FAILURES, StorageError):
+            raise
+        except Exception as error:
+            if uri.startswith(_S3):
+                raise
+            raise OSError(f"{type(error).__name__}: {error}") from error
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _pause(attempt: int) -> None:
+    time.sleep(random.uniform(0, 0.2 * 2**attempt))
 
 
 def _local_path(uri: str) -> str | None:
@@ -476,6 +523,8 @@ def _open_store(uri: str, **s3_options: Any) -> tuple[AbstractFileSystem, str]:
         retries = {"mode": "standard", "total_max_attempts": int(os.environ.get("AWS_MAX_ATTEMPTS", _ATTEMPTS))}
         timeouts = {"connect_timeout": _CONNECT_TIMEOUT_S, "read_timeout": _READ_TIMEOUT_S}
         s3_options["config_kwargs"] = {"retries": retries, **timeouts}
+        if region := os.environ.get("AWS_DEFAULT_REGION") or os.environ.get("AWS_REGION"):  # botocore knows the first alone
+            s3_options["client_kwargs"] = {"region_name": region}
     else:
         s3_options = {}
     try:

@@ -34,7 +34,8 @@ class BackboneConfig(Section):
     """Which Vision Transformer, at which image size."""
 
     name: str = "embedded"
-    """A timm name such as `vit_base_patch16_clip_224.openai`, or `embedded`: DINOv2 ViT-S/14 without its last block."""
+    """A timm name such as `vit_base_patch16_clip_quickgelu_224.openai`, or `embedded`: DINOv2 ViT-S/14 without its last
+    block."""
     image_px: int | None = Field(default=None, gt=0)
     """Side of the square images; any multiple of the patch size. Default: the model's own."""
     weights: str | None = None
@@ -175,7 +176,7 @@ def check_architecture(architecture: str, config: BackboneConfig) -> int:
         raise BackboneError(
             f"backbone {config.name!r}: timm has no such model; {meant}`timm.list_models('vit*')` lists them"
         ) from None
-    need = "LR-Ray needs a timm VisionTransformer with a class token, such as vit_base_patch16_clip_224.openai"
+    need = "LR-Ray needs a timm VisionTransformer with a class token, such as vit_base_patch16_clip_quickgelu_224.openai"
     if not isinstance(model, VisionTransformer):
         raise BackboneError(f"backbone {config.name!r} is a {type(model).__name__}; {need}")
     if model.cls_token is None or model.global_pool != "token":
@@ -227,6 +228,7 @@ def _load_pretrained(architecture: str, arguments: dict[str, Any], config: Backb
         raise BackboneError(f"backbone weights {source} do not fit {architecture}: {error}") from error
     if missing := [name for name in model.state_dict() if name not in tensors]:
         raise BackboneError(f"backbone weights {source} do not fit {architecture}: they lack {missing[0]}")
+    model.pretrained_cfg.pop("state_dict")  # timm keeps a copy of it, as large as the model
     return model, source
 
 

@@ -2,7 +2,6 @@
 
 import importlib
 from collections.abc import Callable
-from typing import Any
 
 import easyfsl.methods
 import numpy as np
@@ -163,7 +162,7 @@ def test_episodes_of_a_call_do_not_see_each_other(label: str) -> None:
     torch.testing.assert_close(alone, together, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("label", ["nn", "nn-cosine", "simple-shot"])
+@pytest.mark.parametrize("label", ["nn", "nn-cosine"])
 def test_centres_of_uneven_ways_are_their_means(label: str) -> None:
     support, labels, queries, _ = uneven(1.0)
     scores = head_of(label)(support, labels, queries)
@@ -285,17 +284,54 @@ def test_easyfsl_is_an_extra(monkeypatch: pytest.MonkeyPatch) -> None:
         known_methods.cache_clear()
 
 
+def test_simple_shot_is_the_nearest_centre_of_centred_directions() -> None:
+    generator = torch.Generator().manual_seed(3)
+    real = 4 + torch.randn(50, 16, generator=generator)
+    support, labels, queries, _ = uneven(1.0)
+    support, queries = support + 4, queries + 4
+    scores = head_of("simple-shot", fitted("simple-shot", real, torch.zeros(50)))(support, labels, queries)
+    mean = real.double().mean(dim=0)
+    for index in range(len(support)):
+        directions = F.normalize(support[index].double() - mean, dim=-1)
+        centres = torch.stack([directions[labels == way].mean(dim=0) for way in range(4)])
+        expected = F.cosine_similarity((queries[index].double() - mean)[:, None], centres, dim=-1)
+        torch.testing.assert_close(scores[index].double(), expected, atol=1e-5, rtol=1e-4)
+
+
+AUTHORS = {
+    "bd-cspn": lambda: easyfsl.methods.BDCSPN(feature_normalization=2.0),
+    "laplacian-shot": lambda: easyfsl.methods.LaplacianShot(feature_normalization=2.0),
+    "tim": lambda: easyfsl.methods.TIM(
+        feature_normalization=2.0, fine_tuning_steps=100, fine_tuning_lr=1e-3, cross_entropy_weight=0.1, temperature=15.0
+    ),
+}
+
+
 @pytest.mark.parametrize("draw", [episodes, uneven])
-@pytest.mark.parametrize("name", ["bd-cspn", "tim", "pt-map"])
-def test_heads_of_easyfsl_are_its_own(name: str, draw: Callable[[float], tuple[Tensor, ...]]) -> None:
-    classes: dict[str, Any] = {"bd-cspn": easyfsl.methods.BDCSPN, "tim": easyfsl.methods.TIM}
+@pytest.mark.parametrize("name", AUTHORS)
+def test_heads_of_easyfsl_are_its_own_on_directions(name: str, draw: Callable[[float], tuple[Tensor, ...]]) -> None:
     support, labels, queries, _ = draw(0.8)
     found = head_of(name)(support, labels, queries)
-    build = classes.get(name, lambda: easyfsl.methods.PTMAP(feature_normalization=2.0))
     for index in range(len(support)):
-        classifier = build()
+        classifier = AUTHORS[name]()
         classifier.process_support_set(support[index].clone(), labels)
         torch.testing.assert_close(found[index], classifier(queries[index].clone()).detach())
+
+
+def test_pt_map_takes_roots_of_either_sign_and_not_easyfsls() -> None:
+    """Features of which none is positive, of which easyfsl's transform leaves nothing."""
+    support, labels, queries, ways = episodes(0.05)
+    found = head_of("pt-map")(-support.abs(), labels, -queries.abs())
+    assert torch.equal(found.argmax(dim=-1), ways.expand(6, -1))
+    torch.testing.assert_close(found.sum(dim=1), torch.full((6, 4), 5.0), atol=1e-3, rtol=1e-3)  # as many queries to each way
+
+
+@pytest.mark.parametrize("name", ["tim", "laplacian-shot", "pt-map", "bd-cspn"])
+def test_transductive_heads_of_easyfsl_take_features_at_any_scale(name: str) -> None:
+    """Raw features of a ViT are 40 long, beside which their neighbours, or a step of Adam, would not count."""
+    support, labels, queries, _ = episodes(0.8)
+    found, scaled = head_of(name)(support, labels, queries), head_of(name)(40 * support, labels, 40 * queries)
+    torch.testing.assert_close(found, scaled, atol=1e-3, rtol=1e-3)
 
 
 def test_trained_parameters_are_counted() -> None:

@@ -404,8 +404,10 @@ def test_adalora_after_its_ranks_were_cut(tmp_path):
         for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
     }
     save_tuned("timm", config, tmp_path, noise=noise)
+    ranks = config.rank_pattern | {"text_model.encoder.layers.0.self_attn.q_proj.lora_E": [True] * 6}  # of another tower
     reloaded = peft.PeftModel.from_pretrained(copy.deepcopy(base_of("timm").model), tmp_path).eval()
     assert reloaded.base_model.model.blocks[0].attn.qkv.lora_E["default"].shape == (2, 1)
+    change_config(tmp_path, rank_pattern=ranks)
     with torch.no_grad():
         assert_same("timm", tmp_path, reloaded(IMAGES))
 

@@ -279,7 +279,9 @@ def test_safetensors_that_are_none(tmp_path: Path, content: bytes, message: str)
     refuses(root, rf"{prefix} \(.*{message}.*\); get it again from its source$")
 
 
-@pytest.mark.parametrize("name", ["adapter_config.json", "config.json", "preprocessor_config.json", "lr_ray.json"])
+@pytest.mark.parametrize(
+    "name", ["adapter_config.json", "config.json", "preprocessor_config.json", "processor_config.json", "lr_ray.json"]
+)
 @pytest.mark.parametrize(
     ("content", "message"),
     [

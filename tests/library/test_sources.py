@@ -39,6 +39,14 @@ def test_a_folder(tmp_path: Path) -> None:
         assert_whole(adapter)
 
 
+def test_what_transformers_5_saves_of_images_comes_before_what_4_did(tmp_path: Path) -> None:
+    processor = b'{"image_processor": {"image_mean": [0.1, 0.2, 0.3], "size": 64}, "processor_class": "CLIPProcessor"}'
+    root = write_files(tmp_path, ADAPTER | {"processor_config.json": processor})
+    (found,) = read_sources(root)
+    assert isinstance(found, RawAdapter)
+    assert found.preprocessor == {"image_mean": [0.1, 0.2, 0.3], "size": 64}
+
+
 def test_a_folder_of_folders(tmp_path: Path) -> None:
     files = below("a", ADAPTER) | below("b/deep", BARE) | {"c/one.safetensors": WEIGHTS, "c/two.safetensors": WEIGHTS}
     root = write_files(tmp_path, files | below(".cache", ADAPTER) | below("__MACOSX/a", BARE) | {"a/.x.safetensors": b""})

@@ -72,7 +72,8 @@ def test_before_it_is_measured_there_is_no_accuracy() -> None:
         "library_name": "peft",
         "base_model": "timm/vit_small_patch14_dinov2.lvd142m",
         "license": "unknown",
-        "tags": ["lora", "meta-lora", "few-shot", "image-classification", "vision-transformer", "lr-ray"],
+        "pipeline_tag": "image-feature-extraction",
+        "tags": ["lora", "meta-lora", "few-shot", "vision-transformer", "lr-ray"],
     }
     assert section(card, "Accuracy").strip() == "Not measured yet; `lr-ray eval` does that."
     assert ModelCard(card).data.eval_results is None
@@ -137,6 +138,11 @@ def test_names_of_others_break_no_table() -> None:
     [
         ({"name": "embedded"}, "timm/vit_small_patch14_dinov2.lvd142m", "DINOv2 ViT-S/14 (Apache-2.0, Meta)"),
         ({"name": "vit_base_patch16_clip_224.openai"}, "timm/vit_base_patch16_clip_224.openai", "unknown: ask its authors"),
+        (
+            {"name": "vit_base_patch16_clip_quickgelu_224.openai"},
+            "timm/vit_base_patch16_clip_224.openai",
+            "unknown: ask its authors",
+        ),
         ({"name": "vit_tiny_patch16_224"}, None, "unknown: ask its authors"),
         ({"name": "embedded", "weights": "/w.safetensors"}, None, "unknown: ask the authors of the weights, `/w.safetensors`"),
         ({"name": "embedded", "pretrained": False}, None, "none, its weights are random"),

@@ -1,5 +1,6 @@
 """Files on S3, over a network that fails: the right content or one line that says what is wrong."""
 
+import pickle
 import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -8,6 +9,9 @@ from itertools import repeat
 from typing import Any
 
 import boto3
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from botocore.retries.standard import ExponentialBackoff
 from fsspec import get_filesystem_class
@@ -19,6 +23,7 @@ from lr_ray.storage.filesystem import (
     create_bytes,
     delete,
     exists,
+    file_size,
     list_files,
     list_marks,
     list_uris,
@@ -205,6 +210,64 @@ def test_pyarrow_reads_and_writes_by_the_same_way(bucket: str, s3: FaultyProxy, 
         assert stream.read() == CONTENT
 
 
+def test_pyarrow_needs_no_rights_on_the_bucket(bucket: str, s3: FaultyProxy) -> None:
+    """s3fs would look for the bucket to make a folder, and make it if it may not look; and delete by a request of many."""
+    store, path = arrow_filesystem(f"{bucket}/checkpoint")
+    s3.set_faults(())
+    store.create_dir(f"{path}/a/b", recursive=True)
+    assert s3.requests == []
+    for name in ("a/1", "a/b/2", "ab"):
+        write_bytes(f"{bucket}/checkpoint/{name}", b"x")
+    s3.set_faults(())
+    pickle.loads(pickle.dumps(store)).delete_dir(f"{path}/a")
+    assert [request.partition(" ")[0] for request in s3.requests if not request.startswith("GET")] == ["DELETE", "DELETE"]
+    assert list_files(f"{bucket}/checkpoint", suffix="") == ["ab"]
+
+
+def test_a_row_group_is_all_that_is_read_of_a_file(bucket: str, s3: FaultyProxy) -> None:
+    table = pa.table({"x": np.random.default_rng(0).random(400_000)})
+    store, path = arrow_filesystem(f"{bucket}/a.parquet")
+    pq.write_table(table, path, filesystem=store, row_group_size=100_000, compression="none", use_dictionary=False)
+    size = file_size(f"{bucket}/a.parquet")
+    assert size is not None
+    s3.set_faults(())
+    with pq.ParquetFile(path, filesystem=store) as file:
+        assert file.read_row_group(2).num_rows == 100_000
+    assert s3.sent < 0.4 * size
+
+
+@pytest.mark.usefixtures("unconnected")
+@pytest.mark.parametrize("action", ACTIONS)
+def test_a_missing_token_file_is_no_missing_object(bucket: str, monkeypatch: pytest.MonkeyPatch, action: str) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", "/nonexistent/token")
+    monkeypatch.setenv("AWS_ROLE_ARN", "arn:aws:iam::123456789012:role/x")
+    with pytest.raises(StorageError, match=r"No such file or directory: /nonexistent/token; correct the AWS variables"):
+        actions(bucket)[action]()
+
+
+@pytest.mark.usefixtures("unconnected")
+def test_credentials_that_were_not_to_be_had_are_asked_for_again(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as without:
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            without.delenv(name)
+        without.setenv("AWS_SHARED_CREDENTIALS_FILE", "/dev/null")
+        with pytest.raises(StorageError, match="Unable to locate credentials"):
+            write_bytes(f"{bucket}/a", b"x")
+    write_bytes(f"{bucket}/a", b"x")
+    assert read_bytes(f"{bucket}/a") == b"x"
+
+
+@pytest.mark.usefixtures("unconnected")
+def test_the_region_by_either_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_REGION", "cn-north-1")
+    monkeypatch.delenv("AWS_DEFAULT_REGION", raising=False)
+    store, _ = filesystem._open_store("s3://bucket/a")
+    store.connect()
+    assert store.s3.meta.region_name == "cn-north-1"
+
+
 @pytest.mark.parametrize("action", ACTIONS)
 def test_a_bucket_that_does_not_exist(bucket: str, action: str) -> None:
     with pytest.raises(StorageError, match=f"cannot {action} {bucket}x.*: there is no bucket '{bucket[5:]}x'; create it"):
@@ -271,6 +334,18 @@ def test_of_many_writers_of_a_free_name_one_succeeds(bucket: str):
         won = list(pool.map(lambda i: create_bytes(uri, bytes([i])), range(8)))
     assert won.count(True) == 1
     assert read_bytes(uri) == bytes([won.index(True)])
+
+
+def test_a_conflict_over_a_name_that_stays_free_is_no_loss(s3: FaultyProxy, bucket: str):
+    """409: another was about to write it, or to delete it, and the name is free."""
+    s3.set_faults(["conflict", None])
+    assert create_bytes(f"{bucket}/a.bin", CONTENT)
+    s3.set_faults(["conflict"])
+    assert not create_bytes(f"{bucket}/a.bin", b"another")
+    s3.set_faults(["conflict", None] * 5)
+    with pytest.raises(StorageError, match="A conflicting operation"):
+        create_bytes(f"{bucket}/b.bin", CONTENT)
+    assert not exists(f"{bucket}/b.bin")
 
 
 @pytest.mark.parametrize("fault", FAULTS)

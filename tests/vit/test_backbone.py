@@ -54,6 +54,10 @@ def test_models_that_share_weights_but_not_the_function_are_told_apart():
     assert plain.identity["activation"] == "GELU"
 
 
+def test_timms_copy_of_the_weights_is_not_kept():
+    assert not any(isinstance(value, dict) for value in load(image_px=28).model.pretrained_cfg.values())
+
+
 def test_the_embedded_backbone_is_known_by_its_weights_as_older_results_have_it():
     assert set(load(image_px=28).identity) == {"digest", "image_px"}
 
@@ -181,7 +185,7 @@ def test_only_a_plain_vit_with_a_class_token_serves(name, reason):
     message = error_of(name=name, pretrained=False)
     assert f"backbone {name!r}" in message
     assert reason in message
-    assert "vit_base_patch16_clip_224.openai" in message
+    assert "vit_base_patch16_clip_quickgelu_224.openai" in message
 
 
 @pytest.mark.parametrize(("image_px", "nearest"), [(225, "224 and 240"), (7, "16 and 32"), (100, "96 and 112")])

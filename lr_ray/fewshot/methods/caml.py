@@ -21,7 +21,8 @@ _SHOTS = (1, 5)
 
 
 class CAMLSettings(Section):
-    """Of `caml`. The paper trains a ViT-L sized encoder on images of several sources; this one fits what is given here."""
+    """Of `caml`. The paper trains a ViT-L sized encoder on images of several sources at 1e-5, on features as they are; this one
+    fits what is given here."""
 
     features: FeaturesName = BACKBONE
     """What they are of; each of unit length."""

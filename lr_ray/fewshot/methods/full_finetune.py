@@ -29,7 +29,7 @@ class FullFinetuneSettings(Section):
     processor)."""
     learning_rate: float | None = Field(default=None, gt=0)
     """Default 5e-5 for Adam (Dhillon et al.), 1e-4 for SGD: the highest power of ten that leaves the embedded backbone's
-    features of use on CIFAR-FS' validation classes (1e-3: 34/44 %, 1e-2: chance, as in the paper's Table 1)."""
+    features of use on CIFAR-FS' validation classes (1e-3: 34/44 %, 1e-2: chance, near which the paper's Table 1 ends too)."""
     head: HeadStart = "probe"
     """What the head starts from."""
 

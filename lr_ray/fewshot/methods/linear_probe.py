@@ -23,7 +23,8 @@ class LinearProbeSettings(Section):
     features: FeaturesName = BACKBONE
     """What they are of; each of unit length."""
     c: float = Field(default=1.0, gt=0, le=10_000)
-    """Of scikit-learn's LogisticRegression: the weight of the support set against that of the regularisation."""
+    """Of scikit-learn's LogisticRegression: the weight of the support set against that of the regularisation. The authors
+    fit on five augmented copies of it, which weigh as much as 5 here."""
 
 
 def logistic_regression(inputs: Tensor, labels: Tensor, c: float) -> tuple[Tensor, Tensor]:

@@ -31,7 +31,8 @@ class LorahubSettings(Section):
     num_evaluations: int = Field(default=20, gt=0)
     """Of the loss: how often weights are tried (the authors: at most 40)."""
     l1: float = Field(default=0.05, ge=0)
-    """Of the weights' mean absolute value, in the loss (the authors)."""
+    """Of the weights' mean absolute value, beside the mean cross-entropy (the paper; the authors' code divides the
+    cross-entropy by the number of images once more, so that theirs weighs so many times more)."""
     bound: float = Field(default=1.5, gt=0)
     """Of each weight's absolute value (the authors)."""
     rank: int | None = Field(default=None, gt=0)

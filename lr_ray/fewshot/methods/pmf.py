@@ -17,7 +17,7 @@ from lr_ray.vit.augment import AugmentationConfig, random_views
 from lr_ray.vit.lora import merged
 
 _AUGMENTATION = AugmentationConfig(flip=True, crop=0.25, colour=0.5)
-"""A crop for the authors' translation by an eighth of the side; colour as theirs."""
+"""A crop for the authors' translation by an eighth of the side; colours here brighter, darker or tinted, theirs also paler."""
 _COSINE_SCALE = 10.0
 """Of the authors' classifier before it is trained."""
 
@@ -26,7 +26,8 @@ class PMFSettings(Section):
     """Of `pmf`."""
 
     num_steps: int = Field(default=3, ge=0)
-    """Of Adam on the whole support set (the authors: 50; 3 keep an episode to three seconds of a processor)."""
+    """Of Adam on the whole support set (the authors: 50, and none where the domain is that of the meta-training, as
+    CIFAR-FS is, which is `oracle` by cosine; 3 keep an episode to three seconds of a processor)."""
     learning_rate: float = Field(default=1e-5, gt=0)
     """The authors choose among 0 and 1e-4 to 1e-2 for each domain. Of the embedded backbone 1e-4 undoes the features within
     5 steps on CIFAR-FS' validation classes."""
