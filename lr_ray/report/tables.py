@@ -212,8 +212,8 @@ def _leads(of: Mapping[Shape, Row], others: Sequence[Mapping[Shape, Row]], colum
 
 
 def _of_oracle(row: Row) -> bool:
-    """Also by other settings, or another head on its features."""
-    return "oracle" in re.split("[:,=]", row["method"])
+    """Also by other settings, by another head on its features, or fine-tuned, which is `pmf`."""
+    return not {"oracle", "pmf"}.isdisjoint(re.split("[:,=]", row["method"]))
 
 
 def as_text(table: ResultsTable) -> "Table":

@@ -252,7 +252,7 @@ def test_an_oracle_that_is_as_good_is_not_underlined():
     assert markdown_lines([*ROWS, row("oracle", 1, 61.5)])["oracle"][0] == "61.50 ± 0.90"
 
 
-@pytest.mark.parametrize("label", ["oracle:metric=false", "bpa:oracle", "linear-probe:c=2,features=oracle"])
+@pytest.mark.parametrize("label", ["oracle:metric=false", "bpa:oracle", "linear-probe:c=2,features=oracle", "pmf"])
 def test_nor_is_the_oracle_by_other_settings(label: str):
     lines = markdown_lines([*ROWS, row(label, 1, 90.0)])
     assert lines[label][0] == "90.00 ± 0.90"
