@@ -19,7 +19,7 @@ from lr_ray.serving.config import ServingConfig
 from lr_ray.serving.keys import read_keys
 from lr_ray.serving.problems import is_loopback
 from lr_ray.serving.tracing import check_tracing
-from lr_ray.storage.filesystem import write_bytes
+from lr_ray.storage.filesystem import check_exclusive, write_bytes
 from lr_ray.storage.manifest import read_meta_lora_manifest
 
 _logger = logging.getLogger("lr_ray.serving")
@@ -59,6 +59,7 @@ def served(config: ServingConfig) -> Iterator[str]:
     """
     check_exposure(config)
     _check_parts(config)
+    check_exclusive(config.tasks)
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     with local_ray(dashboard=False, libraries=False):
@@ -94,6 +95,7 @@ def build_application(arguments: dict[str, Any]) -> Any:
     config = ServingConfig.of(arguments)
     _check_keys(config)
     _check_parts(config)
+    check_exclusive(config.tasks)
     from lr_ray.runtime.deployments import application
     from lr_ray.serving.multiplex import load_multiplex  # timm takes seconds
 

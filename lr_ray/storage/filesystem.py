@@ -204,6 +204,23 @@ def _create_local(path: str, content: bytes) -> bool:
     return True
 
 
+def check_exclusive(root: str) -> None:
+    """Raise unless of two writers of a name there one is refused, without which changes would be lost unseen.
+
+    Raises:
+        StorageError: not so, as with S3 servers that pass over `If-None-Match`; or it cannot be written.
+    """
+    probe = join(root, f".probe-{uuid.uuid4().hex}")
+    try:
+        if not create_bytes(probe, b"1") or create_bytes(probe, b"2"):
+            raise StorageError(
+                f"{root}: its server does not keep a name to its first writer (If-None-Match), so that what another wrote "
+                "would be lost; give another place"
+            )
+    finally:
+        delete(probe)
+
+
 def delete(uri: str) -> None:
     """Remove a file; one that is absent is no error.
 

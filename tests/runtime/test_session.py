@@ -92,7 +92,13 @@ def test_a_cluster_that_is_joined_is_told_where_and_as_whom_to_store(
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "shutdown", lambda: None)
     monkeypatch.setattr(ray, "init", lambda _address, **given: options.update(given) or SimpleNamespace(dashboard_url=""))
-    for name, value in {"AWS_PROFILE": "lab", "AWS_REGION": "eu-central-1", "HOME": "/home/ada"}.items():
+    given = {"AWS_PROFILE": "lab", "AWS_REGION": "eu-central-1", "HOME": "/home/ada"}
+    of_this_pod = {
+        "AWS_WEB_IDENTITY_TOKEN_FILE": "/var/token",
+        "AWS_ROLE_ARN": "arn",
+        "AWS_CONTAINER_CREDENTIALS_FULL_URI": "http",
+    }
+    for name, value in (given | of_this_pod).items():
         monkeypatch.setenv(name, value)
     if submitted:
         monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
@@ -105,6 +111,7 @@ def test_a_cluster_that_is_joined_is_told_where_and_as_whom_to_store(
     if passed:
         assert (variables["AWS_PROFILE"], variables["AWS_REGION"]) == ("lab", "eu-central-1")
         assert all(name.startswith("AWS_") for name in variables)
+        assert not of_this_pod.keys() & variables.keys()
 
 
 def test_files_that_other_nodes_keep_to_themselves_are_missed() -> None:

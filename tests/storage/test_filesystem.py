@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 from lr_ray.errors import StorageError
+from lr_ray.storage import filesystem
 from lr_ray.storage.filesystem import (
     absolute_path,
+    check_exclusive,
     create_bytes,
     delete,
     exists,
@@ -303,3 +305,12 @@ def test_of_many_writers_of_a_free_name_one_succeeds(tmp_path: Path):
     assert won.count(True) == 1
     assert read_bytes(uri) == bytes([won.index(True)])
     assert [file.name for file in (tmp_path / "a").iterdir()] == ["b.bin"]
+
+
+def test_a_store_that_lets_two_write_a_name_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_exclusive(str(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(filesystem, "create_bytes", lambda uri, content: write_bytes(uri, content) is None)
+    with pytest.raises(StorageError, match=r"does not keep a name to its first writer \(If-None-Match\)"):
+        check_exclusive(str(tmp_path))
+    assert list(tmp_path.iterdir()) == []
