@@ -111,6 +111,14 @@ class ServiceError(LrRayError):
         return again, (str(self),)
 
 
+_FULL = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+
+
+def gpu_is_full(error: BaseException) -> bool:
+    """Whether a GPU's memory did not suffice; torch has an error for that, cuBLAS and cuDNN have others."""
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _FULL)
+
+
 def cut(text: str, most: int) -> str:
     """A text of at most so many characters; one that was longer ends in "…"."""
     return text if len(text) <= most else text[: most - 1] + "…"

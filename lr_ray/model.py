@@ -223,7 +223,7 @@ def _section(manifest: dict[str, Any], name: str, section: type[SectionType], fo
 
 def _check_device(device: str) -> None:
     try:
-        torch.empty(0, device=device)
+        (torch.ones(1, device=device) + 1).item()  # by a kernel, which a GPU that torch was not built for lacks
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
         raise ConfigError(f"device {device!r} cannot be used ({reason}); give cpu, or cuda where there is a GPU") from error

@@ -6,6 +6,7 @@ import, torch before all, is imported where it is used.
 """
 
 import asyncio
+import math
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -138,7 +139,7 @@ def backbone_options(config: ServingConfig, resources: Mapping[str, float]) -> d
     most = config.max_replicas or config.replicas
     share = resources.get("CPU", 1) / most
     cpus = config.cpus_per_replica or min(share, max(1, int(share)))
-    shared = min(1.0, resources.get("GPU", 0.0) / most)
+    shared = 1 / math.ceil(most / there) if (there := resources.get("GPU", 0.0)) else 0.0  # none lies on two GPUs
     gpus = shared if config.gpus_per_replica is None else config.gpus_per_replica
     count: dict[str, Any] = {"num_replicas": config.replicas}
     if config.max_replicas is not None:

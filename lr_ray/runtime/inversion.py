@@ -15,7 +15,7 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from lr_ray.config import ExperimentConfig
-from lr_ray.errors import InversionError, LrRayError, StorageError
+from lr_ray.errors import InversionError, LrRayError, StorageError, gpu_is_full
 from lr_ray.inversion.invert import invert
 from lr_ray.inversion.priors import BatchNormPrior, load_prior
 from lr_ray.report.progress import Reporter
@@ -100,7 +100,9 @@ class InversionActor:
             writer = StepWriter(self._board, name, self._cross_entropy)
             try:
                 self._invert(item, checkpoint, writer)
-            except torch.OutOfMemoryError as error:
+            except RuntimeError as error:
+                if not gpu_is_full(error):
+                    raise
                 reason = str(error).partition("\n")[0]
                 remedy = "lower inversion.batch_size, or raise ray.num_gpus_per_actor where several actors share a GPU"
                 raise InversionError(f"adapter {item.adapter_id}: out of memory ({reason}); {remedy}") from error

@@ -11,7 +11,7 @@ import torch
 from pydantic import BaseModel, ValidationError
 
 from lr_ray.config import ExperimentConfig, RayConfig
-from lr_ray.errors import ClusterError, InversionError, LrRayError, StorageError
+from lr_ray.errors import ClusterError, InversionError, LrRayError, StorageError, gpu_is_full
 from lr_ray.inversion.invert import InversionBatch, InversionConfig
 from lr_ray.inversion.priors import BatchNormPrior
 from lr_ray.report.progress import Reporter
@@ -224,7 +224,9 @@ def _try(trial: _Trial) -> list[float]:
         inversion = config.inversion.model_copy(update={"precision": precision, "num_steps": 1_000_000})
         try:
             found.append(_images_per_s(inversion, backbone, prior, batch_size, trial.seconds))
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not gpu_is_full(error):
+                raise
             found.append(0.0)
     return found
 

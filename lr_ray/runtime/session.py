@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from lr_ray.errors import ClusterError, LrRayError, StorageError
+from lr_ray.errors import ClusterError, LrRayError, StorageError, gpu_is_full
 
 if TYPE_CHECKING:  # torch takes seconds to import, and some of Ray's processes have no need of it
     from ray.data import Dataset
@@ -276,6 +276,13 @@ def user_error(error: BaseException) -> LrRayError:
         cause = getattr(cause, "cause", None) or cause.__cause__
     if cause is not None:
         return cause
+    origin = getattr(error, "cause", None) or error
+    if gpu_is_full(origin):
+        what = str(origin).partition("\n")[0]
+        return ClusterError(
+            f"a GPU ran out of memory: {what}; lower the batch_size of that section, or raise ray.num_gpus_per_actor "
+            "where several processes share a GPU"
+        )
     lost = (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError)
     if isinstance(error, ray.exceptions.OutOfMemoryError):
         what = str(error).partition("\n")[0]

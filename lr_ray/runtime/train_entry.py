@@ -3,7 +3,7 @@
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from lr_ray.errors import LrRayError
+from lr_ray.errors import ClusterError, LrRayError, gpu_is_full
 from lr_ray.runtime.session import this_node
 
 if TYPE_CHECKING:
@@ -29,10 +29,17 @@ def train_loop_per_worker(arguments: dict[str, Any]) -> None:
 
     try:
         train(ray.get(job), loader, arguments["steps"], rank=rank, world_size=world_size)
-    except LrRayError as error:
-        arguments["steps"].put(error)
+    except (LrRayError, RuntimeError) as error:
+        if not isinstance(error, LrRayError) and not gpu_is_full(error):
+            raise
+        arguments["steps"].put(error if isinstance(error, LrRayError) else _full(error))
         if world_size > 1:  # the others wait for this one until Ray Train hears that it failed
             raise
+
+
+def _full(error: RuntimeError) -> LrRayError:
+    what = str(error).partition("\n")[0]
+    return ClusterError(f"a GPU ran out of memory: {what}; set training.recompute=true, or lower training.episode")
 
 
 class BatchLoader:

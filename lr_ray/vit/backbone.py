@@ -245,6 +245,6 @@ def _cpu_is_fast_in_bf16() -> bool:
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
     """Mixed precision for forward passes: bf16 where the processor multiplies it faster than fp32, if `precision` is auto."""
     if precision == "auto":
-        fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else _cpu_is_fast_in_bf16()
+        fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else _cpu_is_fast_in_bf16()
         precision = "bf16" if fast else "fp32"
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()

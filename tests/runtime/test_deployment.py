@@ -53,6 +53,8 @@ def test_autoscaling_starts_with_the_fewest_and_shares_for_the_most():
     [
         (8.0, {"replicas": 2}, 1.0),
         (1.0, {"replicas": 4}, 0.25),
+        (2.0, {"replicas": 3}, 0.5),
+        (3.0, {"replicas": 1, "max_replicas": 4}, 0.5),
         (0.0, {"gpus_per_replica": 0.5}, 0.5),
         (2.0, {"gpus_per_replica": 0}, 0),
     ],

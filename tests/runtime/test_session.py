@@ -36,6 +36,15 @@ def test_a_lost_process_is_no_fault_of_ours(lost: Exception) -> None:
     assert "run the same command again" in str(error)
 
 
+@pytest.mark.parametrize(
+    "message", ["CUDA out of memory. Tried to allocate 2 GiB.\nSee", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling x"]
+)
+def test_a_full_gpu_is_one_line(message: str) -> None:
+    found = user_error(RayTaskError("f", "a traceback", RuntimeError(message)))
+    assert isinstance(found, ClusterError)
+    assert str(found).startswith(f"a GPU ran out of memory: {message.partition(chr(10))[0]}; lower the batch_size")
+
+
 def test_a_machine_without_memory_is_told_in_one_line() -> None:
     error = user_error(OutOfMemoryError("1 worker(s) were killed\nprovision more, tune less,\nor …"))
     assert isinstance(error, ClusterError)

@@ -2,7 +2,6 @@
 
 import math
 
-import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
@@ -42,8 +41,8 @@ def logistic_regression(inputs: Tensor, labels: Tensor, c: float) -> tuple[Tenso
     gram = inputs @ inputs.transpose(-2, -1)  # W = A·X throughout, so all steps are taken on A (E, N, S)
     decay = 1 / (c * count)
     step = 1 / (1 + decay)  # the Hessian is at most half of ‖(x, 1)‖² = 2, plus the decay
-    factors = ahead = torch.zeros(len(inputs), n_way, count, dtype=inputs.dtype)
-    bias = ahead_bias = torch.zeros(len(inputs), n_way, 1, dtype=inputs.dtype)
+    factors = ahead = inputs.new_zeros(len(inputs), n_way, count)
+    bias = ahead_bias = inputs.new_zeros(len(inputs), n_way, 1)
     for iteration in range(math.ceil(_STEPS * max(1.0, c, c * count / _IMAGES) ** 0.5)):
         errors = ((ahead @ gram + ahead_bias).softmax(dim=-2) - wanted) / count
         momentum = iteration / (iteration + 3)
