@@ -142,6 +142,8 @@ def test_episodes_that_share_a_call(tiny_experiment: ExperimentConfig, monkeypat
     monkeypatch.setitem(known_methods(), "mine", mine)
     config = changed(tiny_experiment, evaluation={"methods": ("mine",), "tuned_episodes": 8})
     first, second = EvaluationPlan(config).measurements[0].tasks
+    (on_a_gpu,) = EvaluationPlan(changed(config, ray={"num_gpus_per_actor": 1})).measurements[0].tasks
+    assert (on_a_gpu.start, on_a_gpu.stop) == (0, 8), "a process of its own is worth more episodes"
 
     predict_episodes(first)
     predict_episodes(second)
