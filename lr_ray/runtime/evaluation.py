@@ -172,6 +172,8 @@ def embed_test_images(task: FeaturesTask) -> None:
     seconds = 0.0
     parts = []
     with embedder(_inputs(config, backbone), task.features) as embed, torch.inference_mode():
+        if backbone.device.type == "cuda":  # which loads its kernels at the first pass, in no one's time
+            embed(data.pixels(np.arange(1), backbone.image_px))
         for positions in _batches(np.arange(len(data)), config):
             images = data.pixels(positions, backbone.image_px)
             began = time.perf_counter()

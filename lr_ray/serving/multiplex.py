@@ -139,7 +139,7 @@ def load_multiplex(
             batch_size=evaluation.batch_size,
             metric=parts.metric,
         )
-        adapters[name] = parts.adapter
+        adapters[name] = parts.adapter.to(first.device)  # whose products are made at every change of models
         served.append(ServedModel(name=name, digest=parts.digest(precision)))
     default = next(iter(models.values()))
     backbone = ServedModel(name=BACKBONE, digest=digest_of([default.backbone.identity, default.precision]))
