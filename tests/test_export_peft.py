@@ -128,6 +128,10 @@ def assert_close(found: Tensor, expected: Tensor, without: Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * scale)
 
 
+def code_of_card(folder: Path) -> str:
+    return (folder / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+
+
 def assert_same_updates(found: Adapter, expected: Adapter) -> None:
     ours, theirs = expected.updates(), found.updates()
     assert ours.keys() == theirs.keys()
@@ -195,7 +199,7 @@ def test_the_code_of_the_card_gives_the_features_from_weights_of_another_size(
     monkeypatch.setattr(type(published), "from_pretrained", lambda _name, **_options: published)
     pixels, images = images_of(small)
     names: dict[str, Any] = {"images": images}
-    code = (out / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    code = code_of_card(out)
     exec(code.replace('"PATH"', repr(str(out))), names)
     expected = encode_pixels(lr_ray.load(folder).backbone, pixels, precision="fp32")
     assert_close(names["features"], expected, small.model(images))
@@ -207,7 +211,7 @@ def test_of_a_distilled_model_the_card_takes_the_class_token(make_meta_lora: Cal
     export_model(folder, "peft", str(out))
     backbone = base_of(folder)
     pixels, images = images_of(backbone)
-    code = (out / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    code = code_of_card(out)
     names: dict[str, Any] = {"images": images, "model": peft.PeftModel.from_pretrained(backbone.model, str(out)).eval()}
     exec(code.rstrip().rpartition("\n")[2], names)
     expected = encode_pixels(lr_ray.load(folder).backbone, pixels, precision="fp32")

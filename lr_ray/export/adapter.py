@@ -26,6 +26,7 @@ from lr_ray.model import Parts
 from lr_ray.report.card import hub_backbone
 from lr_ray.storage.manifest import CONFIG_NAME, METRIC_NAME, WEIGHTS_NAME
 from lr_ray.storage.peft import foreign_modules, parse_lora, peft_config, peft_tensors
+from lr_ray.vit.embedded import EMBEDDED_BACKBONE
 from lr_ray.vit.lora import LowRank, merge
 from lr_ray.vit.tokens import encode
 
@@ -38,7 +39,7 @@ def hub_id_of(parts: Parts, *, foreign: bool) -> str | None:
 
 def hub_name_of(parts: Parts) -> str:
     """timm's name of the hub's weights."""
-    return "vit_small_patch14_dinov2.lvd142m" if parts.backbone.name == "embedded" else parts.backbone.name
+    return EMBEDDED_BACKBONE.hub_name if parts.backbone.name == "embedded" else parts.backbone.name
 
 
 def make_peft(parts: Parts) -> dict[str, bytes]:

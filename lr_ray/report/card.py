@@ -277,7 +277,7 @@ def _backbone(config: dict[str, Any]) -> tuple[str | None, str, str]:
     if not config["pretrained"]:
         return None, "", "none, its weights are random."
     if name == "embedded":
-        return "timm/vit_small_patch14_dinov2.lvd142m", "apache-2.0", f"{EMBEDDED_BACKBONE.source}."
+        return f"timm/{EMBEDDED_BACKBONE.hub_name}", "apache-2.0", f"{EMBEDDED_BACKBONE.source}."
     known = timm.get_pretrained_cfg(name) if "." in name else None  # without its tag a timm name is none of the hub's
     hub_id = known.hf_hub_id if known is not None else None  # which may have another name than the architecture
     return hub_id, "", f"unknown: ask its authors; {_cell(name)} of timm."

@@ -25,8 +25,8 @@ from lr_ray.vit.backbone import load_backbone
 
 REFERENCE = "recycle"
 """The method that all others are compared with."""
-_TUNED_EPISODES_A_TASK = {"cpu": 5, "gpu": 50}
-"""After as many a kill loses them; Ray gives each task on a GPU a process of its own, which takes ten seconds to begin."""
+_TUNED_EPISODES_A_TASK, _ON_A_GPU = 5, 50
+"""After as many a kill loses them; Ray gives each task on a GPU a process of its own, which takes seconds to begin."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -160,8 +160,8 @@ class EvaluationPlan:
                 made_of["metric"], where["metric_of"] = digest, folder
         episodes, at_once = evaluation.episodes, evaluation.episodes
         if isinstance(method, TunedMethod):
-            where_to = "gpu" if self.config.ray.num_gpus_per_actor else "cpu"
-            episodes, at_once = min(episodes, evaluation.tuned_episodes), _TUNED_EPISODES_A_TASK[where_to]
+            episodes = min(episodes, evaluation.tuned_episodes)
+            at_once = _ON_A_GPU if self.config.ray.num_gpus_per_actor else _TUNED_EPISODES_A_TASK
         name = f"{chosen.label}-{shape.name}"
         digest = digest_of(made_of)
         tasks = tuple(

@@ -29,15 +29,20 @@ def train_loop_per_worker(arguments: dict[str, Any]) -> None:
 
     try:
         train(ray.get(job), loader, arguments["steps"], rank=rank, world_size=world_size)
-    except (LrRayError, RuntimeError) as error:
-        if not isinstance(error, LrRayError) and not gpu_is_full(error):
+    except Exception as error:
+        if (told := _unmendable(error)) is None:
             raise
-        arguments["steps"].put(error if isinstance(error, LrRayError) else _full(error))
+        arguments["steps"].put(told)
         if world_size > 1:  # the others wait for this one until Ray Train hears that it failed
             raise
 
 
-def _full(error: RuntimeError) -> LrRayError:
+def _unmendable(error: Exception) -> LrRayError | None:
+    """What the user is told of an error that would come again; None for others."""
+    if isinstance(error, LrRayError):
+        return error
+    if not gpu_is_full(error):
+        return None
     what = str(error).partition("\n")[0]
     return ClusterError(f"a GPU ran out of memory: {what}; set training.recompute=true, or lower training.episode")
 

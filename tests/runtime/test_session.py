@@ -15,6 +15,7 @@ from ray.exceptions import ActorDiedError, OutOfMemoryError, RayTaskError, Worke
 from lr_ray.config import RayConfig
 from lr_ray.errors import AdapterError, ClusterError, StorageError
 from lr_ray.runtime.session import check_shared, ray_session, user_error, work_through
+from lr_ray.runtime.train_entry import _unmendable
 from tests.jobs import QUIET
 
 
@@ -43,6 +44,8 @@ def test_a_full_gpu_is_one_line(message: str) -> None:
     found = user_error(RayTaskError("f", "a traceback", RuntimeError(message)))
     assert isinstance(found, ClusterError)
     assert str(found).startswith(f"a GPU ran out of memory: {message.partition(chr(10))[0]}; lower the batch_size")
+    assert "set training.recompute=true" in str(_unmendable(RuntimeError(message))), "in training, too, it would come again"
+    assert _unmendable(RuntimeError("another")) is None
 
 
 def test_a_machine_without_memory_is_told_in_one_line() -> None:
