@@ -132,8 +132,9 @@ def _cost_of(config: ExperimentConfig, num_classes: int) -> JobCost:
     prior, weights = StepCost(tflop=0, kept_mib=0), _weights_mib(model)
     if inversion.prior_in_use is not None:
         network = _prior(inversion.prior_in_use)
-        forward, side = getattr(network, "forward_features", network), inversion.prior_px or _side_of(model)
-        prior, weights = _cost(network, forward, batch, side, mixed=False), weights + _weights_mib(network)
+        forward, side = getattr(network, "forward_features", network), _side_of(model)
+        seen = math.ceil(inversion.prior_share * batch)
+        prior, weights = _cost(network, forward, seen, side, mixed=False), weights + _weights_mib(network)
     stages: dict[tuple[float, bool], int] = {}
     for step in range(inversion.num_steps):
         stage = (inversion.keep_ratio_at(step), step >= inversion.prune_from * inversion.num_steps)

@@ -149,7 +149,10 @@ class StrokesCanvas:
         """(B, 3, H, W) normalised."""
         side = self._backbone.image_px
         curves = self._basis @ (0.1 + 0.8 * self._points.sigmoid())
-        distance = torch.cdist(self._places, curves.flatten(1, 2)).unflatten(2, (self.num_strokes, self.samples)).amin(3)
+        with torch.no_grad():  # the distances to all but the nearest point of a stroke need no gradient
+            distances = torch.cdist(self._places, curves.flatten(1, 2)).unflatten(2, (self.num_strokes, self.samples))
+        nearest = distances.argmin(dim=3).transpose(1, 2)[..., None].expand(-1, -1, -1, 2)
+        distance = torch.linalg.vector_norm(self._places - curves.gather(2, nearest), dim=3).transpose(1, 2)
         half_width = 0.02 + 0.05 * self._width.sigmoid()[..., None]
         inked = torch.sigmoid((half_width - distance) * side / self.edge_px) * self._presence.sigmoid()[:, None]
         ground = (1 - inked).prod(dim=2).unflatten(1, (side, side))

@@ -1,9 +1,10 @@
 """LoRA inversion: from an adapter to images of its classes."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Annotated, Protocol
+from typing import Annotated, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -60,12 +61,14 @@ class InversionConfig(Section):
     prune_from: float = Field(default=0.25, ge=0, le=1)
     """Share of the steps after which tokens are dropped (the paper: 0.25)."""
     sparse: dict[NonNegativeShare, Share] = {}
-    """{share of the steps: share of the patches}: from there on only so many patches of a view enter the first block, those
-    that [CLS] attended most when that began. They follow the image's shifts, mirrorings and crops into each view."""
+    """{share of the steps: share of the patches}: from there on only so many patches of a view enter the first block."""
+    sparse_patches: Literal["attended", "random"] = Field(default="attended", exclude_if=lambda kind: kind == "attended")
+    """Which: `attended`, those that [CLS] attended most when that began, which follow the image's shifts, mirrorings and crops
+    into each view; or `random`, drawn anew for each view, so that all of an image is optimised."""
     prior_every: int = Field(default=1, gt=0)
     """Steps from one look of the prior at the images to the next; its weight is multiplied by that."""
-    prior_px: int | None = Field(default=None, gt=0, exclude_if=lambda side: side is None)  # older digests hold
-    """Side in pixels of what the prior looks at, by averaging areas of the views; default: that of the views."""
+    prior_share: Share = Field(default=1.0, exclude_if=lambda share: share == 1)  # older digests hold
+    """Share of a batch's images whose views the prior looks at, others at every step."""
     precision: Precision = "auto"
     """Of the backbone's passes; the prior always runs in fp32."""
 
@@ -272,7 +275,7 @@ class InversionBatch:
         loss = ce + config.tv_weight * total_variation(images) + config.l2_weight * squared_norm(images)
         objective = loss
         if self._prior and self.step % config.prior_every == 0:
-            naturalness = self._prior(reduced(views, config.prior_px))
+            naturalness = self._prior(self._sample(views))
             objective = loss + config.prior_every * config.prior_weight * naturalness
             self._naturalness = naturalness.detach()
         with torch.no_grad():
@@ -292,8 +295,9 @@ class InversionBatch:
         """What this step sees of the images, (B, 3, H, W) in [0, 1], and the (B, K) patches of it that it looks at."""
         config, backbone = self._config, self._backbone
         pixels, keep_ratio = backbone.denormalize(images), config.keep_ratio_at(self.step)
-        if keep_ratio == 1:
-            return random_views(pixels, config.views, generator=self._generator)[0], None
+        if keep_ratio == 1 or config.sparse_patches == "random":
+            views, _ = random_views(pixels, config.views, generator=self._generator)
+            return views, None if keep_ratio == 1 else self._random_patches(keep_ratio)
         if self.step == 0 or config.keep_ratio_at(self.step - 1) != keep_ratio:
             self._importance = rank_patches(backbone, images, config.precision)
         side = backbone.image_px // self._importance.shape[-1]
@@ -302,6 +306,18 @@ class InversionBatch:
         found = F.avg_pool2d(seen[:, 3:].detach(), side).flatten(1)
         order = found.argsort(dim=1, descending=True, stable=True)
         return seen[:, :3], order[:, : num_kept(order.shape[1], keep_ratio)]
+
+    def _random_patches(self, keep_ratio: float) -> Tensor:
+        """(B, K) positions, others for each image."""
+        places = torch.rand(len(self._labels), self._importance[0].numel(), generator=self._generator).argsort(dim=1)
+        return places[:, : num_kept(places.shape[1], keep_ratio)].to(self._labels.device)
+
+    def _sample(self, views: Tensor) -> Tensor:
+        """The views that the prior looks at in this step."""
+        size = math.ceil(self._config.prior_share * len(views))
+        if size == len(views):
+            return views
+        return views[torch.randperm(len(views), generator=self._generator)[:size].to(views.device)]
 
     def result(self) -> tuple[Tensor, Tensor]:
         """(B, 3, H, W) uint8 images, and the (B,) prior loss of the step that each was kept from.
@@ -337,11 +353,6 @@ class InversionBatch:
             parameter.copy_(state[f"canvas.{i}"])
             moments = {name: state[f"adam.{i}.{name}"].to(device) for name in ("exp_avg", "exp_avg_sq")}
             self._optimizer.state[parameter] = {"step": state[f"adam.{i}.step"], **moments}
-
-
-def reduced(images: Tensor, side: int | None) -> Tensor:
-    """(B, 3, H, W) → (B, 3, side, side), means of areas; as it is without a side."""
-    return images if side is None else F.interpolate(images, size=(side, side), mode="area")
 
 
 def teacher_logits_of(

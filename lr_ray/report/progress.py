@@ -8,7 +8,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 Advance = Callable[[str], None]
 """Called with a few words on what was just finished."""
@@ -42,6 +51,8 @@ class Reporter:
     def __init__(self, *, quiet: bool = False) -> None:
         self._console = Console(stderr=True, highlight=False)
         self._quiet = quiet
+        self._lock = threading.Lock()
+        self._bar, self._tracks = Progress(), 0
 
     def say(self, message: str) -> None:
         """One line."""
@@ -67,16 +78,7 @@ class Reporter:
 
     @contextmanager
     def _bars(self, title: str, total: int, under_way: Callable[[], Sequence[UnderWay]], done: int) -> Iterator[Advance]:
-        columns = (
-            TextColumn("[bold]{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("eta"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}", style="dim", markup=False),
-        )
-        with Progress(*columns, console=self._console) as bar:
+        with self._shared_bar() as bar:
             task = bar.add_task(title, total=total, completed=done, note="")
             shown: dict[str, TaskID] = {}
 
@@ -91,6 +93,22 @@ class Reporter:
 
             with _again_and_again(look):
                 yield lambda note: bar.update(task, advance=1, note=note)
+
+    @contextmanager
+    def _shared_bar(self) -> Iterator[Progress]:
+        """One for all tracks that are open at once: a terminal has room for one."""
+        with self._lock:
+            if not self._tracks:
+                self._bar = Progress(*_columns(), console=self._console)
+                self._bar.start()
+            self._tracks += 1
+        try:
+            yield self._bar
+        finally:
+            with self._lock:
+                self._tracks -= 1
+                if not self._tracks:
+                    self._bar.stop()
 
     @contextmanager
     def _lines(self, title: str, total: int, under_way: Callable[[], Sequence[UnderWay]], done: int) -> Iterator[Advance]:
@@ -116,6 +134,18 @@ class Reporter:
 
         with _again_and_again(look):
             yield advance
+
+
+def _columns() -> tuple[ProgressColumn, ...]:
+    return (
+        TextColumn("[bold]{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("eta"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}", style="dim", markup=False),
+    )
 
 
 @contextmanager

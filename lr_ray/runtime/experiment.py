@@ -1,6 +1,6 @@
 """Every step of an experiment in turn; each one skips what is there already."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import Any
 
 from lr_ray.config import ExperimentConfig
@@ -13,7 +13,7 @@ from lr_ray.runtime.inversion import invert_library
 from lr_ray.runtime.probe import choose_by_probe
 from lr_ray.runtime.session import ray_session
 from lr_ray.runtime.stand_ins import make_stand_ins
-from lr_ray.runtime.training import train_joint, train_meta_lora, train_oracle
+from lr_ray.runtime.training import KINDS, train_together
 from lr_ray.runtime.tuning import tune_library
 
 
@@ -52,11 +52,5 @@ def run_cell(cell: Cell, reporter: Reporter) -> list[dict[str, Any]]:
 
 def _train(config: ExperimentConfig, needs: Collection[Ingredient], reporter: Reporter) -> None:
     """What the methods need of what is trained."""
-    trainings: dict[Ingredient, Callable[..., Any]] = {
-        "meta_lora": train_meta_lora,
-        "joint": train_joint,
-        "oracle": train_oracle,
-    }
-    for need, train in trainings.items():
-        if need in needs:
-            train(config, reporter)
+    if kinds := [kind for kind in KINDS if kind in needs]:
+        train_together(config, kinds, reporter)

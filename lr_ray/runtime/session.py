@@ -25,7 +25,10 @@ _ENVIRONMENT = {
 }
 
 _FEW_CPUS = 4
-"""On so many processors at most, Ray keeps as many idle workers for the next step of a job, for each holds 0.7 GB."""
+_ON_FEW_CPUS = {
+    "RAY_idle_worker_killing_time_threshold_ms": "180000",  # kept for the next step of a job; each holds 0.7 GB
+    "RAY_worker_maximum_startup_concurrency": "8",  # else Ray warns of the processes of two trainings
+}
 
 _SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by Ray in a submitted job, whose workers have the environment that it was submitted with."""
@@ -67,8 +70,7 @@ def local_ray(*, num_cpus: int | None = None, dashboard: bool = True, libraries:
         libraries: import Ray Data and Ray Train, which takes seconds too.
     """
     few = (num_cpus or os.cpu_count() or 1) <= _FEW_CPUS
-    idle_workers = {"RAY_idle_worker_killing_time_threshold_ms": "60000"} if few else {}
-    for name, value in (_ENVIRONMENT | idle_workers).items():
+    for name, value in (_ENVIRONMENT | (_ON_FEW_CPUS if few else {})).items():
         os.environ.setdefault(name, value)
     options = {"num_cpus": num_cpus, "_node_ip_address": "127.0.0.1", "include_dashboard": dashboard}
     with _session("local", options, libraries=libraries) as url:

@@ -1,15 +1,17 @@
 """`lr-ray train`: meta-training by Ray Train, from synthetic images or, for the oracle, from real ones."""
 
 import json
+import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 
-from lr_ray.config import ExperimentConfig
+from lr_ray.config import ExperimentConfig, RayConfig
 from lr_ray.errors import ClusterError, LrRayError, StorageError
 from lr_ray.fewshot.metatrain import kept_modules
 from lr_ray.report.card import model_card
@@ -38,10 +40,20 @@ from lr_ray.storage.synthetic import by_adapter
 from lr_ray.vit.backbone import Backbone, load_backbone
 from lr_ray.vit.lora import Adapter, AdapterSpec
 
+Kind = Literal["meta_lora", "joint", "oracle"]
+"""What `TrainingJob.kind` says."""
+Result = TypeVar("Result")
+
 _RECORD = "checkpoint_manager_snapshot.json"
 """Ray Train's, in a run's folder: written in place, and read before anything else."""
 _END_S = 10.0
 """So long a training may take to end that one of its workers has given up."""
+KINDS: tuple[Kind, ...] = get_args(Kind)
+_JOBS: dict[Kind, Callable[[ExperimentConfig, Backbone], TrainingJob]] = {
+    "meta_lora": meta_lora_job,
+    "joint": joint_job,
+    "oracle": oracle_job,
+}
 
 
 def train_meta_lora(config: ExperimentConfig, reporter: Reporter) -> dict[str, Any]:
@@ -52,8 +64,7 @@ def train_meta_lora(config: ExperimentConfig, reporter: Reporter) -> dict[str, A
         EpisodeError: too few classes or images for the episodes.
         ClusterError: too few machines, or workers were lost more often than `ray.max_failures`.
     """
-    backbone = load_backbone(config.backbone)
-    return _train(meta_lora_job(config, backbone), backbone, reporter)
+    return train_together(config, ["meta_lora"], reporter)[0]
 
 
 def train_oracle(config: ExperimentConfig, reporter: Reporter) -> dict[str, Any]:
@@ -63,14 +74,49 @@ def train_oracle(config: ExperimentConfig, reporter: Reporter) -> dict[str, Any]
         ConfigError: no real images are given, or none of the adapters' classes.
         EpisodeError, StorageError, ClusterError: as of `train_meta_lora`.
     """
-    backbone = load_backbone(config.backbone)
-    return _train(oracle_job(config, backbone), backbone, reporter)
+    return train_together(config, ["oracle"], reporter)[0]
 
 
 def train_joint(config: ExperimentConfig, reporter: Reporter) -> dict[str, Any]:
     """Plain supervision on the synthetic images, with which the episodes are compared; raises what `train_meta_lora` does."""
+    return train_together(config, ["joint"], reporter)[0]
+
+
+def train_together(config: ExperimentConfig, kinds: Sequence[Kind], reporter: Reporter) -> list[dict[str, Any]]:
+    """Several trainings, side by side where Ray has room for all of them, else in turn; their manifests.
+
+    Raises:
+        LrRayError: what the first of them that failed raises; before any begins, if its images cannot be used.
+    """
     backbone = load_backbone(config.backbone)
-    return _train(joint_job(config, backbone), backbone, reporter)
+    trainings = [partial(_train, _JOBS[kind](config, backbone), backbone, reporter) for kind in kinds]
+    if len(trainings) == 1:
+        return [trainings[0]()]
+    with ray_session(config.ray):
+        if _room_for_workers(config) < len(trainings) * config.training.num_workers:
+            return [training() for training in trainings]
+        return side_by_side(trainings)
+
+
+def side_by_side(tasks: Sequence[Callable[[], Result]]) -> list[Result]:
+    """What the tasks return, each run in a thread; the first error is raised at once, and the others are left to themselves."""
+    finished: queue.SimpleQueue[tuple[int, Result | BaseException]] = queue.SimpleQueue()
+
+    def run(index: int) -> None:
+        try:
+            finished.put((index, tasks[index]()))
+        except BaseException as error:  # handed to the caller, which raises it
+            finished.put((index, error))
+
+    for index in range(len(tasks)):
+        threading.Thread(target=run, args=(index,), daemon=True).start()
+    results: dict[int, Result] = {}
+    for _ in tasks:
+        index, result = finished.get()
+        if isinstance(result, BaseException):
+            raise result
+        results[index] = result
+    return [results[index] for index in range(len(tasks))]
 
 
 def _train(job: TrainingJob, backbone: Backbone, reporter: Reporter) -> dict[str, Any]:
@@ -125,20 +171,27 @@ def _check_workers(job: TrainingJob, reporter: Reporter) -> None:
     Raises:
         ClusterError: too few processors or GPUs.
     """
-    import ray
-
-    config = job.config.ray
-    each = {"CPU": config.cpus_per_trainer} | ({"GPU": 1} if config.use_gpu_in_training else {})
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    room = sum(min(int(node.get(name, 0) // need) for name, need in each.items()) for node in nodes)
+    config, room = job.config.ray, _room_for_workers(job.config)
     least = job.training.min_workers or job.training.num_workers
     if room >= least:
         return
-    need = " and ".join(f"{count} {name}" for name, count in each.items())
+    need = " and ".join(f"{count} {name}" for name, count in _needs_of_worker(config).items())
     problem = f"training.num_workers {job.training.num_workers}: there is room for {room} workers of {need} each"
     if config.address == "local":
         raise ClusterError(f"{problem}; lower it, or ray.cpus_per_trainer, or raise ray.num_cpus")
     reporter.say(f"{problem}; waiting for more machines")
+
+
+def _room_for_workers(config: ExperimentConfig) -> int:
+    """How many workers the nodes hold that Ray has now."""
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return sum(min(int(node.get(name, 0) // need) for name, need in _needs_of_worker(config.ray).items()) for node in nodes)
+
+
+def _needs_of_worker(config: RayConfig) -> dict[str, int]:
+    return {"CPU": config.cpus_per_trainer} | ({"GPU": 1} if config.use_gpu_in_training else {})
 
 
 def _fit(job: TrainingJob, trackers: Sequence[Tracker], reporter: Reporter) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -207,18 +207,50 @@ def test_the_prior_looks_as_often_as_told(backbone: Backbone, make_adapter: Make
     assert torch.equal(weighted.images, lazily.images)
 
 
-def test_the_prior_looks_at_means_of_areas(backbone: Backbone, make_adapter: MakeAdapter):
-    prior, looks = make_prior(), []
+def test_the_prior_looks_at_a_share_of_the_views_others_each_time(
+    backbone: Backbone, make_adapter: MakeAdapter, monkeypatch: pytest.MonkeyPatch
+):
+    prior, looks, views = make_prior(), [], []
     prior._network.register_forward_pre_hook(lambda _, inputs: looks.append(inputs[0].detach()))
-    for side in (None, 16):
-        run(make_adapter(), backbone, config(batch_size=100, num_steps=1, prior_px=side), prior=prior)
-    whole, half = looks
-    torch.testing.assert_close(half, whole.unfold(2, 2, 2).unfold(3, 2, 2).mean(dim=(-2, -1)))
+
+    def spy(model: nn.Module, images: Tensor, **options: Any) -> Any:
+        views.append(images.detach())
+        return encode(model, images, **options)
+
+    monkeypatch.setattr("lr_ray.inversion.invert.encode", spy)
+    run(make_adapter(), backbone, config(batch_size=100, num_steps=2, prior_share=0.4), prior=prior)
+    chosen = []
+    for look, seen in zip(looks, views, strict=False):
+        same = (look[:, None] - (seen[None] * 0.5 + 0.5)).abs().amax(dim=(2, 3, 4)) < 1e-5
+        assert same.sum(dim=1).tolist() == [1] * 5, "5 of 12, each of them a view"
+        chosen.append(set(same.nonzero()[:, 1].tolist()))
+    assert len(chosen[0]) == 5
+    assert chosen[0] != chosen[1]
 
 
-def test_a_config_without_a_size_for_the_prior_is_stored_as_before_there_was_one():
-    assert "prior_px" not in InversionConfig().model_dump(mode="json")
-    assert InversionConfig(prior_px=16).model_dump(mode="json")["prior_px"] == 16
+def test_random_patches_are_drawn_for_each_image_and_step(
+    backbone: Backbone, make_adapter: MakeAdapter, monkeypatch: pytest.MonkeyPatch
+):
+    kept: list[Tensor] = []
+
+    def spy(model: nn.Module, images: Tensor, *, keep_indices: Tensor | None = None, **options: Any) -> Any:
+        kept.extend(() if keep_indices is None else (keep_indices,))
+        return encode(model, images, keep_indices=keep_indices, **options)
+
+    monkeypatch.setattr("lr_ray.inversion.invert.encode", spy)
+    run(make_adapter(), backbone, config(num_steps=20, sparse={0.5: 0.25}, sparse_patches="random"))
+    assert len(kept) == 10
+    assert {tuple(found.shape) for found in kept} == {(12, 4)}
+    assert all(len(set(row)) == 4 for found in kept for row in found.tolist())
+    assert not torch.equal(kept[0], kept[1])
+    assert not torch.equal(kept[0][0], kept[0][1])
+    assert set(torch.cat(kept).flatten().tolist()) == set(range(16))
+
+
+def test_a_config_with_neither_is_stored_as_before_there_were_such():
+    assert not {"sparse_patches", "prior_share"} & InversionConfig().model_dump(mode="json").keys()
+    given = {"sparse_patches": "random", "prior_share": 0.5}
+    assert given.items() <= InversionConfig(**given).model_dump(mode="json").items()
 
 
 @pytest.mark.parametrize("keep_ratios", [{}, {1: 0.25}, {0: 0.5, 1: 0.5}])
@@ -273,11 +305,14 @@ class Saving:
             raise PreemptedError
 
 
+@pytest.mark.parametrize("how", [{"prior_every": 3}, {"sparse_patches": "random", "prior_share": 0.5}])
 @pytest.mark.parametrize("canvas", ["pixels", "spectrum", "two-colour"])
 @pytest.mark.parametrize("last", [1, 5, 8, 9, 11, 24])
-def test_it_goes_on_from_a_checkpoint_bit_by_bit(backbone: Backbone, make_adapter: MakeAdapter, canvas: str, last: int):
+def test_it_goes_on_from_a_checkpoint_bit_by_bit(
+    backbone: Backbone, make_adapter: MakeAdapter, canvas: str, last: int, how: dict[str, Any]
+):
     views = {"roll": 0.25, "flip": True, "noise": 0.1}
-    drawn = config(canvas=canvas, batch_size=5, views=views, keep_ratios={0: 0.5}, sparse={0.5: 0.5}, prior_every=3)
+    drawn = config(canvas=canvas, batch_size=5, views=views, keep_ratios={0: 0.5}, sparse={0.5: 0.5}, **how)
     undisturbed = run(make_adapter(), backbone, drawn, prior=make_prior())
     saving = Saving(every=3)
     saving.last = last

@@ -150,7 +150,7 @@ def test_idle_workers_are_kept_for_the_next_step_where_they_are_few(
     monkeypatch: pytest.MonkeyPatch, num_cpus: int, kept: bool
 ) -> None:
     name = "RAY_idle_worker_killing_time_threshold_ms"
-    monkeypatch.setattr(os, "environ", {key: value for key, value in os.environ.items() if key != name})
+    monkeypatch.setattr(os, "environ", {key: value for key, value in os.environ.items() if not key.startswith("RAY_")})
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "shutdown", lambda: None)
     monkeypatch.setattr(ray, "init", lambda _address, **_given: SimpleNamespace(dashboard_url=""))
