@@ -5,6 +5,7 @@ another run. Here a training is one run, also when it goes on after a kill.
 """
 
 import os
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +17,8 @@ from lr_ray.config import TrackingConfig
 from lr_ray.errors import ConfigError
 from lr_ray.report.progress import Reporter
 
+_OPENING = threading.Lock()
+"""Trainings that begin side by side would both create an MLflow experiment that is not there yet."""
 _INSTALL = "pip install 'lr-ray[tracking]', where the driver runs"
 
 
@@ -100,7 +103,7 @@ class WandbTracker(Tracker):
                 name=f"{run.name}/{run.kind}",
                 config=dict(run.config),
                 resume="allow",
-                settings=wandb.Settings(console="off", silent=True),
+                settings=wandb.Settings(console="off", silent=True, reinit="create_new"),  # beside another training's
             )
         except wandb.errors.Error as error:
             raise ConfigError(
@@ -187,10 +190,11 @@ def open_trackers(config: TrackingConfig, run: TrackedRun, reporter: Reporter) -
     """
     with ExitStack() as stack:
         opened: list[Tracker] = []
-        if config.wandb is not None:
-            opened.append(_open(stack, WandbTracker(config.wandb, run, reporter)))
-        if config.mlflow is not None:
-            opened.append(_open(stack, MlflowTracker(config.mlflow, run, reporter)))
+        with _OPENING:
+            if config.wandb is not None:
+                opened.append(_open(stack, WandbTracker(config.wandb, run, reporter)))
+            if config.mlflow is not None:
+                opened.append(_open(stack, MlflowTracker(config.mlflow, run, reporter)))
         yield opened
 
 

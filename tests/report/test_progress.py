@@ -74,6 +74,23 @@ def test_a_terminal_has_a_bar_for_each_piece_under_way(monkeypatch: pytest.Monke
     assert "step 4" not in last
 
 
+def test_a_terminal_has_one_bar_for_work_side_by_side(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "120")
+    reporter = Reporter()
+    with reporter.track("train oracle", 2) as first:
+        with reporter.track("train meta_lora", 3) as second:
+            first("one")
+            second("two")
+        first("three")
+    with reporter.track("eval", 1) as third:
+        third("four")
+    _, _, after = capsys.readouterr().err.rpartition("train oracle")
+    assert "2/2" in after
+    assert "1/3" in after.partition("train meta_lora")[2]
+    assert "four" in after.partition("eval")[2]
+
+
 def test_quiet_says_and_asks_nothing(capsys: pytest.CaptureFixture[str]):
     def never() -> list[UnderWay]:
         raise AssertionError

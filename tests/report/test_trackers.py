@@ -2,8 +2,11 @@
 
 import json
 import struct
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,11 +100,24 @@ def test_a_server_that_does_not_answer_is_an_error_before_the_training() -> None
         pass
 
 
-def records_of(folder: Path) -> Iterator[Any]:
+def test_trainings_side_by_side_are_runs_of_one_experiment(uri: str) -> None:
+    kinds, both = ("meta_lora", "oracle"), threading.Barrier(2, timeout=60)
+
+    def train(kind: str) -> None:
+        both.wait()
+        with open_trackers(TrackingConfig(mlflow=uri), replace(RUN, kind=kind), Reporter(quiet=True)) as (tracker,):
+            both.wait()
+            tracker.add(POINTS[0])
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(train, kinds))
+    assert sorted(run.info.run_name for run in runs_of(uri)) == sorted(kinds)
+
+
+def records_of(path: Path) -> Iterator[Any]:
     """Of a run kept offline: LevelDB's log, whose records here are whole (checksum, length, type, content) in one block."""
     from wandb.proto.wandb_internal_pb2 import Record
 
-    (path,) = folder.rglob("*.wandb")
     content, start = path.read_bytes(), 7
     assert len(content) < 32768
     while start < len(content):
@@ -133,7 +149,8 @@ def test_wandb_gets_the_curves_and_the_config(wandb_folder: Path, monkeypatch: p
             tracker.add(point)
     wandb.teardown()  # its process writes the file and may still be at it when the run has ended
 
-    records = list(records_of(wandb_folder))
+    (path,) = wandb_folder.rglob("*.wandb")
+    records = list(records_of(path))
     (started,) = [record.run for record in records if record.WhichOneof("record_type") == "run"]
     assert (started.entity, started.project, started.run_id) == ("group", "project", "meta_lora-abcdef012345")
     assert {item.key: json.loads(item.value_json) for item in started.config.update}["training"] == {"num_steps": 2}
@@ -146,6 +163,34 @@ def test_wandb_gets_the_curves_and_the_config(wandb_folder: Path, monkeypatch: p
         (1, 2.0, None),
         (2, 1.5, 0.25),
     ]
+
+
+def test_wandb_keeps_trainings_side_by_side_apart(wandb_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    config, other = TrackingConfig(wandb="project"), replace(RUN, kind="oracle")
+    with (
+        open_trackers(config, RUN, Reporter(quiet=True)) as (first,),
+        open_trackers(config, other, Reporter(quiet=True)) as (second,),
+    ):
+        first.add(POINTS[0])
+        second.add(POINTS[1])
+    wandb.teardown()
+
+    found = {
+        record.run.run_id: path
+        for path in wandb_folder.rglob("*.wandb")
+        for record in records_of(path)
+        if record.WhichOneof("record_type") == "run"
+    }
+    assert found.keys() == {RUN.run_id, other.run_id}
+    assert len(set(found.values())) == 2
+    for run, step in ((RUN, 1), (other, 2)):
+        points = [r.history.item for r in records_of(found[run.run_id]) if r.WhichOneof("record_type") == "history"]
+        assert [{"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in items}["_step"] for items in points] == [
+            step
+        ]
 
 
 @pytest.mark.usefixtures("wandb_folder")
