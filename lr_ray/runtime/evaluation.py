@@ -30,7 +30,7 @@ from lr_ray.runtime.evaluation_plan import EpisodesTask, EvaluationPlan, Feature
 from lr_ray.runtime.evaluation_rows import known_rows, merge_rows, rows_of
 from lr_ray.runtime.held import held_backbone
 from lr_ray.runtime.metric import embed_classes
-from lr_ray.runtime.session import work_through, worker_device
+from lr_ray.runtime.session import without_gpus, work_through, worker_device
 from lr_ray.runtime.training_job import metric_files
 from lr_ray.storage.adapters import read_adapter, read_adapters
 from lr_ray.storage.filesystem import exists, join, list_uris, read_many, write_bytes
@@ -81,8 +81,13 @@ def evaluate_methods(config: ExperimentConfig, reporter: Reporter) -> list[dict[
     if failures:  # the others do not wait for what failed
         done = list_uris(join(config.output_root, "evaluation"), suffix="")
         todo = [task for task in todo if {task.features_uri, task.fitted_uri} - {""} <= set(done)]
-    with _kept(failures):
-        work_through("eval", predict_episodes, todo, config.ray, reporter, found)
+    for kind, title, resources in (
+        (FeatureMethod, "eval", without_gpus(config.ray)),
+        (TunedMethod, "eval, tuned on each episode", config.ray),
+    ):
+        of_kind = [task for task in todo if isinstance(find_method(task.label).method, kind)]
+        with _kept(failures):
+            work_through(title, predict_episodes, of_kind, resources, reporter, found)
     rows = rows_of(plan)
     known = known_rows(plan, uri)  # again, since another command may have measured meanwhile
     merged = merge_rows(known, rows)
@@ -238,7 +243,7 @@ def _predict_from_features(
 ) -> tuple[list[np.ndarray], np.ndarray, dict[str, Any]]:
     chosen = find_method(task.label)
     assert isinstance(chosen.method, FeatureMethod)
-    device = torch.device(worker_device(task.config.ray))
+    device = torch.device(worker_device(without_gpus(task.config.ray)))
     if task.features_uri:
         tensors, cost = read_tensors(task.features_uri)
         features = tensors["features"]
@@ -255,7 +260,8 @@ def _predict_from_features(
     with torch.inference_mode():
         predicted = predict_each(features, episodes, head)
     head_s = (time.perf_counter() - start) / len(episodes)
-    peak = max(peak_memory_mib(device), cost["peak_memory_mib"])
+    on_gpu = task.config.ray.num_gpus_per_actor > 0  # there the features are made, which are all that takes its memory
+    peak = cost["peak_memory_mib"] if on_gpu else max(peak_memory_mib(device), cost["peak_memory_mib"])
     counted = episodes[: 1 if isinstance(task.shape, EpisodeShape) else _EPISODES_COUNTED]
     with torch.inference_mode():
         head_flops = count_flops(lambda: predict_each(features, counted, head)) / len(counted)

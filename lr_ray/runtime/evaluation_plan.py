@@ -15,13 +15,13 @@ from lr_ray.fewshot.methods import ChosenMethod, FeatureMethod, Ingredient, Tune
 from lr_ray.fewshot.methods.features import RAW_PIXELS, needs_of
 from lr_ray.fewshot.metric import MetricConfig
 from lr_ray.fewshot.protocol import TestShape, draw_episodes, most_ways
+from lr_ray.runtime.held import held_backbone
 from lr_ray.runtime.training_job import metric_files
 from lr_ray.storage.adapters import list_adapters, read_specs
 from lr_ray.storage.filesystem import exists, join
 from lr_ray.storage.manifest import CONFIG_NAME, digest_of
 from lr_ray.storage.measurements import file_name
 from lr_ray.storage.metric import metric_digest, read_metric
-from lr_ray.vit.backbone import load_backbone
 
 REFERENCE = "recycle"
 """The method that all others are compared with."""
@@ -95,7 +95,7 @@ class EvaluationPlan:
         self.config, self.data = config, check_evaluation(config)
         chosen = [find_method(label) for label in expand(config.evaluation.methods)]
         self._root = join(config.output_root, "evaluation")
-        self._backbone = load_backbone(config.backbone)
+        self._backbone = held_backbone(config.backbone)
         self._found: dict[Ingredient, Any] = {}
         for method in chosen:
             for need in method.needs:

@@ -8,12 +8,13 @@ from typing import Any
 
 from lr_ray.config import ExperimentConfig
 from lr_ray.errors import AdapterError, StorageError
+from lr_ray.runtime.held import held_backbone
 from lr_ray.section import match_classes
 from lr_ray.storage.adapters import list_adapters, read_adapter
 from lr_ray.storage.filesystem import delete, join, list_uris, read_many
 from lr_ray.storage.manifest import claim_folder, digest_of
 from lr_ray.storage.synthetic import adapter_id_of, synthetic_name
-from lr_ray.vit.backbone import Backbone, load_backbone
+from lr_ray.vit.backbone import Backbone
 from lr_ray.vit.lora import AdapterSpec, check_adapter
 from lr_ray.vit.tokens import check_blocks
 
@@ -76,7 +77,7 @@ def inspect_library(config: ExperimentConfig, *, strict: bool = True) -> Inspect
         AdapterError: no adapters; two of the same id; with `strict`, one that is unusable, else if none can be inverted.
         ConfigError: patches to be dropped in a block that the backbone does not have.
     """
-    backbone = load_backbone(config.backbone)
+    backbone = held_backbone(config.backbone)
     for inversion in (config.inversion, config.metric_inversion):
         check_blocks(backbone.model, inversion.keep_ratios if inversion else {})
     folders = list_adapters(config.adapters_root)

@@ -20,7 +20,7 @@ from lr_ray.storage.filesystem import join, list_uris, read_bytes, write_bytes
 from lr_ray.storage.manifest import digest_of
 from lr_ray.storage.synthetic import read_pool
 from lr_ray.vit.augment import draw_views
-from lr_ray.vit.backbone import autocast, load_backbone
+from lr_ray.vit.backbone import autocast
 from lr_ray.vit.lora import as_tuned, check_adapter, merged
 from lr_ray.vit.tokens import encode, num_kept
 
@@ -52,7 +52,7 @@ def see_with_every_adapter(config: ExperimentConfig, files: Sequence[str], repor
     shared = {
         "step": "relations",
         "seed": config.seed,
-        "backbone": load_backbone(config.backbone).identity,
+        "backbone": held_backbone(config.backbone).identity,
         "relations": config.training.relations.model_dump(mode="json", exclude=_TRAINING_ONLY),
         "augmentation": config.training.augmentation.model_dump(mode="json"),
         "keep_ratio": config.training.keep_ratio,

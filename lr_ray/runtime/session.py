@@ -128,6 +128,11 @@ def worker_device(config: "RayConfig") -> str:
     return "cuda" if config.num_gpus_per_actor else "cpu"
 
 
+def without_gpus(config: "RayConfig") -> "RayConfig":
+    """For work on processors alone, beside which a GPU would lie idle."""
+    return config.model_copy(update={"num_gpus_per_actor": 0.0})
+
+
 def _room(config: "RayConfig") -> int:
     """How many workers Ray holds now.
 

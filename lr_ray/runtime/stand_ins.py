@@ -21,7 +21,7 @@ from lr_ray.storage.adapters import list_adapters, read_adapter, read_specs
 from lr_ray.storage.filesystem import join, list_uris
 from lr_ray.storage.manifest import claim_folder, digest_of
 from lr_ray.storage.synthetic import adapter_id_of, list_synthetic, read_pool, synthetic_name, write_synthetic
-from lr_ray.vit.backbone import Backbone, load_backbone
+from lr_ray.vit.backbone import Backbone
 from lr_ray.vit.lora import Adapter, as_tuned, check_adapter, merged
 
 _CANDIDATES = 4
@@ -54,7 +54,7 @@ def make_stand_ins(config: ExperimentConfig, stand_in: StandInConfig, inverted_r
     inputs = {
         "step": "stand-in",
         "seed": config.seed,
-        "backbone": load_backbone(config.backbone).identity,
+        "backbone": held_backbone(config.backbone).identity,
         "inversion": config.inversion.model_dump(mode="json"),
         "images": stand_in.model_dump(mode="json"),
         "data": data.digest() if data else None,

@@ -18,6 +18,7 @@ from lr_ray.report.card import model_card
 from lr_ray.report.curves import Curves
 from lr_ray.report.progress import Advance, Reporter
 from lr_ray.report.trackers import TrackedRun, Tracker, open_trackers
+from lr_ray.runtime.held import held_backbone
 from lr_ray.runtime.relations import see_with_every_adapter
 from lr_ray.runtime.session import ray_session, this_node, user_error
 from lr_ray.runtime.train_entry import train_loop_per_worker
@@ -37,7 +38,7 @@ from lr_ray.storage.filesystem import (
 from lr_ray.storage.manifest import CONFIG_NAME, METRIC_NAME, claim_folder, digest_of, read_manifest
 from lr_ray.storage.measurements import read_tensors
 from lr_ray.storage.synthetic import by_adapter
-from lr_ray.vit.backbone import Backbone, load_backbone
+from lr_ray.vit.backbone import Backbone
 from lr_ray.vit.lora import Adapter, AdapterSpec
 
 Kind = Literal["meta_lora", "joint", "oracle"]
@@ -49,6 +50,8 @@ _RECORD = "checkpoint_manager_snapshot.json"
 _END_S = 10.0
 """So long a training may take to end that one of its workers has given up."""
 KINDS: tuple[Kind, ...] = get_args(Kind)
+_BACKBONE = threading.Lock()
+"""A LoRA sits on it for a moment, and trainings side by side share it."""
 _JOBS: dict[Kind, Callable[[ExperimentConfig, Backbone], TrainingJob]] = {
     "meta_lora": meta_lora_job,
     "joint": joint_job,
@@ -88,7 +91,7 @@ def train_together(config: ExperimentConfig, kinds: Sequence[Kind], reporter: Re
     Raises:
         LrRayError: what the first of them that failed raises; before any begins, if its images cannot be used.
     """
-    backbone = load_backbone(config.backbone)
+    backbone = held_backbone(config.backbone)
     trainings = [partial(_train, _JOBS[kind](config, backbone), backbone, reporter) for kind in kinds]
     if len(trainings) == 1:
         return [trainings[0]()]
@@ -321,5 +324,6 @@ def _meta_lora(
     job: TrainingJob, backbone: Backbone, tensors: dict[str, torch.Tensor], *, which: Literal["best", "last"]
 ) -> Adapter:
     spec = AdapterSpec(adapter_id=job.kind, digest="", backbone=backbone.name, backbone_digest=backbone.digest, class_names=())
-    modules = kept_modules(backbone, job.training.lora, tensors, which=which)
+    with _BACKBONE:
+        modules = kept_modules(backbone, job.training.lora, tensors, which=which)
     return with_digest(Adapter(spec=spec, modules=modules))

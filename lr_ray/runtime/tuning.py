@@ -18,7 +18,6 @@ from lr_ray.storage.adapters import with_digest, write_adapter
 from lr_ray.storage.filesystem import join, list_uris
 from lr_ray.storage.manifest import CONFIG_NAME, claim_folder, digest_of, read_manifests
 from lr_ray.tuning.tune import tune
-from lr_ray.vit.backbone import load_backbone
 from lr_ray.vit.lora import Adapter, AdapterSpec
 
 
@@ -97,7 +96,7 @@ def plan_tuning(config: ExperimentConfig) -> list[TuningTask]:
             f"class {data.class_names[int(counts.argmin())]!r} of {data.name} has {fewest} images, but "
             f"tuning.held_out_per_class takes {tuning.held_out_per_class} and at least one must be left; lower it"
         )
-    backbone = load_backbone(config.backbone)
+    backbone = held_backbone(config.backbone)
     shared = {
         "step": "tune",
         "seed": config.seed,

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import lr_ray
 from lr_ray.config import ExperimentConfig
 from lr_ray.data.load import load_data
-from lr_ray.errors import AdapterError, ConfigError, EpisodeError, StorageError
+from lr_ray.errors import AdapterError, ClusterError, ConfigError, EpisodeError, StorageError
 from lr_ray.fewshot.episodes import EpisodeShape, draw_test_episodes
 from lr_ray.fewshot.evaluate import episode_accuracies
 from lr_ray.fewshot.methods import (
@@ -104,6 +104,22 @@ def test_predictions_that_are_lost_are_made_again_and_are_the_same(tiny_experime
     accuracies = ("method", "accuracy", "ci95", "macro_accuracy", "per_class", "digest")
     assert [{key: row[key] for key in accuracies} for row in again] == [{key: row[key] for key in accuracies} for row in rows]
     assert {path: pq.read_table(path)["predicted"].to_pylist() for path in predicted} == predicted
+
+
+def test_heads_on_features_that_are_there_need_no_gpu(tiny_experiment: ExperimentConfig) -> None:
+    (row,) = measure(tiny_experiment, "nn")
+    root = Path(tiny_experiment.output_root, "evaluation")
+    for path in [path for path in root.iterdir() if "features" not in path.name]:
+        path.unlink()
+    with_gpus = tiny_experiment.ray.model_copy(update={"num_gpus_per_actor": 1.0})
+
+    (again,) = measure(tiny_experiment.model_copy(update={"ray": with_gpus}), "nn")
+
+    assert again["accuracy"] == row["accuracy"]
+    features = next(path for path in root.iterdir() if "features" in path.name)
+    assert again["peak_memory_mib"] == pytest.approx(read_tensors(str(features))[1]["peak_memory_mib"], abs=0.1)
+    with pytest.raises(ClusterError, match=r"ray.num_gpus_per_actor 1: this machine has 0 GPU"):
+        measure(tiny_experiment.model_copy(update={"ray": with_gpus}), "loras-avg")
 
 
 def test_a_method_that_trains_on_episodes_goes_on_where_it_was_lost(tiny_experiment: ExperimentConfig) -> None:
