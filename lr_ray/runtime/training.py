@@ -89,10 +89,13 @@ def train_together(config: ExperimentConfig, kinds: Sequence[Kind], reporter: Re
     """Several trainings, side by side where Ray has room for all of them, else in turn; their manifests.
 
     Raises:
-        LrRayError: what the first of them that failed raises; before any begins, if its images cannot be used.
+        LrRayError: what the first of them that failed raises; before any begins, if its images or its folder cannot be used.
     """
     backbone = held_backbone(config.backbone)
-    trainings = [partial(_train, _JOBS[kind](config, backbone), backbone, reporter) for kind in kinds]
+    jobs = [_JOBS[kind](config, backbone) for kind in kinds]
+    for job in jobs:
+        claim_folder(job.folder, job.inputs, config=job.config.resolved())
+    trainings = [partial(_train, job, backbone, reporter) for job in jobs]
     if len(trainings) == 1:
         return [trainings[0]()]
     with ray_session(config.ray):
@@ -123,7 +126,6 @@ def side_by_side(tasks: Sequence[Callable[[], Result]]) -> list[Result]:
 
 
 def _train(job: TrainingJob, backbone: Backbone, reporter: Reporter) -> dict[str, Any]:
-    claim_folder(job.folder, job.inputs, config=job.config.resolved())
     if exists(join(job.folder, CONFIG_NAME)):
         reporter.say(f"train: {job.folder} is finished already")
         return read_manifest(job.folder) or {}

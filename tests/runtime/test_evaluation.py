@@ -117,7 +117,7 @@ def test_heads_on_features_that_are_there_need_no_gpu(tiny_experiment: Experimen
 
     assert again["accuracy"] == row["accuracy"]
     features = next(path for path in root.iterdir() if "features" in path.name)
-    assert again["peak_memory_mib"] == pytest.approx(read_tensors(str(features))[1]["peak_memory_mib"], abs=0.1)
+    assert again["peak_memory_mib"] == pytest.approx(read_tensors(str(features))[1]["peak_memory_mib"], abs=1)
     with pytest.raises(ClusterError, match=r"ray.num_gpus_per_actor 1: this machine has 0 GPU"):
         measure(tiny_experiment.model_copy(update={"ray": with_gpus}), "loras-avg")
 
