@@ -3,7 +3,7 @@
 import json
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -89,40 +89,46 @@ def train_together(config: ExperimentConfig, kinds: Sequence[Kind], reporter: Re
     """Several trainings, side by side where Ray has room for all of them, else in turn; their manifests.
 
     Raises:
-        LrRayError: what the first of them that failed raises; before any begins, if its images or its folder cannot be used.
+        LrRayError: what the first of them that failed raises, when the others are done; before any begins, if its images or its
+            folder cannot be used.
     """
     backbone = held_backbone(config.backbone)
     jobs = [_JOBS[kind](config, backbone) for kind in kinds]
     for job in jobs:
         claim_folder(job.folder, job.inputs, config=job.config.resolved())
-    trainings = [partial(_train, job, backbone, reporter) for job in jobs]
+    trainings = {job.kind: partial(_train, job, backbone, reporter) for job in jobs}
     if len(trainings) == 1:
-        return [trainings[0]()]
+        return [training() for training in trainings.values()]
     with ray_session(config.ray):
         if _room_for_workers(config) < len(trainings) * config.training.num_workers:
-            return [training() for training in trainings]
-        return side_by_side(trainings)
+            return [training() for training in trainings.values()]
+        return side_by_side(trainings, reporter)
 
 
-def side_by_side(tasks: Sequence[Callable[[], Result]]) -> list[Result]:
-    """What the tasks return, each run in a thread; the first error is raised at once, and the others are left to themselves."""
-    finished: queue.SimpleQueue[tuple[int, Result | BaseException]] = queue.SimpleQueue()
+def side_by_side(trainings: Mapping[str, Callable[[], Result]], reporter: Reporter) -> list[Result]:
+    """What they return, each run in a thread; what fails is said, does not keep the others, and is raised when all are done."""
+    finished: queue.SimpleQueue[tuple[str, Result | BaseException]] = queue.SimpleQueue()
 
-    def run(index: int) -> None:
+    def run(name: str) -> None:
         try:
-            finished.put((index, tasks[index]()))
+            finished.put((name, trainings[name]()))
         except BaseException as error:  # handed to the caller, which raises it
-            finished.put((index, error))
+            finished.put((name, error))
 
-    for index in range(len(tasks)):
-        threading.Thread(target=run, args=(index,), daemon=True).start()
-    results: dict[int, Result] = {}
-    for _ in tasks:
-        index, result = finished.get()
+    for name in trainings:
+        threading.Thread(target=run, args=(name,), daemon=True).start()
+    results: dict[str, Result] = {}
+    failures: list[BaseException] = []
+    for _ in trainings:
+        name, result = finished.get()
         if isinstance(result, BaseException):
-            raise result
-        results[index] = result
-    return [results[index] for index in range(len(tasks))]
+            failures.append(result)
+            reporter.say(f"train {name}: failed: {' '.join(str(result).split())}")
+        else:
+            results[name] = result
+    if failures:
+        raise failures[0]
+    return [results[name] for name in trainings]
 
 
 def _train(job: TrainingJob, backbone: Backbone, reporter: Reporter) -> dict[str, Any]:

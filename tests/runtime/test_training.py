@@ -5,25 +5,38 @@ import threading
 import pytest
 
 from lr_ray.errors import EpisodeError
+from lr_ray.report.progress import Reporter
 from lr_ray.runtime.training import side_by_side
+from tests.jobs import QUIET
 
 
-def test_tasks_run_side_by_side_and_give_their_results_in_order() -> None:
+def test_they_run_at_once_and_give_their_results_in_order() -> None:
     both = threading.Barrier(2, timeout=60)
 
     def wait_for_the_other(result: str) -> str:
         both.wait()
         return result
 
-    assert side_by_side([lambda: wait_for_the_other("a"), lambda: wait_for_the_other("b")]) == ["a", "b"]
+    trainings = {name: lambda name=name: wait_for_the_other(name) for name in ("a", "b")}
+    assert side_by_side(trainings, QUIET) == ["a", "b"]
 
 
-def test_the_first_error_does_not_wait_for_the_others() -> None:
-    over = threading.Event()
+def test_what_fails_is_said_and_does_not_keep_the_others(capsys: pytest.CaptureFixture[str]) -> None:
+    failed, done = threading.Event(), threading.Event()
 
-    def fail() -> bool:
+    class Heard(Reporter):
+        def say(self, message: str) -> None:
+            super().say(message)
+            failed.set()
+
+    def fail() -> None:
         raise EpisodeError("too few classes")
 
+    def go_on() -> None:
+        assert failed.wait(60)
+        done.set()
+
     with pytest.raises(EpisodeError, match="too few classes"):
-        side_by_side([lambda: over.wait(60), fail])
-    over.set()
+        side_by_side({"oracle": fail, "meta_lora": go_on}, Heard())
+    assert done.is_set()
+    assert capsys.readouterr().err == "train oracle: failed: too few classes\n"
