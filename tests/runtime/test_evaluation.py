@@ -106,20 +106,20 @@ def test_predictions_that_are_lost_are_made_again_and_are_the_same(tiny_experime
     assert {path: pq.read_table(path)["predicted"].to_pylist() for path in predicted} == predicted
 
 
-def test_heads_on_features_that_are_there_need_no_gpu(tiny_experiment: ExperimentConfig) -> None:
-    (row,) = measure(tiny_experiment, "nn")
-    root = Path(tiny_experiment.output_root, "evaluation")
+def test_heads_on_features_that_are_there_need_no_gpu(library: ExperimentConfig) -> None:
+    (row,) = measure(library, "nn")
+    root = Path(library.output_root, "evaluation")
     for path in [path for path in root.iterdir() if "features" not in path.name]:
         path.unlink()
-    with_gpus = tiny_experiment.ray.model_copy(update={"num_gpus_per_actor": 1.0})
+    with_gpus = library.ray.model_copy(update={"num_gpus_per_actor": 1.0})
 
-    (again,) = measure(tiny_experiment.model_copy(update={"ray": with_gpus}), "nn")
+    (again,) = measure(library.model_copy(update={"ray": with_gpus}), "nn")
 
     assert again["accuracy"] == row["accuracy"]
     features = next(path for path in root.iterdir() if "features" in path.name)
     assert again["peak_memory_mib"] == pytest.approx(read_tensors(str(features))[1]["peak_memory_mib"], abs=1)
     with pytest.raises(ClusterError, match=r"ray.num_gpus_per_actor 1: this machine has 0 GPU"):
-        measure(tiny_experiment.model_copy(update={"ray": with_gpus}), "loras-avg")
+        measure(library.model_copy(update={"ray": with_gpus}), "loras-avg")
 
 
 def test_a_method_that_trains_on_episodes_goes_on_where_it_was_lost(tiny_experiment: ExperimentConfig) -> None:
