@@ -133,7 +133,7 @@ def _cost_of(config: ExperimentConfig, num_classes: int) -> JobCost:
     if inversion.prior_in_use is not None:
         network = _prior(inversion.prior_in_use)
         forward, side = getattr(network, "forward_features", network), _side_of(model)
-        seen = math.ceil(inversion.prior_share * batch)
+        seen = num_kept(batch, inversion.prior_share)
         prior, weights = _cost(network, forward, seen, side, mixed=False), weights + _weights_mib(network)
     stages: dict[tuple[float, bool], int] = {}
     for step in range(inversion.num_steps):

@@ -1,6 +1,5 @@
 """LoRA inversion: from an adapter to images of its classes."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -309,12 +308,12 @@ class InversionBatch:
 
     def _random_patches(self, keep_ratio: float) -> Tensor:
         """(B, K) positions, others for each image."""
-        places = torch.rand(len(self._labels), self._importance[0].numel(), generator=self._generator).argsort(dim=1)
+        places = torch.rand(len(self._labels), self._backbone.num_patches, generator=self._generator).argsort(dim=1)
         return places[:, : num_kept(places.shape[1], keep_ratio)].to(self._labels.device)
 
     def _sample(self, views: Tensor) -> Tensor:
         """The views that the prior looks at in this step."""
-        size = math.ceil(self._config.prior_share * len(views))
+        size = num_kept(len(views), self._config.prior_share)
         if size == len(views):
             return views
         return views[torch.randperm(len(views), generator=self._generator)[:size].to(views.device)]

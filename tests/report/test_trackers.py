@@ -127,6 +127,14 @@ def records_of(path: Path) -> Iterator[Any]:
         start += 7 + length
 
 
+def points_of(path: Path) -> list[dict[str, Any]]:
+    return [
+        {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
+        for record in records_of(path)
+        if record.WhichOneof("record_type") == "history"
+    ]
+
+
 @pytest.fixture
 def wandb_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Of a process that has not spoken to Weights & Biases yet, as a user without an account."""
@@ -154,11 +162,7 @@ def test_wandb_gets_the_curves_and_the_config(wandb_folder: Path, monkeypatch: p
     (started,) = [record.run for record in records if record.WhichOneof("record_type") == "run"]
     assert (started.entity, started.project, started.run_id) == ("group", "project", "meta_lora-abcdef012345")
     assert {item.key: json.loads(item.value_json) for item in started.config.update}["training"] == {"num_steps": 2}
-    points = [
-        {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
-        for record in records
-        if record.WhichOneof("record_type") == "history"
-    ]
+    points = points_of(path)
     assert [(point["_step"], point["loss"], point.get("validation_accuracy")) for point in points] == [
         (1, 2.0, None),
         (2, 1.5, 0.25),
@@ -187,10 +191,7 @@ def test_wandb_keeps_trainings_side_by_side_apart(wandb_folder: Path, monkeypatc
     assert found.keys() == {RUN.run_id, other.run_id}
     assert len(set(found.values())) == 2
     for run, step in ((RUN, 1), (other, 2)):
-        points = [r.history.item for r in records_of(found[run.run_id]) if r.WhichOneof("record_type") == "history"]
-        assert [{"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in items}["_step"] for items in points] == [
-            step
-        ]
+        assert [point["_step"] for point in points_of(found[run.run_id])] == [step]
 
 
 @pytest.mark.usefixtures("wandb_folder")
