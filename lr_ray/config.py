@@ -64,7 +64,7 @@ class RayConfig(Section):
     dashboard: bool = True
     """Whether a local Ray has a dashboard; without it, it starts seconds sooner."""
     num_gpus_per_actor: float = Field(default=0.0, ge=0)
-    """GPUs (or a share of one) held by each tuning, inversion and evaluation actor."""
+    """GPUs (or a share of one) held by each tuning, inversion and evaluation actor; heads on features hold none."""
     cpus_per_actor: int = Field(default=1, gt=0)
     """Processors held by each of them."""
     min_actors: int = Field(default=1, gt=0)

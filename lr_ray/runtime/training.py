@@ -89,8 +89,8 @@ def train_together(config: ExperimentConfig, kinds: Sequence[Kind], reporter: Re
     """Several trainings, side by side where Ray has room for all of them, else in turn; their manifests.
 
     Raises:
-        LrRayError: what the first of them that failed raises, when the others are done; before any begins, if its images or its
-            folder cannot be used.
+        LrRayError: what the first of them that failed raises, side by side when the others are done; before any begins, if its
+            images or its folder cannot be used.
     """
     backbone = held_backbone(config.backbone)
     jobs = [_JOBS[kind](config, backbone) for kind in kinds]
