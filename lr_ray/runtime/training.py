@@ -96,17 +96,22 @@ def train_together(config: ExperimentConfig, kinds: Sequence[Kind], reporter: Re
     jobs = [_JOBS[kind](config, backbone) for kind in kinds]
     for job in jobs:
         claim_folder(job.folder, job.inputs, config=job.config.resolved())
-    trainings = {job.kind: partial(_train, job, backbone, reporter) for job in jobs}
+    stop = threading.Event()
+    trainings = {job.kind: partial(_train, job, backbone, reporter, stop) for job in jobs}
     if len(trainings) == 1:
         return [training() for training in trainings.values()]
     with ray_session(config.ray):
         if _room_for_workers(config) < len(trainings) * config.training.num_workers:
             return [training() for training in trainings.values()]
-        return side_by_side(trainings, reporter)
+        return side_by_side(trainings, stop, reporter)
 
 
-def side_by_side(trainings: Mapping[str, Callable[[], Result]], reporter: Reporter) -> list[Result]:
-    """What they return, each run in a thread; what fails is said, does not keep the others, and is raised when all are done."""
+def side_by_side(trainings: Mapping[str, Callable[[], Result]], stop: threading.Event, reporter: Reporter) -> list[Result]:
+    """What they return, each run in a thread; what fails is said, does not keep the others, and is raised when all are done.
+
+    Args:
+        stop: set when this is interrupted; those that look at it may end what they have open before the interrupt goes on.
+    """
     finished: queue.SimpleQueue[tuple[str, Result | BaseException]] = queue.SimpleQueue()
 
     def run(name: str) -> None:
@@ -115,23 +120,30 @@ def side_by_side(trainings: Mapping[str, Callable[[], Result]], reporter: Report
         except BaseException as error:  # handed to the caller, which raises it
             finished.put((name, error))
 
-    for name in trainings:
-        threading.Thread(target=run, args=(name,), daemon=True).start()
+    threads = [threading.Thread(target=run, args=(name,), daemon=True) for name in trainings]
+    for thread in threads:
+        thread.start()
     results: dict[str, Result] = {}
     failures: list[BaseException] = []
-    for _ in trainings:
-        name, result = finished.get()
-        if isinstance(result, BaseException):
-            failures.append(result)
-            reporter.say(f"train {name}: failed: {' '.join(str(result).split())}")
-        else:
-            results[name] = result
+    try:
+        for _ in trainings:
+            name, result = finished.get()
+            if isinstance(result, BaseException):
+                failures.append(result)
+                reporter.say(f"train {name}: failed: {' '.join(str(result).split())}")
+            else:
+                results[name] = result
+    except BaseException:
+        stop.set()
+        for thread in threads:
+            thread.join(_END_S)
+        raise
     if failures:
         raise failures[0]
     return [results[name] for name in trainings]
 
 
-def _train(job: TrainingJob, backbone: Backbone, reporter: Reporter) -> dict[str, Any]:
+def _train(job: TrainingJob, backbone: Backbone, reporter: Reporter, stop: threading.Event) -> dict[str, Any]:
     if exists(join(job.folder, CONFIG_NAME)):
         reporter.say(f"train: {job.folder} is finished already")
         return read_manifest(job.folder) or {}
@@ -141,7 +153,7 @@ def _train(job: TrainingJob, backbone: Backbone, reporter: Reporter) -> dict[str
         _check_workers(job, reporter)
         if job.training.relations.share:
             job = replace(job, feature_uris=see_with_every_adapter(job.config, job.files, reporter))
-        tensors, facts = _fit(job, trackers, reporter)
+        tensors, facts = _fit(job, trackers, reporter, stop)
     if exists(join(job.folder, CONFIG_NAME)):  # another command was faster, and what it wrote belongs together
         reporter.say(f"train: {job.folder} was finished meanwhile")
         return read_manifest(job.folder) or {}
@@ -205,7 +217,9 @@ def _needs_of_worker(config: RayConfig) -> dict[str, int]:
     return {"CPU": config.cpus_per_trainer} | ({"GPU": 1} if config.use_gpu_in_training else {})
 
 
-def _fit(job: TrainingJob, trackers: Sequence[Tracker], reporter: Reporter) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def _fit(
+    job: TrainingJob, trackers: Sequence[Tracker], reporter: Reporter, stop: threading.Event
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Run Ray Train and show its steps; what the last checkpoint holds. A run of the same name goes on by itself."""
     from ray.util.queue import Queue
 
@@ -222,7 +236,7 @@ def _fit(job: TrainingJob, trackers: Sequence[Tracker], reporter: Reporter) -> t
 
     thread = threading.Thread(target=fit, daemon=True)
     thread.start()
-    refused, unwritten = _show(job, thread, steps, trackers, reporter)
+    refused, unwritten = _show(job, thread, steps, trackers, reporter, stop)
     thread.join(_END_S if refused else None)  # where one worker has ended, others may wait for it
     steps.shutdown()
     if refused is not None:
@@ -263,15 +277,26 @@ def _trainer_of(job: TrainingJob, steps: Any, reporter: Reporter) -> Any:
 
 
 def _show(
-    job: TrainingJob, training: threading.Thread, steps: Any, trackers: Sequence[Tracker], reporter: Reporter
+    job: TrainingJob,
+    training: threading.Thread,
+    steps: Any,
+    trackers: Sequence[Tracker],
+    reporter: Reporter,
+    stop: threading.Event,
 ) -> tuple[LrRayError | None, StorageError | None]:
-    """Show each step, as long as the training lasts; what a worker gave up with, and why curves could not be written."""
+    """Show each step, as long as the training lasts; what a worker gave up with, and why curves could not be written.
+
+    Raises:
+        KeyboardInterrupt: in the thread of a training, when the main one was interrupted.
+    """
     from ray.util.queue import Empty
 
     shown, unwritten = 0, None
     with ExitStack() as bar, Curves(job.folder) as curves:
         advance: Advance | None = None
         while training.is_alive() or not steps.empty():
+            if stop.is_set():
+                raise KeyboardInterrupt
             try:
                 metrics = steps.get(timeout=1)
             except Empty:
